@@ -1,0 +1,448 @@
+r"""The Pyro programs. Every sample site of the package is in this file.
+
+============== ==================== ===================================================== ==========
+program        sites, in order      takes                                                 is
+============== ==================== ===================================================== ==========
+GenerativeChain :math:`x_T → x_0`   ``prior()``, ``transition(x_t, t)``, ``likelihood``   E7
+BottomUpGuide  :math:`x_1 → x_T`    ``transition(x_{t-1}, t)``                            E4, left
+TopDownGuide   :math:`x_T → x_1`    ``encode(x_0)``, ``initial(c)``, ``transition``       E4, right
+TimestepPlate  t, x_t, x_{t-1}      the kernels and a law of timesteps                    a draw of E8
+============== ==================== ===================================================== ==========
+
+The kernels are callables that return Pyro distributions: fixed linear-Gaussian ones make a diffusion
+model, learned ones a hierarchical VAE. Site ``x_t`` exists for t = 0 … T in every chain; ``x_0`` is
+the datum. Programs own the plate ``"data"`` at dim −1 and scale it by ``num_data / N``; particles
+stand to its left. The term :math:`L_t` of the bound lives at site ``x_t``, and the *order* of the
+guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), sections 3 and 4.
+    https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+from torch.distributions.kl import register_kl
+
+from pyro_diffusion.store import ParamScope, free_name
+from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
+
+__all__ = ["BottomUpGuide", "GenerativeChain", "TimestepPlate", "TopDownGuide"]
+
+Kernel = Callable[..., TorchDistribution]
+
+
+class Program(nn.Module):
+    """What the programs share: parameters under their owner's name, the data plate, named errors.
+
+    Args:
+        num_timesteps: Number of latent states :math:`T`.
+        parts: The callables that the program is made of, by attribute name.
+        owner: The model whose parameters the parts use; ``None`` makes the program stand alone, with
+            its parts' parameters under a name of its own.
+        below: Path below the owner to the parameters that this program trains.
+    """
+
+    def __init__(
+        self, num_timesteps: int, parts: dict[str, Any], owner: ParamScope | None, below: str = ""
+    ) -> None:
+        super().__init__()
+        self.num_timesteps = num_timesteps
+        self.owner = _stand_alone(type(self), parts) if owner is None else owner
+        self.below = below
+        # Not as submodules: their parameters are the owner's, and are listed there once.
+        self.__dict__.update(parts)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the sites by timestep: ``site_names[t]`` is where :math:`x_t` lives."""
+        return tuple(f"x_{t}" for t in range(self.num_timesteps + 1))
+
+    @contextmanager
+    def data_plate(
+        self, x_0: Tensor | None, num_data: int | None, num_samples: int = 1
+    ) -> Iterator[None]:
+        """The plate over data, scaled to ``num_data``, with all parameters stated outside of it."""
+        size = num_samples if x_0 is None else len(x_0)
+        with ExitStack() as stack:
+            stack.enter_context(self.owner.param_statements(self.below))
+            if num_data is not None:
+                stack.enter_context(poutine.scale(scale=num_data / size))
+            stack.enter_context(pyro.plate("data", size, dim=-1))
+            yield
+
+
+class GenerativeChain(Program):
+    r"""The generative program, :math:`p(x_{0:T}) = p(x_T) \prod_{t=1}^T p(x_{t-1} \mid x_t)` (E7).
+
+    Run without data it is the reference sampler.
+
+    Args:
+        prior: ``prior()`` gives :math:`p(x_T)`, batch shape empty.
+        transition: ``transition(x_t, t)`` gives :math:`p(x_{t-1} \mid x_t)` for ``t = T … 2``.
+        likelihood: ``likelihood(x_1)`` gives :math:`p(x_0 \mid x_1)`.
+        num_timesteps: Number of latent states :math:`T`.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+    """
+
+    prior: Kernel
+    transition: Kernel
+    likelihood: Kernel
+
+    def __init__(
+        self,
+        prior: Kernel,
+        transition: Kernel,
+        likelihood: Kernel,
+        *,
+        num_timesteps: int,
+        owner: ParamScope | None = None,
+    ) -> None:
+        parts = {"prior": prior, "transition": transition, "likelihood": likelihood}
+        super().__init__(num_timesteps, parts, owner)
+
+    def forward(
+        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1
+    ) -> Tensor:
+        """Sample sites ``x_T … x_1`` and observe (or sample) ``x_0``.
+
+        Args:
+            x_0: Data, shape ``(N,) + event_shape``; ``None`` draws ``num_samples`` of them.
+            num_data: Size of the data set of which ``x_0`` is a batch; scales the program.
+            num_samples: Number of data to draw when there are none.
+
+        Returns:
+            ``x_0``, given or drawn.
+        """
+        if x_0 is not None:
+            _check_data(x_0)
+        with self.data_plate(x_0, num_data, num_samples):
+            x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior())
+            for t in range(self.num_timesteps, 1, -1):
+                with naming(f"x_{t - 1}"):
+                    kernel = self.transition(x_t, t)
+                x_t = pyro.sample(f"x_{t - 1}", kernel)
+            with naming("x_0"):
+                kernel = _check_event_shape(self.likelihood(x_t), x_0)
+            return pyro.sample("x_0", kernel, obs=x_0)
+
+
+class BottomUpGuide(Program):
+    r"""The encoder from data to noise, :math:`q(x_{1:T} \mid x_0) = \prod_t q(x_t \mid x_{t-1})` (E4).
+
+    Its sites run against the model's, so that a site's parent in the model is its descendant here:
+    ``TraceMeanField_ELBO`` would add up numbers that are no KLs, and is refused.
+
+    Args:
+        transition: ``transition(x_{t-1}, t)`` gives :math:`q(x_t \mid x_{t-1})` for ``t = 1 … T``.
+        num_timesteps: Number of latent states :math:`T`.
+        embed: ``embed(x_0)`` is the state where the chain starts; the data itself by default.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+        below: Path below the owner to the guide's own parameters.
+    """
+
+    transition: Kernel
+    embed: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        transition: Kernel,
+        *,
+        num_timesteps: int,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        owner: ParamScope | None = None,
+        below: str = "",
+    ) -> None:
+        parts = {"transition": transition, "embed": _identity if embed is None else embed}
+        super().__init__(num_timesteps, parts, owner, below)
+
+    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
+        """Sample sites ``x_1 … x_T`` for data of shape ``(N,) + event_shape``."""
+        with self.data_plate(_check_data(x_0), num_data):
+            x_t = self.embed(x_0)
+            for t in range(1, self.num_timesteps + 1):
+                with naming(f"x_{t}"):
+                    kernel = self.transition(x_t, t)
+                if self.num_timesteps > 1:  # a single site has no order
+                    kernel = BottomUpSite(kernel)
+                x_t = pyro.sample(f"x_{t}", kernel)
+
+
+class TopDownGuide(Program):
+    r"""The encoder in the model's order, :math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` (E4).
+
+    Args:
+        encode: ``encode(x_0)`` gives the context ``c``, computed once.
+        initial: ``initial(c)`` gives :math:`q(x_T \mid x_0)`.
+        transition: ``transition(x_t, c, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t = T … 2``.
+        num_timesteps: Number of latent states :math:`T`.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+        below: Path below the owner to the guide's own parameters.
+    """
+
+    encode: Callable[[Tensor], Any]
+    initial: Kernel
+    transition: Kernel
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Any],
+        initial: Kernel,
+        transition: Kernel,
+        *,
+        num_timesteps: int,
+        owner: ParamScope | None = None,
+        below: str = "",
+    ) -> None:
+        parts = {"encode": encode, "initial": initial, "transition": transition}
+        super().__init__(num_timesteps, parts, owner, below)
+
+    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
+        """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
+        with self.data_plate(_check_data(x_0), num_data):
+            context = self.encode(x_0)
+            with naming(f"x_{self.num_timesteps}"):
+                kernel = self.initial(context)
+            x_t = pyro.sample(f"x_{self.num_timesteps}", kernel)
+            for t in range(self.num_timesteps, 1, -1):
+                with naming(f"x_{t - 1}"):
+                    kernel = self.transition(x_t, context, t)
+                x_t = pyro.sample(f"x_{t - 1}", kernel)
+
+
+class TimestepPlate:
+    r"""The bound at ``k`` random timesteps a datum: a (model, guide) pair of constant cost.
+
+    .. math::
+        \widehat{\mathrm{ELBO}} = -L_T + \frac1k \sum_{i=1}^k \frac{1}{\pi(t_i)}
+        \begin{cases}
+            \log p(x_0 \mid x_1) & t_i = 1 \\
+            -L_{t_i - 1} & t_i \ge 2
+        \end{cases}
+        \qquad t_i \sim \pi,
+
+    which is unbiased for E10, one row of the network for each ``(i, datum)``. In the plate
+    ``"timesteps"`` (size ``k``, dim −2) the sites ``t`` and ``x_t`` only carry the draw from guide to
+    model and are masked; ``x_{t-1}`` and ``x_0`` are masked where the other one is the term, and
+    scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` costs no network row and is in every
+    draw.
+
+    Args:
+        encode: ``encode(x_0)`` gives the context ``c`` (the datum in the chain's space).
+        marginal: ``marginal(c, t)`` gives :math:`q(x_t \mid x_0)`.
+        posterior: ``posterior(x_t, c, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t ≥ 2``.
+        prior: ``prior()`` gives :math:`p(x_T)`.
+        reverse: ``reverse(x_t, t)`` gives the pair :math:`p(x_{t-1} \mid x_t)` and
+            :math:`p(x_0 \mid x_1)`, the latter used where ``t = 1``; calls the network once.
+        num_timesteps: Number of draws ``k`` for each datum.
+        chain_length: Number of latent states :math:`T \ge 2`.
+        timesteps: Law of the timesteps.
+        owner: Model that owns the parameters; ``None`` for a pair that stands alone.
+        below: Path below the owner to the guide's own parameters.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        marginal: Kernel,
+        posterior: Kernel,
+        prior: Kernel,
+        reverse: Callable[[Tensor, Tensor], tuple[TorchDistribution, TorchDistribution]],
+        *,
+        num_timesteps: int,
+        chain_length: int,
+        timesteps: Timesteps | None = None,
+        owner: ParamScope | None = None,
+        below: str = "",
+    ) -> None:
+        timesteps = StratifiedTimesteps() if timesteps is None else timesteps
+        guide_parts = {"encode": encode, "marginal": marginal, "posterior": posterior}
+        model_parts = {"prior": prior, "reverse": reverse}
+        self.model: nn.Module = _SubsampledModel(
+            chain_length, model_parts | {"law": timesteps, "num_draws": num_timesteps}, owner
+        )
+        self.guide: nn.Module = _SubsampledGuide(
+            chain_length, guide_parts | {"law": timesteps, "num_draws": num_timesteps}, owner, below
+        )
+
+
+class SubsampledProgram(Program):
+    """A program whose sites are a random few of the chain's, weighted to stand for all of them."""
+
+    law: Timesteps
+    num_draws: int
+
+    def draw_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        r"""Sample site ``t``; timesteps and weights :math:`1/(k \pi(t))`, shape ``(…, k, N)``."""
+        law = self.law(self.num_timesteps, device)
+        with poutine.mask(mask=False):
+            t = pyro.sample("t", law)
+        return t, (-law.log_prob(t)).exp() / self.num_draws
+
+
+class _SubsampledModel(SubsampledProgram):
+    prior: Kernel
+    reverse: Callable[[Tensor, Tensor], tuple[TorchDistribution, TorchDistribution]]
+
+    def forward(
+        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1
+    ) -> None:
+        prior = self.prior()
+        with self.data_plate(x_0, num_data, num_samples):
+            x_T = pyro.sample(f"x_{self.num_timesteps}", prior)
+            with pyro.plate("timesteps", self.num_draws, dim=-2):
+                t, weight = self.draw_timesteps(x_T.device)
+                with poutine.mask(mask=False):
+                    x_t = pyro.sample("x_t", prior)
+                with naming("x_{t-1}"):
+                    transition, likelihood = self.reverse(x_t, t)
+                with poutine.scale(scale=weight):
+                    with poutine.mask(mask=t > 1):
+                        pyro.sample("x_{t-1}", transition)
+                    with poutine.mask(mask=t == 1):
+                        pyro.sample("x_0", _check_event_shape(likelihood, x_0), obs=x_0)
+
+
+class _SubsampledGuide(SubsampledProgram):
+    encode: Callable[[Tensor], Tensor]
+    marginal: Kernel
+    posterior: Kernel
+
+    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
+        with self.data_plate(_check_data(x_0), num_data):
+            context = self.encode(x_0)
+            pyro.sample(f"x_{self.num_timesteps}", self.marginal(context, self.num_timesteps))
+            with pyro.plate("timesteps", self.num_draws, dim=-2):
+                t, weight = self.draw_timesteps(context.device)
+                with poutine.mask(mask=False):
+                    x_t = pyro.sample("x_t", self.marginal(context, t))
+                # Rows with t = 1 carry no latent term; any kernel with a density will do there.
+                posterior = self.posterior(x_t, context, t.clamp(min=2))
+                with poutine.scale(scale=weight), poutine.mask(mask=t > 1):
+                    pyro.sample("x_{t-1}", posterior)
+
+
+class BottomUpSite(TorchDistribution):
+    """A site of a :class:`BottomUpGuide`: the wrapped distribution, for which no KL is defined."""
+
+    arg_constraints = {}
+
+    def __init__(self, base_dist: TorchDistribution) -> None:
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.base_dist.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.base_dist.support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base_dist.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base_dist.variance
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "BottomUpSite":
+        return BottomUpSite(self.base_dist.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.sample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value)
+
+
+@register_kl(BottomUpSite, Distribution)
+def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
+    raise ValueError(
+        "sites of the forward-ordered guide: got a request for their analytic KL (TraceMeanField_ELBO "
+        "or kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant "
+        "in this guide and the terms are log-ratios, not KLs. Use posterior_guide, the same joint "
+        "distribution in the model's order, or Trace_ELBO."
+    )
+
+
+class ProgramPair(NamedTuple):
+    """A model and the guide that goes with it."""
+
+    model: nn.Module
+    guide: nn.Module
+
+
+@contextmanager
+def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Switch modules to evaluation mode (no dropout), and back to what each was before."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules() if m.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextmanager
+def naming(site: str) -> Iterator[None]:
+    """Let an error from a kernel say at which site it happened."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"site {site!r}: {error}") from error
+
+
+def _check_data(x_0: Tensor) -> Tensor:
+    if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
+        got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
+        raise ValueError(
+            f"argument 'x_0': got {got}; expected a tensor of shape (N,) + event_shape with N ≥ 1. "
+            "Convert arrays with torch.as_tensor, skip empty batches, and give the guide the data "
+            "that the model observes."
+        )
+    if not x_0.isfinite().all():
+        raise ValueError(
+            f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
+            f"shape {tuple(x_0.shape)}; expected finite numbers. Drop or impute those entries."
+        )
+    return x_0
+
+
+def _check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDistribution:
+    if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
+        raise ValueError(
+            f"got data of shape {tuple(x_0.shape)}; expected (N,) + "
+            f"{tuple(kernel.event_shape)}. Reshape the data, or build the model with their event "
+            "shape."
+        )
+    return kernel
+
+
+def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:
+    """An owner for a program without a model: it holds the modules that the parts are, or belong to."""
+    owner = ParamScope(free_name(program.__name__))
+    for name, part in parts.items():
+        module = getattr(part, "__self__", part)
+        if isinstance(module, nn.Module):
+            owner.add_module(name, module)
+    return owner
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

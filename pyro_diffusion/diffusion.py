@@ -1,0 +1,229 @@
+r"""Diffusion models: the chains of :mod:`~pyro_diffusion.chains` with linear-Gaussian kernels.
+
+A diffusion model is a Markovian hierarchical VAE with three restrictions: latents of the data's
+size, the fixed encoder :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t} x_{t-1}, (1 - \alpha_t) I)`, and
+a standard normal end. What is learned is the reverse chain,
+:math:`p_\theta(x_{0:T}) = p(x_T) \prod_t p_\theta(x_{t-1} \mid x_t)`.
+
+References:
+    Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015).
+    https://arxiv.org/abs/1503.03585
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), section 4.
+    https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.chains import (
+    BottomUpGuide,
+    GenerativeChain,
+    ProgramPair,
+    TimestepPlate,
+    TopDownGuide,
+    evaluating,
+)
+from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.kernels import (
+    forward_marginal,
+    forward_posterior,
+    forward_transition,
+    terminal_prior,
+)
+from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.store import ParamScope
+from pyro_diffusion.timesteps import Timesteps
+
+__all__ = ["DiffusionModel"]
+
+
+class DiffusionModel(ParamScope):
+    r"""One model, its programs and its reference sampler.
+
+    ``model`` with ``guide`` under ``Trace_ELBO`` is the hierarchical bound (E8), term by term the
+    consistency form (E11); ``model`` with ``posterior_guide``, the same joint distribution in the
+    model's order, is the matching form (E10) and has analytic KLs under ``TraceMeanField_ELBO``;
+    ``subsampled()`` is the pair one trains with. All of them share the parameters of this object.
+
+    Args:
+        denoiser: The reverse kernels, which bring schedule and event shape.
+        likelihood: :math:`p(x_0 \mid x_1)` given :math:`\hat x_0(x_1)`, and the embedding of the
+            data; ``None`` takes the denoiser's own kernel at ``t = 1`` and the data as they are.
+        name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
+
+    Raises:
+        ValueError: From a program: data of another shape or on another device than the model,
+            empty, not finite, or outside the likelihood's range; a network that misbehaves.
+
+    Example:
+        >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
+        >>> diffusion = DiffusionModel(denoiser)
+        >>> svi = SVI(diffusion.model, diffusion.guide, Adam({"lr": 1e-3}), Trace_ELBO())
+        >>> loss = svi.step(torch.randn(16, 2))
+        >>> diffusion.sample(3).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Callable[[Tensor], TorchDistribution] | None = None,
+        *,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.denoiser = denoiser
+        self.likelihood = likelihood
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The denoiser's noise schedule."""
+        return self.denoiser.schedule
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a state, and of a datum after embedding."""
+        return self.denoiser.event_shape
+
+    @property
+    def model(self) -> GenerativeChain:
+        r""":math:`p_\theta(x_{0:T})` as a Pyro program (E7); sites ``x_T … x_0``."""
+        return GenerativeChain(
+            self.prior,
+            self.denoiser,
+            self.decode,
+            num_timesteps=self.schedule.num_timesteps,
+            owner=self,
+        )
+
+    @property
+    def guide(self) -> BottomUpGuide:
+        r""":math:`\prod_t q(x_t \mid x_{t-1})` as a Pyro program (E4); sites ``x_1 … x_T``."""
+        return BottomUpGuide(
+            self.forward_transition,
+            num_timesteps=self.schedule.num_timesteps,
+            embed=self.embed,
+            owner=self,
+            below="denoiser.schedule",
+        )
+
+    @property
+    def posterior_guide(self) -> TopDownGuide:
+        r""":math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` as a Pyro program (E4)."""
+        return TopDownGuide(
+            self.embed,
+            self.terminal_marginal,
+            self.forward_posterior,
+            num_timesteps=self.schedule.num_timesteps,
+            owner=self,
+            below="denoiser.schedule",
+        )
+
+    def subsampled(
+        self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
+    ) -> TimestepPlate | ProgramPair:
+        """The pair to train with: the bound at ``num_timesteps`` random timesteps for each datum.
+
+        Args:
+            num_timesteps: Draws ``k`` for each datum, and rows of the network that a step costs.
+            timesteps: Law of the timesteps; stratified over the batch by default.
+
+        Returns:
+            An object with ``model`` and ``guide``. A chain of one step has one timestep to draw: its
+            pair is ``model`` and ``posterior_guide`` themselves.
+
+        Raises:
+            ValueError: ``num_timesteps`` below one.
+        """
+        if not isinstance(num_timesteps, int) or num_timesteps < 1:
+            raise ValueError(
+                f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at "
+                "least 1, the timesteps drawn for each datum. One is enough: the bound stays unbiased."
+            )
+        if self.schedule.num_timesteps == 1:
+            return ProgramPair(self.model, self.posterior_guide)
+        return TimestepPlate(
+            self.embed,
+            self.forward_marginal,
+            self.forward_posterior,
+            self.prior,
+            self.reverse,
+            num_timesteps=num_timesteps,
+            chain_length=self.schedule.num_timesteps,
+            timesteps=timesteps,
+            owner=self,
+            below="denoiser.schedule",
+        )
+
+    @torch.no_grad()
+    def sample(self, num_samples: int = 1) -> Tensor:
+        """Draw data by running the model without any; layers such as dropout are switched off.
+
+        Args:
+            num_samples: Number of data ``n``.
+
+        Returns:
+            Data in the user's units, shape ``(n,)`` + the datum's shape.
+        """
+        with evaluating(self):
+            return self.model(num_samples=num_samples)
+
+    # The kernels that the programs are made of.
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data as states of the chain, ``(N,) + event_shape``, in the chain's dtype."""
+        if x_0.device != self.schedule.device:
+            raise ValueError(
+                f"argument 'x_0': got data on {x_0.device}; expected {self.schedule.device}, where "
+                f"the model is. Call x_0.to({str(self.schedule.device)!r}), or move the model."
+            )
+        embedded = x_0 if self.likelihood is None else self.likelihood.embed(x_0)
+        if embedded.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"argument 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
+                f"{tuple(self.event_shape)}. Reshape the data, or build the denoiser with their "
+                "event shape."
+            )
+        return embedded.to(self.denoiser.dtype)
+
+    def prior(self) -> TorchDistribution:
+        """:math:`p(x_T)` (E5)."""
+        return terminal_prior(self.schedule, self.event_shape, dtype=self.denoiser.dtype)
+
+    def decode(self, x_1: Tensor) -> TorchDistribution:
+        r""":math:`p_\theta(x_0 \mid x_1)`, the term that a VAE calls its decoder."""
+        if self.likelihood is None:
+            return self.denoiser(x_1, 1)
+        return self._likelihood(self.denoiser.x_0_hat(x_1, self.schedule.log_snr(1)))
+
+    def reverse(self, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
+        r""":math:`p_\theta(x_{t-1} \mid x_t)` and :math:`p_\theta(x_0 \mid x_1)` from one network call."""
+        x_0_hat = self.denoiser.x_0_hat(x_t, self.schedule.log_snr(t))
+        transition = self.denoiser.reverse_kernel(x_t, t, x_0_hat)
+        return transition, transition if self.likelihood is None else self._likelihood(x_0_hat)
+
+    def forward_transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
+        r""":math:`q(x_t \mid x_{t-1})` (E1)."""
+        return forward_transition(x_prev, t, self.schedule, event_dim=self.denoiser.event_dim)
+
+    def forward_marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
+        r""":math:`q(x_t \mid x_0)` (E2) for an embedded ``x_0``."""
+        return forward_marginal(x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
+
+    def terminal_marginal(self, x_0: Tensor) -> TorchDistribution:
+        r""":math:`q(x_T \mid x_0)` for an embedded ``x_0``."""
+        return self.forward_marginal(x_0, self.schedule.num_timesteps)
+
+    def forward_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
+        r""":math:`q(x_{t-1} \mid x_t, x_0)` (E3) for an embedded ``x_0``."""
+        return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
+
+    def _likelihood(self, x_0_hat: Tensor) -> TorchDistribution:
+        """The likelihood with everything but the batch dimensions as event dimensions."""
+        assert self.likelihood is not None
+        likelihood = self.likelihood(x_0_hat)
+        batch_dim = x_0_hat.dim() - self.denoiser.event_dim
+        return likelihood.to_event(len(likelihood.batch_shape) - batch_dim)

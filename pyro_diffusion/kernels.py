@@ -1,0 +1,200 @@
+r"""The closed-form Gaussian conditionals of the forward chain, as Pyro distributions.
+
+With ``signal`` :math:`a_t`, ``noise`` :math:`\sigma_t` and :math:`\lambda_t = \log a_t^2/\sigma_t^2`,
+and with :math:`s = t - 1`, all of them follow from :math:`x_t = a_t x_0 + \sigma_t \epsilon`:
+
+.. math::
+    q(x_t \mid x_s) &= N\!\big(\tfrac{a_t}{a_s} x_s,\; \sigma_t^2\,(1 - e^{\lambda_t - \lambda_s}) I\big)
+        && \text{(E1)} \\
+    q(x_t \mid x_0) &= N(a_t x_0,\; \sigma_t^2 I) && \text{(E2)} \\
+    q(x_s \mid x_t, x_0) &= N\!\big(\tfrac{a_s}{a_t} e^{\lambda_t - \lambda_s} x_t
+        + a_s (1 - e^{\lambda_t - \lambda_s}) x_0,\; \sigma_s^2 (1 - e^{\lambda_t - \lambda_s}) I\big)
+        && \text{(E3)} \\
+    p(x_T) &= N(0, I) && \text{(E5)}
+
+For :math:`a_t = \sqrt{\bar\alpha_t}, \sigma_t = \sqrt{1 - \bar\alpha_t}` these are the usual
+:math:`N(\sqrt{\alpha_t} x_s, (1 - \alpha_t) I)` and so on; the form above holds for a
+variance-exploding chain as well, and :math:`1 - e^{\lambda_t - \lambda_s}` is ``expm1``, which
+cancels nothing. Shapes are ``batch_shape + event_shape``; a timestep is an integer, or a
+LongTensor that broadcasts to ``batch_shape``, and a coefficient grows by ``event_dim`` dimensions.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 2, 4, 6 and 7.
+    https://arxiv.org/abs/2006.11239
+    Variational Diffusion Models (Kingma et al., 2021), appendix A. https://arxiv.org/abs/2107.00630
+"""
+
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_diffusion.schedules import NoiseSchedule
+
+__all__ = ["forward_marginal", "forward_posterior", "forward_transition", "terminal_prior"]
+
+
+def forward_transition(
+    x_prev: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
+) -> dist.TorchDistribution:
+    r"""One step of noise, :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t}\, x_{t-1}, (1-\alpha_t) I)`.
+
+    Args:
+        x_prev: State :math:`x_{t-1}`, shape ``batch_shape + event_shape``.
+        t: Timestep in ``{1, …, T}``; an integer, or a LongTensor broadcastable to ``batch_shape``.
+        schedule: Noise schedule with ``T`` steps.
+        event_dim: Number of rightmost dimensions that form one datum.
+
+    Returns:
+        A Normal over :math:`x_t` with ``event_dim`` event dimensions and batch shape ``batch_shape``.
+
+    Raises:
+        ValueError: ``t`` outside ``{1, …, T}``.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 2.
+        https://arxiv.org/abs/2006.11239
+    """
+    step = chain_step(t, schedule)
+    mean = pad(step.signal / step.signal_prev, event_dim, x_prev.dtype) * x_prev
+    scale = step.noise * step.share.sqrt()
+    return dist.Normal(mean, pad(scale, event_dim, x_prev.dtype)).to_event(event_dim)
+
+
+def forward_marginal(
+    x_0: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
+) -> dist.TorchDistribution:
+    r"""All noise up to ``t``, :math:`q(x_t \mid x_0) = N(\sqrt{\bar\alpha_t}\, x_0, (1-\bar\alpha_t) I)`.
+
+    Args:
+        x_0: Datum, shape ``batch_shape + event_shape``.
+        t: Timestep in ``{1, …, T}``; an integer, or a LongTensor broadcastable to ``batch_shape``.
+        schedule: Noise schedule with ``T`` steps.
+        event_dim: Number of rightmost dimensions that form one datum.
+
+    Returns:
+        A Normal over :math:`x_t` with ``event_dim`` event dimensions and batch shape ``batch_shape``.
+
+    Raises:
+        ValueError: ``t`` outside ``{1, …, T}``.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4.
+        https://arxiv.org/abs/2006.11239
+    """
+    t = _check_timestep(t, schedule, at_least=1)
+    signal, noise = schedule.scales(schedule.log_snr(t))
+    mean = pad(signal, event_dim, x_0.dtype) * x_0
+    return dist.Normal(mean, pad(noise, event_dim, x_0.dtype)).to_event(event_dim)
+
+
+def forward_posterior(
+    x_t: Tensor, x_0: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
+) -> dist.TorchDistribution:
+    r"""Posterior of the previous state, :math:`q(x_{t-1} \mid x_t, x_0) = N(\tilde\mu_t, \tilde\beta_t I)`.
+
+    .. math::
+        \tilde\mu_t &= \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\, x_0
+                     + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\, x_t, \\
+        \tilde\beta_t &= \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t .
+
+    At ``t = 1`` this is a point mass at :math:`x_0`, which has no density; ask for ``t ≥ 2``.
+
+    Args:
+        x_t: State at time ``t``, shape ``batch_shape + event_shape``.
+        x_0: Datum, shape broadcastable to ``x_t``.
+        t: Timestep in ``{2, …, T}``; an integer, or a LongTensor broadcastable to ``batch_shape``.
+        schedule: Noise schedule with ``T`` steps.
+        event_dim: Number of rightmost dimensions that form one datum.
+
+    Returns:
+        A Normal over :math:`x_{t-1}` with ``event_dim`` event dimensions and batch shape
+        ``batch_shape``.
+
+    Raises:
+        ValueError: ``t`` outside ``{2, …, T}``.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7.
+        https://arxiv.org/abs/2006.11239
+    """
+    step = chain_step(_check_timestep(t, schedule, at_least=2), schedule)
+    mean = posterior_mean(x_t, x_0, step, event_dim=event_dim)
+    scale = posterior_variance(step).sqrt()
+    return dist.Normal(mean, pad(scale, event_dim, x_t.dtype)).to_event(event_dim)
+
+
+def terminal_prior(
+    schedule: NoiseSchedule, event_shape: torch.Size, *, dtype: torch.dtype
+) -> dist.TorchDistribution:
+    r"""Where the reverse chain starts, :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
+
+    Args:
+        schedule: Noise schedule; :math:`a_T^2 + \sigma_T^2` is one where it preserves variance.
+        event_shape: Shape of one datum.
+        dtype: Floating dtype of the chain.
+
+    Returns:
+        A Normal with empty batch shape and the given event shape, on the schedule's device.
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 2.
+        https://arxiv.org/abs/2006.11239
+    """
+    signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
+    scale = (signal**2 + noise**2).sqrt().to(dtype).expand(event_shape)
+    return dist.Normal(torch.zeros_like(scale), scale).to_event(len(event_shape))
+
+
+class ChainStep(NamedTuple):
+    r"""What the step between :math:`x_{t-1}` and :math:`x_t` is made of; float64, of ``t``'s shape."""
+
+    signal_prev: Tensor  #: :math:`a_{t-1}`
+    noise_prev: Tensor  #: :math:`\sigma_{t-1}`, zero at ``t = 1``
+    signal: Tensor  #: :math:`a_t`
+    noise: Tensor  #: :math:`\sigma_t`
+    share: Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
+
+
+def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
+    """The coefficients of step ``t`` in ``{1, …, T}``; see :class:`ChainStep`."""
+    t = _check_timestep(t, schedule, at_least=1)
+    log_snr = schedule.log_snr(torch.stack((t - 1, t)))
+    (signal_prev, signal), (noise_prev, noise) = (
+        scale.unbind() for scale in schedule.scales(log_snr)
+    )
+    share = -torch.expm1(log_snr[1] - log_snr[0])
+    return ChainStep(signal_prev, noise_prev, signal, noise, share)
+
+
+def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, event_dim: int) -> Tensor:
+    r""":math:`\tilde\mu_t(x_t, x_0)` of :func:`forward_posterior`; at ``t = 1`` it is :math:`x_0`."""
+    from_x_0 = step.signal_prev * step.share
+    from_x_t = step.signal_prev / step.signal * (1 - step.share)
+    return pad(from_x_0, event_dim, x_t.dtype) * x_0 + pad(from_x_t, event_dim, x_t.dtype) * x_t
+
+
+def posterior_variance(step: ChainStep) -> Tensor:
+    r""":math:`\tilde\beta_t` of :func:`forward_posterior`, float64; zero at ``t = 1``."""
+    return step.noise_prev**2 * step.share
+
+
+def pad(coefficient: Tensor, event_dim: int, dtype: torch.dtype) -> Tensor:
+    """Give a coefficient of ``batch_shape`` its event dimensions, in the chain's dtype.
+
+    Padding goes by ``event_dim``, never by a difference of ``ndim``: a coefficient that has as many
+    entries as the batch would otherwise line up with the wrong axis in silence.
+    """
+    return coefficient.reshape(coefficient.shape + (1,) * event_dim).to(dtype)
+
+
+def _check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:
+    t = torch.as_tensor(t, device=schedule.device)
+    if t.numel() and int(t.min()) < at_least:
+        raise ValueError(
+            f"argument 't': got a timestep of {int(t.min())}; expected {at_least} … "
+            f"{schedule.num_timesteps}. Timestep 0 is the datum, into which no step leads, and "
+            "q(x_0 | x_1, x_0) is a point mass without a density."
+        )
+    return t

@@ -1,0 +1,220 @@
+r"""Likelihoods :math:`p(x_0 \mid x_1)`, and how a datum enters the chain.
+
+The chain runs in a real-valued space of its own. A likelihood is the door between that space and
+the user's data: ``embed(x_0)`` is the point where the forward chain starts, and
+``likelihood(x_0_hat)`` is the distribution of the datum given the denoiser's estimate
+:math:`\hat x_0(x_1)`, in embedded space. Any callable with those two is a likelihood; distributions
+may leave the event dimensions in their batch shape, the chain moves them.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.special import log_ndtr
+
+__all__ = [
+    "DiscretizedGaussian",
+    "DiscretizedGaussianLikelihood",
+    "GaussianLikelihood",
+    "Likelihood",
+]
+
+
+class Likelihood(nn.Module, ABC):
+    """What a datum is, given the denoiser's estimate of it."""
+
+    @abstractmethod
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data of shape ``batch_shape + …`` as points of the chain, ``batch_shape + event_shape``."""
+
+    @abstractmethod
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        """The distribution over the user's data, given ``x_0_hat`` in embedded space."""
+
+
+class _ScaledLikelihood(Likelihood):
+    """A likelihood with one positive scale, fixed or learned through its logarithm."""
+
+    log_scale: Tensor
+
+    def __init__(self, scale: float, learnable: bool) -> None:
+        super().__init__()
+        if not (0 < scale < math.inf):
+            raise ValueError(
+                f"argument 'scale': got {scale}; expected a positive number, the standard deviation "
+                "of a datum around its estimate. Pass learnable=True to have it fitted."
+            )
+        log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
+        if learnable:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation in embedded space, a positive float64 scalar."""
+        return self.log_scale.exp()
+
+
+class GaussianLikelihood(_ScaledLikelihood):
+    r"""Real data with Gaussian noise: :math:`p(x_0 \mid x_1) = N(\hat x_0, s^2 I)`.
+
+    Args:
+        scale: Standard deviation :math:`s`, in the data's units.
+        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+
+    Raises:
+        ValueError: A scale that is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0, *, learnable: bool = False) -> None:
+        super().__init__(scale, learnable)
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        return x_0
+
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        return dist.Normal(x_0_hat, self.scale.to(x_0_hat.dtype))
+
+
+class DiscretizedGaussianLikelihood(_ScaledLikelihood):
+    r"""Grey levels :math:`0 … K-1`: a Gaussian's mass in each level's bin, tails in the end bins.
+
+    Level :math:`k` embeds as :math:`e_k = 2k/(K-1) - 1`, so that the data fill :math:`[-1, 1]`, and
+
+    .. math::
+        p(k \mid x_1) = \Phi\!\Big(\frac{e_k + \delta/2 - \hat x_0}{s}\Big)
+                      - \Phi\!\Big(\frac{e_k - \delta/2 - \hat x_0}{s}\Big),
+        \qquad \delta = \frac{2}{K-1},
+
+    with the lower edge of level 0 at :math:`-\infty` and the upper edge of level :math:`K-1` at
+    :math:`\infty`.
+
+    Args:
+        num_levels: Number of levels :math:`K \ge 2`.
+        scale: Standard deviation :math:`s` in embedded space; ``None`` is an eighth of a bin.
+        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+
+    Raises:
+        ValueError: Fewer than two levels, a scale that is not positive, or (from ``embed``) data
+            that are not whole numbers in ``0 … K − 1``.
+
+    Example:
+        >>> likelihood = DiscretizedGaussianLikelihood(num_levels=3)
+        >>> likelihood.embed(torch.tensor([0, 1, 2]))
+        tensor([-1.,  0.,  1.])
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13.
+        https://arxiv.org/abs/2006.11239
+    """
+
+    def __init__(
+        self, num_levels: int, scale: float | None = None, *, learnable: bool = False
+    ) -> None:
+        if not isinstance(num_levels, int) or num_levels < 2:
+            raise ValueError(
+                f"argument 'num_levels': got {num_levels!r}; expected a whole number of at least 2, "
+                "the number of grey levels. 8-bit images have 256, one-bit images 2."
+            )
+        super().__init__(1 / (4 * (num_levels - 1)) if scale is None else scale, learnable)
+        self.num_levels = num_levels
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        levels = x_0.to(torch.get_default_dtype()) if not x_0.is_floating_point() else x_0
+        inside = (levels >= 0) & (levels <= self.num_levels - 1) & (levels == levels.round())
+        if not inside.all():
+            raise ValueError(
+                f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
+                f"0 … {self.num_levels - 1}, the levels of DiscretizedGaussianLikelihood"
+                f"(num_levels={self.num_levels}). Pass raw levels: the likelihood rescales them."
+            )
+        return levels * (2 / (self.num_levels - 1)) - 1
+
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        return DiscretizedGaussian(x_0_hat, self.scale.to(x_0_hat.dtype), self.num_levels)
+
+
+class DiscretizedGaussian(TorchDistribution):
+    r"""A Gaussian in :math:`[-1, 1]`'s space, rounded to :math:`K` levels and clipped to them.
+
+    Sampling is literally that, so the probabilities of the levels sum to one.
+
+    Args:
+        loc: Mean in embedded space, shape ``batch_shape``.
+        scale: Standard deviation in embedded space, broadcastable to ``loc``.
+        num_levels: Number of levels :math:`K`; the support is the whole numbers ``0 … K − 1``.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    has_enumerate_support = True
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, num_levels: int, *, validate_args: bool | None = None
+    ) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.num_levels = num_levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return constraints.integer_interval(0, self.num_levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean level, by summing over the support."""
+        levels = self.enumerate_support()
+        return (self.log_prob(levels).exp() * levels).sum(0)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the level, by summing over the support."""
+        levels = self.enumerate_support()
+        return (self.log_prob(levels).exp() * (levels - self.mean) ** 2).sum(0)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscretizedGaussian":
+        return DiscretizedGaussian(
+            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.num_levels,
+            validate_args=False,
+        )  # fmt: skip
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            point = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
+            return ((point + 1) * (self.num_levels - 1) / 2).round().clamp(0, self.num_levels - 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        level = value.to(self.loc.dtype)
+        centre = level * (2 / (self.num_levels - 1)) - 1
+        lower = (centre - 1 / (self.num_levels - 1) - self.loc) / self.scale
+        upper = (centre + 1 / (self.num_levels - 1) - self.loc) / self.scale
+        inner = _log_interval(lower, upper)
+        log_prob = torch.where(level <= 0, log_ndtr(upper), inner)
+        return torch.where(level >= self.num_levels - 1, log_ndtr(-lower), log_prob)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        levels = torch.arange(self.num_levels, device=self.loc.device, dtype=self.loc.dtype)
+        levels = levels.reshape((-1,) + (1,) * len(self.batch_shape))
+        return levels.expand((-1, *self.batch_shape)) if expand else levels
+
+
+def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
+    r""":math:`\log(\Phi(u) - \Phi(l))`, from the side where :math:`\Phi` is small: nothing cancels."""
+    flip = lower + upper > 0
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_upper = log_ndtr(upper)
+    # The difference is zero only where it underflows; the floor keeps the logarithm finite there.
+    ratio = (log_ndtr(lower) - log_upper).clamp(max=-torch.finfo(upper.dtype).tiny)
+    return log_upper + (-torch.expm1(ratio)).log()

@@ -1,0 +1,308 @@
+r"""Noise schedules: the log signal-to-noise ratio as a curve, and what follows from it.
+
+A schedule is a strictly decreasing curve :math:`\lambda(u)`, :math:`u \in [0, 1]`, put on a grid of
+:math:`T` timesteps with :math:`\lambda_1 = \lambda(0)` and :math:`\lambda_T = \lambda(1)`. Every
+grid asks a network about the same range of noise, and :math:`T \to \infty` has a limit. A chain of
+one step stands at :math:`\lambda(1)`, where the standard normal is. With
+
+.. math::
+    \bar\alpha_t = \operatorname{sigmoid}(\lambda_t), \qquad
+    \alpha_t = \bar\alpha_t / \bar\alpha_{t-1}, \qquad
+    \mathrm{SNR}(t) = e^{\lambda_t} = \bar\alpha_t / (1 - \bar\alpha_t),
+
+the state at :math:`t` is :math:`x_t = a_t x_0 + \sigma_t \epsilon` with ``signal`` :math:`a_t =
+\sqrt{\bar\alpha_t}` and ``noise`` :math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`. The datum itself is
+:math:`t = 0`: :math:`\lambda_0 = \infty`, :math:`\bar\alpha_0 = 1`.
+
+Everything is computed in float64, whatever dtype the model has: :math:`1 - \alpha_t` is a difference
+of nearly equal numbers. The kernels cast the finished coefficients.
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), section 3.2. https://arxiv.org/abs/2107.00630
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+__all__ = ["AlphaSchedule", "CosineSchedule", "LinearSchedule", "LogSNRSchedule", "NoiseSchedule"]
+
+
+class NoiseSchedule(nn.Module, ABC):
+    r"""A log-SNR curve on a grid of ``num_timesteps`` steps; variance preserving.
+
+    Methods take a timestep ``t`` in :math:`\{0, …, T\}`, an integer or a LongTensor, and return a
+    float64 tensor of ``t``'s shape on the schedule's device.
+
+    Args:
+        num_timesteps: Number of steps :math:`T \ge 1`.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        super().__init__()
+        self.num_timesteps = _check_num_timesteps(num_timesteps)
+
+    @abstractmethod
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        r"""The curve :math:`\lambda(u)` for :math:`u \in [0, 1]`; float64, of ``u``'s shape."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the schedule, and with it the chain, lives."""
+
+    def with_num_timesteps(self, num_timesteps: int) -> Self:
+        """The same curve, learned parameters included, on another grid."""
+        schedule = copy.copy(self)
+        schedule.num_timesteps = _check_num_timesteps(num_timesteps)
+        return schedule
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        r""":math:`\lambda_t = \log \bar\alpha_t - \log(1 - \bar\alpha_t)`; infinite at ``t = 0``."""
+        t = self._check_timestep(t)
+        u = (t - 1).clamp(min=0).double() / max(self.num_timesteps - 1, 1)
+        if self.num_timesteps == 1:
+            u = torch.ones_like(u)
+        return torch.where(t == 0, math.inf, self.log_snr_at(u))
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`(a, \sigma)` at a log-SNR, with :math:`a^2 + \sigma^2 = 1`."""
+        return (0.5 * logsigmoid(log_snr)).exp(), (0.5 * logsigmoid(-log_snr)).exp()
+
+    def signal(self, t: int | Tensor) -> Tensor:
+        r""":math:`a_t = \sqrt{\bar\alpha_t}`."""
+        return self.scales(self.log_snr(t))[0]
+
+    def noise(self, t: int | Tensor) -> Tensor:
+        r""":math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`."""
+        return self.scales(self.log_snr(t))[1]
+
+    def snr(self, t: int | Tensor) -> Tensor:
+        r""":math:`\mathrm{SNR}(t) = \bar\alpha_t / (1 - \bar\alpha_t)`; infinite at ``t = 0``."""
+        return self.log_snr(t).exp()
+
+    def alpha_bar(self, t: int | Tensor) -> Tensor:
+        r""":math:`\bar\alpha_t = \prod_{s \le t} \alpha_s`; one at ``t = 0``."""
+        return self.log_snr(t).sigmoid()
+
+    def alpha(self, t: int | Tensor) -> Tensor:
+        r""":math:`\alpha_t = \bar\alpha_t / \bar\alpha_{t-1}`; one at ``t = 0``, where no step leads."""
+        return self._log_alpha(t).exp()
+
+    def beta(self, t: int | Tensor) -> Tensor:
+        r""":math:`\beta_t = 1 - \alpha_t`, without cancellation; zero at ``t = 0``."""
+        return -torch.expm1(self._log_alpha(t))
+
+    def _log_alpha(self, t: int | Tensor) -> Tensor:
+        t = self._check_timestep(t)
+        previous, current = logsigmoid(self.log_snr(torch.stack(((t - 1).clamp(min=0), t))))
+        return current - previous
+
+    def _check_timestep(self, t: int | Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            inside = isinstance(t, int) and 0 <= t <= self.num_timesteps
+            got = repr(t)
+            t = torch.tensor(t if inside else 0, device=self.device)
+        elif t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            inside, got = False, f"a tensor of {t.dtype}"
+        elif t.numel():
+            low, high = (int(bound) for bound in t.aminmax())
+            inside, got = 0 <= low and high <= self.num_timesteps, f"values from {low} to {high}"
+        else:
+            inside, got = True, ""
+        if not inside:
+            raise ValueError(
+                f"argument 't': got {got}; expected whole timesteps in 0 … {self.num_timesteps} "
+                "(an int or a LongTensor). Timestep 0 is the datum and T the noisiest state."
+            )
+        return t
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The curve keeps float64 when the model around it is cast; only the device changes.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def extra_repr(self) -> str:
+        return f"num_timesteps={self.num_timesteps}"
+
+
+class _TabulatedSchedule(NoiseSchedule):
+    """A curve through equally spaced values of the log-SNR, linear between them."""
+
+    log_snr_curve: Tensor
+
+    def __init__(self, alpha: Tensor, num_timesteps: int) -> None:
+        super().__init__(num_timesteps)
+        log_alpha_bar = alpha.double().log().cumsum(0)
+        curve = log_alpha_bar - (-torch.expm1(log_alpha_bar)).log()
+        _check_decreasing(curve, "alpha")
+        self.register_buffer("log_snr_curve", curve)
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_snr_curve.device
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        last = len(self.log_snr_curve) - 1
+        if last == 0:
+            return self.log_snr_curve[0].expand(u.shape)
+        position = u.double() * last
+        index = position.floor().long().clamp(0, last - 1)
+        return torch.lerp(
+            self.log_snr_curve[index], self.log_snr_curve[index + 1], position - index
+        )
+
+
+class AlphaSchedule(_TabulatedSchedule):
+    r"""The schedule with given :math:`\alpha_1, …, \alpha_T`; it has this grid and no other.
+
+    Args:
+        alpha: :math:`\alpha_1 … \alpha_T`, each in (0, 1), shape ``(T,)``; a sequence or a tensor.
+
+    Raises:
+        ValueError: A value outside (0, 1), an empty sequence, or an :math:`\bar\alpha_T` too small
+            for float64.
+
+    Example:
+        >>> AlphaSchedule([0.9, 0.5]).alpha_bar(torch.tensor([0, 1, 2]))
+        tensor([1.0000, 0.9000, 0.4500], dtype=torch.float64)
+    """
+
+    def __init__(self, alpha: Tensor | list[float]) -> None:
+        alpha = torch.as_tensor(alpha, dtype=torch.float64).detach()
+        if alpha.dim() != 1 or len(alpha) == 0 or not ((alpha > 0) & (alpha < 1)).all():
+            raise ValueError(
+                f"argument 'alpha': got {_brief(alpha)}; expected α_1 … α_T, one number in (0, 1) "
+                "for each step. α is the share of the variance kept: pass 1 − β if you hold β."
+            )
+        super().__init__(alpha, len(alpha))
+
+    def with_num_timesteps(self, num_timesteps: int) -> Self:
+        """Refused, unless it asks for the grid that is there.
+
+        Raises:
+            ValueError: ``num_timesteps`` is not :math:`T`.
+        """
+        if num_timesteps != self.num_timesteps:
+            raise ValueError(
+                f"argument 'num_timesteps': got {num_timesteps} for an AlphaSchedule of "
+                f"{self.num_timesteps} steps; expected {self.num_timesteps}, because α_1 … α_T fix "
+                "the grid. Use LinearSchedule, CosineSchedule or LogSNRSchedule for a curve."
+            )
+        return super().with_num_timesteps(num_timesteps)
+
+
+class LinearSchedule(_TabulatedSchedule):
+    r""":math:`\beta_t` linear in :math:`t` at :math:`T = 1000`; its log-SNR curve at any other T.
+
+    Args:
+        num_timesteps: Number of steps :math:`T`.
+        beta_start: :math:`\beta_1` of the 1,000-step grid.
+        beta_end: :math:`\beta_{1000}` of the 1,000-step grid.
+
+    Raises:
+        ValueError: ``num_timesteps`` below one, or a β outside (0, 1).
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 4.
+        https://arxiv.org/abs/2006.11239
+    """
+
+    def __init__(
+        self, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> None:
+        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not 0 < beta < 1:
+                raise ValueError(
+                    f"argument {name!r}: got {beta}; expected a number in (0, 1), β = 1 − α being "
+                    "the share of the variance that one of 1,000 steps replaces by noise."
+                )
+        beta = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
+        super().__init__(1 - beta, num_timesteps)
+
+
+class CosineSchedule(_TabulatedSchedule):
+    r""":math:`\bar\alpha_t \propto \cos^2\!\big(\tfrac{t/T + s}{1 + s} \tfrac\pi2\big)`, s = 0.008.
+
+    The curve is that of 1,000 steps with :math:`\beta_t` clipped at 0.999, and is put on other
+    grids as a curve.
+
+    Args:
+        num_timesteps: Number of steps :math:`T`.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), eq. 17.
+        https://arxiv.org/abs/2102.09672
+    """
+
+    def __init__(self, num_timesteps: int = 1000) -> None:
+        offset = 0.008
+        time = torch.arange(_REFERENCE_STEPS + 1, dtype=torch.float64) / _REFERENCE_STEPS
+        alpha_bar = ((time + offset) / (1 + offset) * math.pi / 2).cos() ** 2
+        super().__init__((alpha_bar[1:] / alpha_bar[:-1]).clamp(min=1 - 0.999), num_timesteps)
+
+
+class LogSNRSchedule(NoiseSchedule):
+    r"""Log-SNR linear in :math:`u`: :math:`\lambda(u) = (1 - u)\lambda_{\max} + u\lambda_{\min}`.
+
+    Args:
+        num_timesteps: Number of steps :math:`T`.
+        log_snr_max: :math:`\lambda(0)`, the log-SNR of :math:`x_1`.
+        log_snr_min: :math:`\lambda(1)`, the log-SNR of :math:`x_T`; :math:`-8` leaves a prior term
+            of about :math:`10^{-4}` nats a dimension for data of unit scale.
+
+    Raises:
+        ValueError: ``num_timesteps`` below one, or a curve that does not decrease.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), section 3.2.
+        https://arxiv.org/abs/2107.00630
+    """
+
+    log_snr_ends: Tensor
+
+    def __init__(
+        self, num_timesteps: int = 1000, *, log_snr_max: float = 8.0, log_snr_min: float = -8.0
+    ) -> None:
+        super().__init__(num_timesteps)
+        ends = torch.tensor([log_snr_max, log_snr_min], dtype=torch.float64)
+        _check_decreasing(ends, "log_snr_max, log_snr_min")
+        self.register_buffer("log_snr_ends", ends)
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_snr_ends.device
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        return torch.lerp(self.log_snr_ends[0], self.log_snr_ends[1], u.double())
+
+
+_REFERENCE_STEPS = 1000  # the grid on which the published β's are stated
+
+
+def _check_num_timesteps(num_timesteps: int) -> int:
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(
+            f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at least "
+            "1. A chain needs one step to be a chain; 1000 is usual."
+        )
+    return num_timesteps
+
+
+def _check_decreasing(log_snr: Tensor, argument: str) -> None:
+    if not log_snr.isfinite().all() or not (log_snr.diff() < 0).all():
+        raise ValueError(
+            f"argument {argument!r}: got a log-SNR curve {_brief(log_snr)} that is not finite and "
+            "strictly decreasing; expected less signal at every step, and ᾱ_T above 1e-300. Check "
+            "the order of the values (from data to noise)."
+        )
+
+
+def _brief(values: Tensor) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values.flatten()[:4].tolist())
+    return f"[{shown}{', …' if values.numel() > 4 else ''}] of shape {tuple(values.shape)}"
