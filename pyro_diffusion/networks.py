@@ -21,17 +21,17 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     r"""Residual multilayer perceptron, conditioned on log-SNR, with a zero-initialised output.
 
-    Each block adds :math:`h \leftarrow h + W_2\,\mathrm{drop}\,\phi(\gamma \odot W_1 \mathrm{norm}(h)
-    + \delta)`, :math:`\phi` the SiLU and :math:`(\gamma, \delta)` an affine function of the log-SNR's
-    embedding. At initialisation the output is zero everywhere.
+    Each block adds :math:`h \leftarrow h + W_2\,\mathrm{drop}\,\phi((1 + \gamma) \odot
+    W_1 \mathrm{norm}(h) + \delta)`, :math:`\phi` the SiLU and :math:`(\gamma, \delta)` an affine
+    function of the log-SNR's embedding. At initialisation the output is zero everywhere.
 
     Args:
         event_shape: Shape of one datum; an event of any rank is flattened inside.
         hidden_size: Width of the residual stream.
         num_blocks: Number of residual blocks.
         fourier_frequencies: Powers :math:`n` for which :math:`\sin(2^n \pi x_t)` and
-            :math:`\cos(2^n \pi x_t)` join the input. Integer data want them, with
-            :math:`2^{n}` around the number of levels a unit apart; others do without.
+            :math:`\cos(2^n \pi x_t)` join the input. Integer data want those whose period is a
+            few levels or one (2, 3 and 4 for 17 levels in [-1, 1]); others do without.
         dropout: Probability with which a hidden unit is dropped while training.
 
     Example:
@@ -50,49 +50,52 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.event_shape = torch.Size(event_shape)
         self.fourier_frequencies = tuple(fourier_frequencies)
-        size = self.event_shape.numel()
-        self.embed_log_snr = nn.Sequential(
-            _Sinusoids(64), nn.Linear(64, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        size = torch.Size(event_shape).numel()
         self.encode = nn.Linear(size * (1 + 2 * len(self.fourier_frequencies)), hidden_size)
+        self.condition = nn.Sequential(
+            _Sinusoids(64), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2 * num_blocks * hidden_size)
+        )
         self.blocks = nn.ModuleList(_Block(hidden_size, dropout) for _ in range(num_blocks))
-        self.decode = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, size))
-        nn.init.zeros_(self.decode[-1].weight)
-        nn.init.zeros_(self.decode[-1].bias)
+        self.decode = nn.Linear(hidden_size, size)
+        nn.init.zeros_(self.decode.weight)
+        nn.init.zeros_(self.decode.bias)
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``."""
-        x = x_t.flatten(1)
+        x = x_t.reshape(len(x_t), -1)
         waves = [wave(2**n * math.pi * x) for n in self.fourier_frequencies for wave in _WAVES]
         h = self.encode(torch.cat([x, *waves], dim=-1))
-        condition = self.embed_log_snr(log_snr)
-        for block in self.blocks:
-            h = block(h, condition)
-        return self.decode(h).reshape(x_t.shape)
+        conditions = self.condition(log_snr).chunk(2 * len(self.blocks), dim=-1)
+        for block, gain, shift in zip(self.blocks, conditions[::2], conditions[1::2], strict=True):
+            h = block(h, gain, shift)
+        return self.decode(_normalise(h)).reshape(x_t.shape)
 
 
 _WAVES = (torch.sin, torch.cos)
 
 
+def _normalise(h: Tensor) -> Tensor:
+    """Layer normalisation without parameters: the layer that follows has its own."""
+    return nn.functional.layer_norm(h, h.shape[-1:])
+
+
 class _Block(nn.Module):
     def __init__(self, size: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(size)
         self.widen = nn.Linear(size, size)
-        self.condition = nn.Linear(size, 2 * size)
         self.drop = nn.Dropout(dropout)
         self.narrow = nn.Linear(size, size)
 
-    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
-        gain, shift = self.condition(condition).chunk(2, dim=-1)
-        update = nn.functional.silu((1 + gain) * self.widen(self.norm(h)) + shift)
+    def forward(self, h: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        update = nn.functional.silu((1 + gain) * self.widen(_normalise(h)) + shift)
         return h + self.narrow(self.drop(update))
 
 
 class _Sinusoids(nn.Module):
-    """Sines and cosines of a log-SNR; periods from 1 to 100, so that ±20 is told apart finely."""
+    """Sines and cosines of a log-SNR, with periods from 1 to 100: ±20 is told apart finely."""
+
+    frequencies: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()

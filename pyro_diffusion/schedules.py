@@ -165,8 +165,7 @@ class AlphaSchedule(_TabulatedSchedule):
         alpha: :math:`\alpha_1 … \alpha_T`, each in (0, 1), shape ``(T,)``; a sequence or a tensor.
 
     Raises:
-        ValueError: A value outside (0, 1), an empty sequence, or an :math:`\bar\alpha_T` too small
-            for float64.
+        ValueError: A value outside (0, 1), or an empty sequence.
 
     Example:
         >>> AlphaSchedule([0.9, 0.5]).alpha_bar(torch.tensor([0, 1, 2]))
@@ -298,8 +297,8 @@ def _check_decreasing(log_snr: Tensor, argument: str) -> None:
     if not log_snr.isfinite().all() or not (log_snr.diff() < 0).all():
         raise ValueError(
             f"argument {argument!r}: got a log-SNR curve {_brief(log_snr)} that is not finite and "
-            "strictly decreasing; expected less signal at every step, and ᾱ_T above 1e-300. Check "
-            "the order of the values (from data to noise)."
+            "strictly decreasing; expected less signal at every step. Check the order of the values: "
+            "they run from data to noise."
         )
 
 

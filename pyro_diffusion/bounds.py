@@ -1,0 +1,449 @@
+r"""The hierarchical bound as named terms with errors, for any Pyro model and guide.
+
+The bound is a sum over sites, one term for each timestep, and the guide's order says which:
+
+.. math::
+    \mathrm{ELBO} = \underbrace{E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
+        - \sum_{t=1}^{T-1} \underbrace{L_t}_{\text{transition}} - \underbrace{L_T}_{\text{prior}}.
+
+With the posterior-ordered guide the terms are KLs (E10),
+:math:`L_t = E\,\mathrm{KL}(q(x_t \mid x_{t+1}, x_0) \| p(x_t \mid x_{t+1}))`; with the forward guide
+they are expected log-ratios (E11), :math:`L_t = E \log q(x_t \mid x_{t-1}) / p(x_t \mid x_{t+1})`,
+with the same sum. Lecture notes print the latter as
+:math:`E\,\mathrm{KL}(q(x_t \mid x_{t-1}) \| p(x_t \mid x_{t+1}))`. That is another number for
+:math:`t < T`, because given both neighbours :math:`x_t` does not follow
+:math:`q(x_t \mid x_{t-1})`; it is not used here.
+
+Ratios are taken site by site and added in float64: two sums of a thousand large float32 numbers,
+subtracted at the end, would leave noise of the size of the bound's own errors. Two errors are told
+apart: the *Monte Carlo* error says what more particles would change, the *sampling* error what more
+data would.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 34-58.
+    https://arxiv.org/abs/2208.11970
+    Variational Diffusion Models (Kingma et al., 2021), eq. 13 (SNR weights).
+    https://arxiv.org/abs/2107.00630
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+from tqdm.auto import tqdm
+
+from pyro_diffusion.chains import SubsampledProgram, evaluating
+from pyro_diffusion.schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "snr_weight"]
+
+_CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
+
+
+class Estimate(NamedTuple):
+    """A mean over data with its two errors, each one standard deviation."""
+
+    value: float  #: the estimate
+    monte_carlo_error: float  #: what more particles would change; NaN for a single particle
+    sampling_error: float  #: what more data would change; NaN for a single datum
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value:.4f} ± {self.monte_carlo_error:.4f} (Monte Carlo) "
+            f"± {self.sampling_error:.4f} (sampling)"
+        )
+
+
+class ELBOTerms(NamedTuple):
+    """The bound, term by term and datum by datum; nats per datum, float64, unscaled."""
+
+    reconstruction: Tensor  #: expected log-likelihood, shape ``(N,)``
+    transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
+    prior: Tensor  #: :math:`L_T`, shape ``(N,)``
+    standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
+    term_standard_error: Tensor  #: row ``t``: Monte Carlo error of the term at ``x_t``, ``(T+1, N)``
+    kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
+    site_names: tuple[str, ...]  #: where each term lives, by timestep
+    event_size: int  #: number of entries :math:`D` of one datum
+
+    @property
+    def elbo(self) -> Tensor:
+        """The bound, ``reconstruction - transition.sum(0) - prior``, shape ``(N,)``."""
+        return self.reconstruction - self.transition.sum(0) - self.prior
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether the latent sites' terms are KLs (and not log-ratios, which can be negative)."""
+        return all(kind == "KL" for kind in self.kinds[1:])
+
+    def mean(self) -> Estimate:
+        """Mean bound over data in nats per datum, with its errors."""
+        return _mean(self.elbo, self.standard_error)
+
+    def term_means(self) -> list[Estimate]:
+        """Mean over data of the term at each site ``x_0 … x_T`` (``x_0``: the reconstruction)."""
+        terms = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
+        return [_mean(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
+
+    def bits_per_dim(self) -> Estimate:
+        r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors."""
+        nats, monte_carlo_error, sampling_error = self.mean()
+        unit = self.event_size * math.log(2)
+        return Estimate(-nats / unit, monte_carlo_error / unit, sampling_error / unit)
+
+    def to_dataset(self) -> "xarray.Dataset":
+        """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
+        import xarray
+
+        latent = "mean KL" if self.is_kl else "mean log-ratio"
+        fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
+            "elbo": (("data",), self.elbo, "evidence lower bound"),
+            "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
+            "reconstruction": (("data",), self.reconstruction, "expected log p(x_0 | x_1)"),
+            "transition": (("timestep", "data"), self.transition, f"{latent} at site x_t"),
+            "transition_standard_error": (
+                ("timestep", "data"),
+                self.term_standard_error[1:-1],
+                "Monte Carlo error of transition",
+            ),
+            "prior": (("data",), self.prior, f"{latent} at site x_T"),
+        }
+        bits = self.bits_per_dim()
+        return xarray.Dataset(
+            {
+                name: (dims, values.cpu().numpy(), {"units": "nats per datum", "long_name": label})
+                for name, (dims, values, label) in fields.items()
+            },
+            coords={
+                "timestep": range(1, len(self.transition) + 1),
+                "data": range(len(self.prior)),
+            },
+            attrs={
+                "kind": "KL" if self.is_kl else "log-ratio",
+                "event_size": self.event_size,
+                "bits_per_dim": bits.value,
+                "bits_per_dim_monte_carlo_error": bits.monte_carlo_error,
+                "bits_per_dim_sampling_error": bits.sampling_error,
+            },
+        )
+
+
+def elbo_terms(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    *,
+    num_particles: int = 8,
+    analytic_kl: bool | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> ELBOTerms:
+    r"""The bound of a Pyro model and guide, with the term of every site.
+
+    Any pair will do that is called with a batch of data, has the same latent sites in both
+    programs and every site inside a data plate at dim −1. The latent site that the model samples
+    first is :math:`x_T`, the last one :math:`x_1`; observed sites together are the reconstruction.
+    Values are unscaled whatever plates or handlers scale, no gradient is recorded, and modules are
+    in evaluation mode meanwhile.
+
+    Data and particles are processed in chunks of ``batch_size`` trajectories. The default keeps the
+    states of a chunk under 256 MiB, fewer trajectories at a time the longer the chain.
+
+    Args:
+        model: Program for :math:`p`, called as ``model(x_0)``.
+        guide: Program for :math:`q`, called as ``guide(x_0)``.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        num_particles: Trajectories for each datum.
+        analytic_kl: Take KLs in closed form. ``None`` does so where that is legal (the guide runs
+            in the model's order) and a formula is known; ``False`` averages log-ratios along the
+            trajectories, which is the quieter estimator for a denoiser close to exact.
+        batch_size: Trajectories (data times particles) in a chunk.
+        progress: Show a progress bar if the evaluation takes more than five seconds.
+
+    Returns:
+        :class:`ELBOTerms`.
+
+    Raises:
+        ValueError: Latents that differ between the programs, a site outside the data plate, a
+            subsampled pair, ``analytic_kl=True`` with the forward guide, or a term that is not
+            finite (the message names the site).
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
+        >>> diffusion = DiffusionModel(denoiser)
+        >>> terms = elbo_terms(diffusion.model, diffusion.posterior_guide, torch.zeros(3, 2))
+        >>> terms.transition.shape, terms.is_kl
+        (torch.Size([4, 3]), True)
+    """
+    _check_arguments(model, guide, num_particles, batch_size)
+    if batch_size is None:
+        batch_size = _default_batch_size(model, x_0)
+    chunk_data = min(len(x_0), batch_size) or 1
+    chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
+    num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
+    totals: list[_Moments] = []
+    terms: list[_Moments] = []
+    with (
+        torch.no_grad(),
+        evaluating(model, guide),
+        tqdm(total=0, unit="site", delay=5, disable=not progress, leave=False) as bar,
+    ):
+        for data in x_0.split(chunk_data) if len(x_0) else [x_0]:
+            total, term = _Moments(), _Moments()
+            for particles in _parts(num_particles, chunk_particles):
+                rows = data.repeat(particles, *(1,) * (data.dim() - 1))
+                sites = _score(model, guide, rows, analytic_kl, bar, num_chunks)
+                values = sites.values.reshape(len(sites.names), particles, len(data))
+                term.update(values.movedim(1, 0))
+                total.update(values[0] - values[1:].sum(0))
+            terms.append(term)
+            totals.append(total)
+    mean = torch.cat([moments.mean for moments in terms], dim=-1)
+    return ELBOTerms(
+        reconstruction=mean[0],
+        transition=mean[1:-1],
+        prior=mean[-1],
+        standard_error=torch.cat([moments.standard_error() for moments in totals], dim=-1),
+        term_standard_error=torch.cat([moments.standard_error() for moments in terms], dim=-1),
+        kinds=sites.kinds,
+        site_names=sites.names,
+        event_size=sites.event_size,
+    )
+
+
+def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
+    r"""Weight of the squared error in :math:`L_t` when the reverse variance is :math:`\tilde\beta`.
+
+    .. math::
+        L_t = \tfrac12 \big(\mathrm{SNR}(t) - \mathrm{SNR}(t+1)\big)
+              E\,\lVert x_0 - \hat x_0(x_{t+1}) \rVert^2, \qquad t = 1 … T-1 \quad \text{(E12)}.
+
+    Args:
+        schedule: Noise schedule.
+        t: Timestep in ``{1, …, T − 1}``; an integer or a LongTensor.
+
+    Returns:
+        The weight, float64, of ``t``'s shape.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), eq. 13.
+        https://arxiv.org/abs/2107.00630
+    """
+    return 0.5 * (schedule.snr(t) - schedule.snr(t + 1))
+
+
+class _Sites(NamedTuple):
+    """Terms of one chunk, ordered by timestep: ``x_0`` first."""
+
+    values: Tensor  # (T + 1, rows)
+    kinds: tuple[str, ...]
+    names: tuple[str, ...]
+    event_size: int
+
+
+class _Moments:
+    """Running mean and squared deviations over particles (Chan et al., 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def update(self, values: Tensor) -> None:
+        """Take in values with the particles in front."""
+        count, mean = len(values), values.mean(0)
+        squares = (values - mean).square().sum(0)
+        total = self.count + count
+        shift = mean - self.mean if self.count else torch.zeros_like(mean)
+        self.mean = self.mean + shift * (count / total) if self.count else mean
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.count = total
+
+    def standard_error(self) -> Tensor:
+        if self.count == 1:
+            return torch.full_like(self.mean, math.nan)
+        return (self.squares / (self.count - 1) / self.count).sqrt()
+
+
+class _Draw(Messenger):
+    """Record what the guide sampled, and from what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, tuple[Tensor, Any]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            self.sites[msg["name"]] = (msg["value"], msg["fn"])
+
+
+class _Score(Messenger):
+    """Replay the model on the guide's draws; turn each site into a term and let go of its state."""
+
+    def __init__(self, drawn: dict[str, tuple[Tensor, Any]], rows: int, bar: Any) -> None:
+        super().__init__()
+        self.drawn, self.rows, self.bar = drawn, rows, bar
+        self.guide_order = list(drawn)
+        self.log_ratio: dict[str, Tensor] = {}
+        self.kl: dict[str, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}
+        self.event_size = 0
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the model has visited its latents in the guide's order so far."""
+        return list(self.log_ratio) == self.guide_order[: len(self.log_ratio)]
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            if msg["name"] not in self.drawn:
+                raise ValueError(_LATENTS_DIFFER.format(f"the model samples {msg['name']!r}"))
+            msg["value"], msg["done"] = self.drawn[msg["name"]][0], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        name, p, value = msg["name"], msg["fn"], msg["value"]
+        if msg["is_observed"]:
+            self.observed[name] = self._per_datum(_log_prob(p, value), msg)
+            self.event_size += value.numel() // self.rows
+        else:
+            _, q = self.drawn.pop(name)
+            self.log_ratio[name] = self._per_datum(_log_prob(q, value) - _log_prob(p, value), msg)
+            if self.in_order:
+                try:
+                    self.kl[name] = self._per_datum(kl_divergence(q, p), msg)
+                except NotImplementedError:
+                    pass
+        self.bar.update()
+
+    def _per_datum(self, values: Tensor, msg: Any) -> Tensor:
+        """Sum a site's values over everything but the data plate, shape ``(rows,)``."""
+        plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
+        if not plates or plates[0].size != self.rows:
+            raise ValueError(
+                f"site {msg['name']!r}: got a site "
+                + (f"in a plate of size {plates[0].size}" if plates else "outside of every plate")
+                + f"; expected all sites in a plate of the batch's size ({self.rows}) at dim -1, "
+                "because terms are reported by datum. Put local variables into the data plate; a "
+                "model with global latents has no bound for a single datum."
+            )
+        values = scale_and_mask(values.double(), mask=msg["mask"])
+        values = values.expand(torch.broadcast_shapes(values.shape, (self.rows,)))
+        values = values.reshape(-1, self.rows).sum(0)
+        if not values.isfinite().all():
+            raise ValueError(
+                f"site {msg['name']!r}: got a log-probability or KL that is NaN or infinite for "
+                f"{int((~values.isfinite()).sum())} of {self.rows} rows; expected finite numbers. "
+                "Check the parameters for NaN and the data for values outside the support."
+            )
+        return values
+
+
+def _log_prob(distribution: Any, value: Tensor) -> Tensor:
+    """log-density in float64; a Gaussian's entries are in float64 before they are summed."""
+    base = distribution
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    if isinstance(base, torch.distributions.Normal):
+        value = value.double()
+    return distribution.log_prob(value).double()
+
+
+def _score(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    rows: Tensor,
+    analytic_kl: bool | None,
+    bar: Any,
+    num_chunks: int,
+) -> _Sites:
+    with _Draw() as drawn:
+        guide(rows)
+    bar.total = num_chunks * (len(drawn.sites) + 1)
+    with _Score(drawn.sites, len(rows), bar) as score:
+        model(rows)
+    if score.drawn:
+        missing = ", ".join(map(repr, score.drawn))
+        raise ValueError(_LATENTS_DIFFER.format(f"the guide alone samples {missing}"))
+    if not score.observed or not score.log_ratio:
+        raise ValueError(
+            f"argument 'model': got a program with {len(score.log_ratio)} latent and "
+            f"{len(score.observed)} observed sites; expected at least one of each. Pass the data to "
+            "obs= of the site that they are observed at."
+        )
+    if analytic_kl and not score.in_order:
+        raise ValueError(
+            "argument 'analytic_kl': got True for a guide that samples its sites in another order "
+            "than the model; expected None or False, because its terms are log-ratios and not KLs. "
+            "Use posterior_guide, the same joint distribution in the model's order."
+        )
+    kl = score.kl if score.in_order and analytic_kl is not False else {}
+    latents = list(reversed(score.log_ratio))
+    terms = [kl.get(name, score.log_ratio[name]) for name in latents]
+    reconstruction = torch.stack(list(score.observed.values())).sum(0)
+    return _Sites(
+        values=torch.stack([reconstruction, *terms]),
+        kinds=("log-likelihood", *("KL" if score.in_order else "log-ratio" for _ in latents)),
+        names=("+".join(score.observed), *latents),
+        event_size=score.event_size,
+    )
+
+
+_LATENTS_DIFFER = (
+    "latent sites: got programs that differ, {}; expected the same latent sites in model and guide. "
+    "Rename the sites, or observe in both what is data."
+)
+
+
+def _check_arguments(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    num_particles: int,
+    batch_size: int | None,
+) -> None:
+    if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
+        raise ValueError(
+            "arguments 'model' and 'guide': got a subsampled pair, whose sites are a random few of "
+            "the chain's; expected programs with every site. Pass diffusion.model and "
+            "diffusion.posterior_guide; they have the same bound."
+        )
+    for name, number in (("num_particles", num_particles), ("batch_size", batch_size)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(
+                f"argument {name!r}: got {number!r}; expected a whole number of at least 1. Two "
+                "particles or more give a Monte Carlo error."
+            )
+
+
+def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
+    num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
+    numbers = 2 * num_sites * x_0[:1].numel()  # a state and its mean at each site
+    return min(max(_CHUNK_BYTES // (4 * max(numbers, 1)), 1), 8192)
+
+
+def _parts(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _mean(values: Tensor, standard_error: Tensor) -> Estimate:
+    """Mean over data. The spread over data is freed of the Monte Carlo noise where that is known."""
+    n = len(values)
+    noise = standard_error.square()
+    spread = values.var() - noise.mean().nan_to_num(0.0) if n > 1 else torch.tensor(math.nan)
+    return Estimate(
+        values.mean().item(), noise.sum().sqrt().item() / n, (spread.clamp(min=0) / n).sqrt().item()
+    )
