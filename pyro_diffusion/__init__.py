@@ -1,5 +1,12 @@
-r"""Diffusion as a generative model in Pyro: three programs, one bound."""
+r"""Diffusion as a generative model in Pyro: three programs, one bound.
 
+The forward chain is a guide of fixed linear-Gaussian sites, the reverse chain is a model with neural
+denoiser sites, and Pyro's own ``SVI`` and ``Trace_ELBO`` compute the hierarchical bound, timestep by
+timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_diffusion.kernels` and
+:mod:`~pyro_diffusion.chains`.
+"""
+
+from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, snr_weight
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate, TopDownGuide
 from pyro_diffusion.denoisers import (
     Denoiser,
@@ -9,3 +16,63 @@ from pyro_diffusion.denoisers import (
     PosteriorVariance,
 )
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.kernels import (
+    forward_marginal,
+    forward_posterior,
+    forward_transition,
+    terminal_prior,
+)
+from pyro_diffusion.likelihoods import (
+    DiscretizedGaussianLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+)
+from pyro_diffusion.networks import MLP
+from pyro_diffusion.parameterizations import DataPrediction, NoisePrediction
+from pyro_diffusion.plots import plot_bound, plot_samples, plot_schedule
+from pyro_diffusion.schedules import (
+    AlphaSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+)
+from pyro_diffusion.timesteps import StratifiedTimesteps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "AlphaSchedule",
+    "BottomUpGuide",
+    "CosineSchedule",
+    "DataPrediction",
+    "Denoiser",
+    "DiffusionModel",
+    "DiscretizedGaussianLikelihood",
+    "ELBOTerms",
+    "Estimate",
+    "ForwardVariance",
+    "GaussianDenoiser",
+    "GaussianLikelihood",
+    "GenerativeChain",
+    "Likelihood",
+    "LinearSchedule",
+    "LogSNRSchedule",
+    "NeuralDenoiser",
+    "NoisePrediction",
+    "NoiseSchedule",
+    "PosteriorVariance",
+    "StratifiedTimesteps",
+    "TimestepPlate",
+    "TopDownGuide",
+    "elbo_terms",
+    "forward_marginal",
+    "forward_posterior",
+    "forward_transition",
+    "plot_bound",
+    "plot_samples",
+    "plot_schedule",
+    "snr_weight",
+    "terminal_prior",
+]

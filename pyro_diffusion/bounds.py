@@ -28,6 +28,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -73,7 +74,9 @@ class ELBOTerms(NamedTuple):
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
-    term_standard_error: Tensor  #: row ``t``: Monte Carlo error of the term at ``x_t``, ``(T+1, N)``
+    term_standard_error: (
+        Tensor  #: row ``t``: Monte Carlo error of the term at ``x_t``, ``(T+1, N)``
+    )
     kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
     site_names: tuple[str, ...]  #: where each term lives, by timestep
     event_size: int  #: number of entries :math:`D` of one datum
@@ -323,10 +326,8 @@ class _Score(Messenger):
             _, q = self.drawn.pop(name)
             self.log_ratio[name] = self._per_datum(_log_prob(q, value) - _log_prob(p, value), msg)
             if self.in_order:
-                try:
+                with suppress(NotImplementedError):  # no formula: the log-ratio is used
                     self.kl[name] = self._per_datum(kl_divergence(q, p), msg)
-                except NotImplementedError:
-                    pass
         self.bar.update()
 
     def _per_datum(self, values: Tensor, msg: Any) -> Tensor:

@@ -22,10 +22,9 @@ References:
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -334,7 +333,7 @@ class _SubsampledGuide(SubsampledProgram):
 class BottomUpSite(TorchDistribution):
     """A site of a :class:`BottomUpGuide`: the wrapped distribution, for which no KL is defined."""
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, base_dist: TorchDistribution) -> None:
         self.base_dist = base_dist

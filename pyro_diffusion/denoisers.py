@@ -321,7 +321,9 @@ class GaussianDenoiser(Denoiser):
 
     def x_0_hat(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         self._batch_shape(x_t)
-        signal, noise = (pad(s, self.event_dim, torch.float64) for s in self.schedule.scales(log_snr))
+        signal, noise = (
+            pad(s, self.event_dim, torch.float64) for s in self.schedule.scales(log_snr)
+        )
         variance = self.variance.double()
         gain = (signal * variance / (signal**2 * variance + noise**2)).to(x_t.dtype)
         return self.mean + self._scale_axes(gain, x_t - signal.to(x_t.dtype) * self.mean)

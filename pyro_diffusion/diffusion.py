@@ -12,7 +12,7 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -70,7 +70,7 @@ class DiffusionModel(ParamScope):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Callable[[Tensor], TorchDistribution] | None = None,
+        likelihood: Any = None,
         *,
         name: str | None = None,
     ) -> None:
@@ -223,7 +223,6 @@ class DiffusionModel(ParamScope):
 
     def _likelihood(self, x_0_hat: Tensor) -> TorchDistribution:
         """The likelihood with everything but the batch dimensions as event dimensions."""
-        assert self.likelihood is not None
         likelihood = self.likelihood(x_0_hat)
         batch_dim = x_0_hat.dim() - self.denoiser.event_dim
         return likelihood.to_event(len(likelihood.batch_shape) - batch_dim)

@@ -79,6 +79,11 @@ def forward_marginal(
     Raises:
         ValueError: ``t`` outside ``{1, …, T}``.
 
+    Example:
+        >>> schedule = AlphaSchedule([0.64, 0.36])
+        >>> forward_marginal(torch.ones(2), 1, schedule, event_dim=1).mean
+        tensor([0.8000, 0.8000])
+
     References:
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4.
         https://arxiv.org/abs/2006.11239
@@ -154,7 +159,9 @@ class ChainStep(NamedTuple):
     noise_prev: Tensor  #: :math:`\sigma_{t-1}`, zero at ``t = 1``
     signal: Tensor  #: :math:`a_t`
     noise: Tensor  #: :math:`\sigma_t`
-    share: Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
+    share: (
+        Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
+    )
 
 
 def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:

@@ -12,7 +12,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -155,7 +155,10 @@ class DiscretizedGaussian(TorchDistribution):
         num_levels: Number of levels :math:`K`; the support is the whole numbers ``0 … K − 1``.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     has_enumerate_support = True
 
     def __init__(

@@ -54,7 +54,10 @@ class MLP(nn.Module):
         size = torch.Size(event_shape).numel()
         self.encode = nn.Linear(size * (1 + 2 * len(self.fourier_frequencies)), hidden_size)
         self.condition = nn.Sequential(
-            _Sinusoids(64), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2 * num_blocks * hidden_size)
+            _Sinusoids(64),
+            nn.Linear(64, 64),
+            nn.SiLU(),
+            nn.Linear(64, 2 * num_blocks * hidden_size),
         )
         self.blocks = nn.ModuleList(_Block(hidden_size, dropout) for _ in range(num_blocks))
         self.decode = nn.Linear(hidden_size, size)

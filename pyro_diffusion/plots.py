@@ -6,6 +6,7 @@ Each function takes matplotlib axes, draws into them and returns them; ``None`` 
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +34,10 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     ax = _axes(ax)
     reconstruction, *transition, prior = terms.term_means()
     t = range(1, len(transition) + 1)
-    value = torch.tensor([estimate.value for estimate in transition])
-    monte_carlo = torch.tensor([estimate.monte_carlo_error for estimate in transition])
-    sampling = torch.tensor([estimate.sampling_error for estimate in transition])
+    value, monte_carlo, sampling = np.array(transition).reshape(-1, 3).T
     label = "KL at $x_t$" if terms.is_kl else "log-ratio at $x_t$"
-    bars = ax.errorbar(
-        t, value, monte_carlo.nan_to_num(0.0), **{"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar
-    )
+    style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar
+    bars = ax.errorbar(t, value, np.nan_to_num(monte_carlo), **style)
     bars.set_label(f"{label}, sum {value.sum():.3g}; bars: Monte Carlo error")
     band = ax.fill_between(t, value - sampling, value + sampling, alpha=0.25, lw=0)
     band.set_label("sampling error of the mean")
@@ -64,13 +62,15 @@ def plot_schedule(schedule: NoiseSchedule, axes: Any = None) -> Any:
         The two axes.
     """
     axes = _axes(axes, 1, 2)
-    t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
+    t = np.arange(1, schedule.num_timesteps + 1)
     with torch.no_grad():
-        log_snr, alpha_bar = schedule.log_snr(t).cpu(), schedule.alpha_bar(t).cpu()
+        timesteps = torch.as_tensor(t, device=schedule.device)
+        log_snr = schedule.log_snr(timesteps).cpu().numpy()
+        alpha_bar = schedule.alpha_bar(timesteps).cpu().numpy()
     style = "." if schedule.num_timesteps < 50 else "-"
-    axes[0].plot(t.cpu(), log_snr, style)
+    axes[0].plot(t, log_snr, style)
     axes[0].set(xlabel="timestep $t$", ylabel=r"log-SNR $\lambda_t$")
-    axes[1].plot(t.cpu(), alpha_bar, style)
+    axes[1].plot(t, alpha_bar, style)
     axes[1].set(xlabel="timestep $t$", ylabel=r"$\bar\alpha_t$", ylim=(-0.02, 1.02))
     return axes
 
@@ -99,7 +99,7 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
     axes = _axes(axes, 1, len(grids))
     low, high = (float(bound) for bound in torch.cat(list(grids.values())).aminmax())
     for ax, (name, images) in zip(axes, grids.items(), strict=True):
-        ax.imshow(_tile(images.cpu(), low), cmap="gray_r", vmin=low, vmax=high)
+        ax.imshow(_tile(images.cpu(), low).numpy(), cmap="gray_r", vmin=low, vmax=high)
         ax.set_title(name)
         ax.set_axis_off()
     return axes
@@ -122,6 +122,8 @@ def _axes(axes: Any, rows: int = 1, columns: int = 0) -> Any:
         import matplotlib.pyplot as plt
 
         size = (4.8 * max(columns, 1), 3.6 * rows)
-        _, axes = plt.subplots(rows, max(columns, 1), figsize=size, squeeze=columns == 0)
+        _, axes = plt.subplots(
+            rows, max(columns, 1), figsize=size, squeeze=columns == 0, layout="constrained"
+        )
         axes = axes if columns == 0 else axes[0]
     return axes if columns == 0 or hasattr(axes, "__len__") else [axes]

@@ -113,7 +113,7 @@ class NoiseSchedule(nn.Module, ABC):
             inside, got = False, f"a tensor of {t.dtype}"
         elif t.numel():
             low, high = (int(bound) for bound in t.aminmax())
-            inside, got = 0 <= low and high <= self.num_timesteps, f"values from {low} to {high}"
+            inside, got = low >= 0 and high <= self.num_timesteps, f"values from {low} to {high}"
         else:
             inside, got = True, ""
         if not inside:
@@ -221,8 +221,8 @@ class LinearSchedule(_TabulatedSchedule):
                     f"argument {name!r}: got {beta}; expected a number in (0, 1), β = 1 − α being "
                     "the share of the variance that one of 1,000 steps replaces by noise."
                 )
-        beta = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
-        super().__init__(1 - beta, num_timesteps)
+        betas = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
+        super().__init__(1 - betas, num_timesteps)
 
 
 class CosineSchedule(_TabulatedSchedule):

@@ -10,7 +10,7 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -35,7 +35,7 @@ class TimestepDistribution(TorchDistribution):
         batch_shape: Shape of a joint draw.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
     def __init__(self, log_pi: Tensor, batch_shape: torch.Size = torch.Size()) -> None:

@@ -48,7 +48,9 @@ def closed_form(name):
 
 def assert_within(values, errors, expected, sigmas=5.0):
     values, errors = np.asarray(values.cpu()), np.asarray(errors.cpu())
-    assert (np.abs(values - expected) <= sigmas * errors + 1e-10).all(), (values - expected) / errors
+    assert (np.abs(values - expected) <= sigmas * errors + 1e-10).all(), (
+        values - expected
+    ) / errors
 
 
 class Affine(nn.Module):
@@ -202,7 +204,10 @@ def test_other_variances_and_a_network(variance):
     of_x_0 = np.sqrt(bar[t - 1]) * (1 - ALPHA) / (1 - bar[t])
     of_x_t = np.sqrt(ALPHA) * (1 - bar[t - 1]) / (1 - bar[t])
     oracle = GaussianReverseChain(
-        ALPHA, of_x_t + 0.8 * of_x_0, 0.1 * of_x_0, variance(chain_step(torch.tensor(t), SCHEDULE)).numpy()
+        ALPHA,
+        of_x_t + 0.8 * of_x_0,
+        0.1 * of_x_0,
+        variance(chain_step(torch.tensor(t), SCHEDULE)).numpy(),
     )
     terms = elbo_terms(diffusion.model, diffusion.posterior_guide, x_0, num_particles=20_000)
     error = terms.term_standard_error
@@ -221,7 +226,9 @@ def test_E12_the_kl_is_a_weighted_squared_error():
         Fixed(), SCHEDULE, (2,), prediction=DataPrediction(), variance=PosteriorVariance()
     )
     diffusion = DiffusionModel(denoiser)
-    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, torch.tensor(X_0), num_particles=2)
+    terms = elbo_terms(
+        diffusion.model, diffusion.posterior_guide, torch.tensor(X_0), num_particles=2
+    )
     bar = alpha_bar(ALPHA)
     snr = bar[1:] / (1 - bar[1:])
     square = ((X_0 - 0.25) ** 2).sum(-1)

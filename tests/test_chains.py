@@ -24,7 +24,9 @@ SITES = ("x_0", "x_1", "x_2", "x_3")
 
 @pytest.fixture
 def diffusion(device):
-    denoiser = GaussianDenoiser(torch.tensor([0.5, -1.0]), torch.tensor([0.5, 2.0]), LogSNRSchedule(3))
+    denoiser = GaussianDenoiser(
+        torch.tensor([0.5, -1.0]), torch.tensor([0.5, 2.0]), LogSNRSchedule(3)
+    )
     return DiffusionModel(denoiser).to(device)
 
 

@@ -118,7 +118,9 @@ def test_full_covariance_agrees_with_diagonal_and_with_conditioning(double):
 @pytest.mark.parametrize("full", [False, True])
 def test_score_is_the_gradient_of_the_marginal(full, double):
     mean = torch.tensor([1.0, -0.5])
-    covariance = torch.tensor([[2.0, 0.8], [0.8, 0.5]]) if full else torch.diag(torch.tensor([2.0, 0.5]))
+    covariance = (
+        torch.tensor([[2.0, 0.8], [0.8, 0.5]]) if full else torch.diag(torch.tensor([2.0, 0.5]))
+    )
     denoiser = (
         GaussianDenoiser.from_covariance(mean, covariance, SCHEDULE)
         if full

@@ -91,7 +91,8 @@ def test_gaussian_likelihood_is_a_normal(scale, double):
 
 
 @pytest.mark.parametrize(
-    "build", [GaussianLikelihood, lambda scale, **kw: DiscretizedGaussianLikelihood(17, scale, **kw)]
+    "build",
+    [GaussianLikelihood, lambda scale, **kw: DiscretizedGaussianLikelihood(17, scale, **kw)],
 )
 def test_a_learnable_scale_starts_where_it_is_told(build):
     likelihood = build(0.3, learnable=True)
@@ -121,9 +122,15 @@ def test_base_class_is_abstract():
         (lambda: GaussianLikelihood(float("nan")), "'scale'.*got nan"),
         (lambda: DiscretizedGaussianLikelihood(17, -1.0), "'scale'.*got -1"),
         (lambda: DiscretizedGaussianLikelihood(1), "'num_levels'.*got 1"),
-        (lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([3, 16])), "got the value 16;"),
+        (
+            lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([3, 16])),
+            "got the value 16;",
+        ),
         (lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([-1])), "got the value -1;"),
-        (lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([0.5])), "got the value 0.5;"),
+        (
+            lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([0.5])),
+            "got the value 0.5;",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_words(call, says):

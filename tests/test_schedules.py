@@ -80,7 +80,9 @@ def test_a_chain_of_one_step_ends_in_noise(curve):
 def test_monotone_and_consistent(curve):
     schedule, t = curve(50), torch.arange(1, 51)
     assert (schedule.log_snr(t).diff() < 0).all()
-    torch.testing.assert_close(schedule.signal(t) ** 2 + schedule.noise(t) ** 2, torch.ones(50).double())
+    torch.testing.assert_close(
+        schedule.signal(t) ** 2 + schedule.noise(t) ** 2, torch.ones(50).double()
+    )
     torch.testing.assert_close(schedule.alpha(t).cumprod(0), schedule.alpha_bar(t))
     torch.testing.assert_close(schedule.alpha(t) + schedule.beta(t), torch.ones(50).double())
 

@@ -23,7 +23,9 @@ X_0 = np.array([[0.7, -1.1], [2.0, 0.1], [-0.4, 0.3]])
 
 
 def misfit(device):
-    denoiser = GaussianDenoiser(torch.tensor(MEAN), torch.tensor(STD), AlphaSchedule(ALPHA.tolist()))
+    denoiser = GaussianDenoiser(
+        torch.tensor(MEAN), torch.tensor(STD), AlphaSchedule(ALPHA.tolist())
+    )
     return DiffusionModel(denoiser).to(device)
 
 

@@ -33,7 +33,9 @@ def test_every_draw_is_the_log_density(num_timesteps, guide, event_shape, double
     std = 0.1 + torch.rand(event_shape, device=device)
     denoiser = GaussianDenoiser(mean, std, ending_in_noise(num_timesteps).to(device))
     diffusion = DiffusionModel(denoiser)
-    x_0 = torch.randn(5, *event_shape, device=device).exp() - 2 * mean  # not of that law: asymmetric
+    x_0 = (
+        torch.randn(5, *event_shape, device=device).exp() - 2 * mean
+    )  # not of that law: asymmetric
     expected = log_normal(x_0.cpu().numpy(), mean.cpu().numpy(), (std**2).cpu().numpy()).sum()
 
     for _ in range(3):
@@ -45,7 +47,10 @@ def test_every_draw_is_the_log_density(num_timesteps, guide, event_shape, double
 @pytest.mark.parametrize("guide", GUIDES)
 def test_full_covariance(num_timesteps, guide, double, device):
     factor = torch.randn(4, 4, device=device)
-    covariance, mean = factor @ factor.mT + torch.eye(4, device=device), torch.randn(4, device=device)
+    covariance, mean = (
+        factor @ factor.mT + torch.eye(4, device=device),
+        torch.randn(4, device=device),
+    )
     schedule = ending_in_noise(num_timesteps).to(device)
     diffusion = DiffusionModel(GaussianDenoiser.from_covariance(mean, covariance, schedule))
     x_0 = torch.randn(5, 4, device=device).exp()

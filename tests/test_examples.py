@@ -1,0 +1,51 @@
+"""Every example runs, quickly, and says what it should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+#: What each script prints, in any case, when run with ``--smoke``.
+LISTED = {
+    "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "samples.png"],
+    "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
+    "gaussian_oracle.py": ["log p(x_0)", "β̃", "closed form"],
+    "two_moons.py": ["entropy", "sequential", "subsampled"],
+}
+
+
+def test_every_example_is_listed():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(LISTED)
+
+
+@pytest.mark.parametrize("script", sorted(LISTED))
+def test_example_runs(script, tmp_path, device):
+    result = subprocess.run(
+        [
+            sys.executable, "-W", "error::UserWarning:pyro_diffusion", str(EXAMPLES / script),
+            "--smoke", "--device", str(device), "--output", str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    for words in LISTED[script]:
+        assert words in result.stdout, (words, result.stdout)
+    if script == "digits.py":
+        check_digits_outputs(tmp_path)
+
+
+def check_digits_outputs(folder):
+    """The pictures, the bound and a model that can be loaded without the script."""
+    import torch
+    import xarray
+
+    for name in ("samples.png", "bound.png", "schedule.png"):
+        assert (folder / name).stat().st_size > 5_000
+    with xarray.open_dataset(folder / "bound.nc") as dataset:
+        assert dataset["transition"].attrs["units"] == "nats per datum"
+    state = torch.load(folder / "model.pt", weights_only=True)
+    assert any(name.startswith("denoiser.network.") for name in state)
+    assert "bits_per_dim" in json.loads((folder / "result.json").read_text())
