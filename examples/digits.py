@@ -68,7 +68,9 @@ def main():
     report(terms, histogram_bits_per_dim(torch.cat([train, validation]), held_out))
     paths = write(args.output, diffusion, terms, samples, held_out, args)
     print("\nwrote " + "\n      ".join(map(str, paths)))
-    print(f"{fitted - start:.0f} s to fit, {time.perf_counter() - fitted:.0f} s to evaluate and draw")
+    print(
+        f"{fitted - start:.0f} s to fit, {time.perf_counter() - fitted:.0f} s to evaluate and draw"
+    )
 
 
 def fit(diffusion, train, validation, args):
@@ -175,7 +177,9 @@ def load_data():
     """Training, validation and held-out digits, split by class; the split is always the same."""
     x, label = load_digits(return_X_y=True)
     x = torch.tensor(x, dtype=torch.float32)
-    rest, held_out, label, _ = train_test_split(x, label, test_size=360, stratify=label, random_state=0)
+    rest, held_out, label, _ = train_test_split(
+        x, label, test_size=360, stratify=label, random_state=0
+    )
     train, validation = train_test_split(rest, test_size=180, stratify=label, random_state=0)
     return train, validation, held_out
 

@@ -24,9 +24,7 @@ def test_plot_bound(guide, num_particles, device):
     diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(6)))
     diffusion = diffusion.to(device)
     x_0 = torch.randn(5, 2, device=device)
-    terms = elbo_terms(
-        diffusion.model, getattr(diffusion, guide), x_0, num_particles=num_particles
-    )
+    terms = elbo_terms(diffusion.model, getattr(diffusion, guide), x_0, num_particles=num_particles)
     _, ax = plt.subplots()
     assert plot_bound(terms, ax) is ax
     line, *_ = ax.containers[0]
