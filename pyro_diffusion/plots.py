@@ -33,7 +33,7 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     """
     ax = _axes(ax)
     reconstruction, *transition, prior = terms.term_means()
-    t = range(1, len(transition) + 1)
+    t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).reshape(-1, 3).T
     label = "KL at $x_t$" if terms.is_kl else "log-ratio at $x_t$"
     style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar

@@ -1,11 +1,17 @@
 """Options and fixtures of the suite. Oracles are in ``oracles.py``, written from the formulas."""
 
+import os
+
 import matplotlib
 import pyro
 import pytest
 import torch
 
 matplotlib.use("Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one thread for each worker, and for the examples it starts: more would fight for the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

@@ -61,5 +61,5 @@ def test_readme_names_what_exists():
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([a-z_]+/[\w./]+)\)", readme):
         assert (ROOT / target).exists(), target
-    for module, name in re.findall(r"\[`(\w+)\.(\w+)", readme):
+    for module, name in re.findall(r"\[`(\w+)\.(\w+)`\]\(pyro_diffusion", readme):
         assert hasattr(importlib.import_module(f"pyro_diffusion.{module}"), name), (module, name)
