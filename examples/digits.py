@@ -4,7 +4,8 @@ Data: the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels of 1
 by class into 1,257 for training, 180 to stop on and 360 held out. Model: T = 1000 steps, a
 discretised Gaussian likelihood with a learned scale, a residual MLP that predicts the noise.
 
-    python examples/digits.py [--device cuda] [--seed 0] [--smoke] [--output outputs/digits]
+    python examples/digits.py [--device cuda] [--seed 0] [--log-snr-max 4] [--smoke]
+        [--output outputs/digits]
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main():
     if args.smoke:
         train, validation, held_out = train[:64], validation[:16], held_out[:16]
 
-    schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=4.0, log_snr_min=-8.0)
+    schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=args.log_snr_max, log_snr_min=-8.0)
     network = MLP((64,), num_blocks=3, fourier_frequencies=(2, 3, 4), dropout=0.1)
     denoiser = NeuralDenoiser(
         network, schedule, (64,), prediction=NoisePrediction(), variance=PosteriorVariance()
@@ -110,10 +111,9 @@ def fit(diffusion, train, validation, args):
 def quick_bits_per_dim(diffusion, x_0):
     """The bound at 20 of the timesteps a datum, with the same draws at every check."""
     pair = diffusion.eval().subsampled(num_timesteps=20)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    loss = TraceMeanField_ELBO().loss(pair.model, pair.guide, x_0)
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = TraceMeanField_ELBO().loss(pair.model, pair.guide, x_0)
     return loss / x_0.numel() / math.log(2)
 
 
@@ -151,6 +151,7 @@ def write(folder, diffusion, terms, samples, held_out, args):
         "bits_per_dim": bits._asdict(),
         "num_held_out": len(held_out),
         "seed": args.seed,
+        "log_snr_max": args.log_snr_max,
         "smoke": args.smoke,
     }
     images = (x.reshape(-1, 8, 8) for x in (samples, held_out))
@@ -188,6 +189,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-snr-max", type=float, default=4.0, help="where the chain starts")
     parser.add_argument("--smoke", action="store_true", help="a minute's work in seconds")
     parser.add_argument("--output", type=Path, default=Path("outputs/digits"))
     args = parser.parse_args()

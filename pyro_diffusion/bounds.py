@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from tqdm.auto import tqdm
 
-from pyro_diffusion.chains import SubsampledProgram, evaluating
+from pyro_diffusion.chains import SubsampledProgram, check_data, evaluating
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -161,8 +161,9 @@ def elbo_terms(
     Values are unscaled whatever plates or handlers scale, no gradient is recorded, and modules are
     in evaluation mode meanwhile.
 
-    Data and particles are processed in chunks of ``batch_size`` trajectories. The default keeps the
-    states of a chunk under 256 MiB, fewer trajectories at a time the longer the chain.
+    Data and particles are processed in chunks of ``batch_size`` trajectories, and a trajectory's states
+    are let go of one by one while the model scores it. The default keeps the states of a chunk under
+    256 MiB, fewer trajectories at a time the longer the chain.
 
     Args:
         model: Program for :math:`p`, called as ``model(x_0)``.
@@ -191,9 +192,10 @@ def elbo_terms(
         (torch.Size([4, 3]), True)
     """
     _check_arguments(model, guide, num_particles, batch_size)
+    check_data(x_0)
     if batch_size is None:
         batch_size = _default_batch_size(model, x_0)
-    chunk_data = min(len(x_0), batch_size) or 1
+    chunk_data = min(len(x_0), batch_size)
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
     totals: list[_Moments] = []
@@ -203,7 +205,7 @@ def elbo_terms(
         evaluating(model, guide),
         tqdm(total=0, unit="site", delay=5, disable=not progress, leave=False) as bar,
     ):
-        for data in x_0.split(chunk_data) if len(x_0) else [x_0]:
+        for data in x_0.split(chunk_data):
             total, term = _Moments(), _Moments()
             for particles in _parts(num_particles, chunk_particles):
                 rows = data.repeat(particles, *(1,) * (data.dim() - 1))
@@ -288,7 +290,7 @@ class _Draw(Messenger):
         self.sites: dict[str, tuple[Tensor, Any]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        if _is_latent(msg):
             self.sites[msg["name"]] = (msg["value"], msg["fn"])
 
 
@@ -310,13 +312,13 @@ class _Score(Messenger):
         return list(self.log_ratio) == self.guide_order[: len(self.log_ratio)]
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        if _is_latent(msg):
             if msg["name"] not in self.drawn:
                 raise ValueError(_LATENTS_DIFFER.format(f"the model samples {msg['name']!r}"))
             msg["value"], msg["done"] = self.drawn[msg["name"]][0], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         name, p, value = msg["name"], msg["fn"], msg["value"]
         if msg["is_observed"]:
@@ -351,6 +353,10 @@ class _Score(Messenger):
                 "Check the parameters for NaN and the data for values outside the support."
             )
         return values
+
+
+def _is_latent(msg: Any) -> bool:
+    return not msg["is_observed"] and not site_is_subsample(msg)
 
 
 def _log_prob(distribution: Any, value: Tensor) -> Tensor:

@@ -71,10 +71,10 @@ class Program(nn.Module):
         self, x_0: Tensor | None, num_data: int | None, num_samples: int = 1
     ) -> Iterator[None]:
         """The plate over data, scaled to ``num_data``, with all parameters stated outside of it."""
-        size = num_samples if x_0 is None else len(x_0)
+        size = _check_count("num_samples", num_samples) if x_0 is None else len(x_0)
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
-            if num_data is not None:
+            if num_data is not None and _check_count("num_data", num_data, at_least=size):
                 stack.enter_context(poutine.scale(scale=num_data / size))
             stack.enter_context(pyro.plate("data", size, dim=-1))
             yield
@@ -123,7 +123,7 @@ class GenerativeChain(Program):
             ``x_0``, given or drawn.
         """
         if x_0 is not None:
-            _check_data(x_0)
+            check_data(x_0)
         with self.data_plate(x_0, num_data, num_samples):
             x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior())
             for t in range(self.num_timesteps, 1, -1):
@@ -166,7 +166,7 @@ class BottomUpGuide(Program):
 
     def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
         """Sample sites ``x_1 … x_T`` for data of shape ``(N,) + event_shape``."""
-        with self.data_plate(_check_data(x_0), num_data):
+        with self.data_plate(check_data(x_0), num_data):
             x_t = self.embed(x_0)
             for t in range(1, self.num_timesteps + 1):
                 with naming(f"x_{t}"):
@@ -207,7 +207,7 @@ class TopDownGuide(Program):
 
     def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
         """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
-        with self.data_plate(_check_data(x_0), num_data):
+        with self.data_plate(check_data(x_0), num_data):
             context = self.encode(x_0)
             with naming(f"x_{self.num_timesteps}"):
                 kernel = self.initial(context)
@@ -317,7 +317,7 @@ class _SubsampledGuide(SubsampledProgram):
     posterior: Kernel
 
     def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
-        with self.data_plate(_check_data(x_0), num_data):
+        with self.data_plate(check_data(x_0), num_data):
             context = self.encode(x_0)
             pyro.sample(f"x_{self.num_timesteps}", self.marginal(context, self.num_timesteps))
             with pyro.plate("timesteps", self.num_draws, dim=-2):
@@ -407,7 +407,7 @@ def naming(site: str) -> Iterator[None]:
         raise ValueError(f"site {site!r}: {error}") from error
 
 
-def _check_data(x_0: Tensor) -> Tensor:
+def check_data(x_0: Tensor) -> Tensor:
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
         raise ValueError(
@@ -421,6 +421,16 @@ def _check_data(x_0: Tensor) -> Tensor:
             f"shape {tuple(x_0.shape)}; expected finite numbers. Drop or impute those entries."
         )
     return x_0
+
+
+def _check_count(argument: str, number: int, at_least: int = 1) -> int:
+    if not isinstance(number, int) or number < at_least:
+        raise ValueError(
+            f"argument {argument!r}: got {number!r}; expected a whole number of at least {at_least}"
+            + (", the size of the batch" if argument == "num_data" else "")
+            + ". num_samples is how many data to draw, num_data how many the whole data set has."
+        )
+    return number
 
 
 def _check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDistribution:

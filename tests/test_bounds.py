@@ -36,7 +36,8 @@ MEAN, STD = np.array([0.3, -0.5]), np.array([0.6, 1.4])
 
 
 def misfit(device="cpu"):
-    denoiser = GaussianDenoiser(torch.tensor(MEAN), torch.tensor(STD), SCHEDULE)
+    schedule = AlphaSchedule(ALPHA.tolist())  # its own: moving a model moves its schedule
+    denoiser = GaussianDenoiser(torch.tensor(MEAN), torch.tensor(STD), schedule)
     return DiffusionModel(denoiser).to(device)
 
 
@@ -424,6 +425,20 @@ def test_scaled_masked_and_inner_plates():
     assert terms.prior.abs().max() < 1e-12
 
 
+def test_deterministic_sites_are_no_data():
+    x = torch.randn(6, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1))
+            pyro.deterministic("twice", 2 * z, event_dim=1)
+            pyro.sample("x", dist.Normal(2 * z, 0.5 * torch.ones(3)).to_event(1), obs=x)
+
+    terms = elbo_terms(model, vae_guide, x)
+    assert terms.event_size == 3
+    assert terms.site_names == ("x", "z")
+
+
 def guide_with(**sites):
     def guide(x):
         with pyro.plate("data", len(x), dim=-1):
@@ -461,11 +476,13 @@ def nan_model(x):
         (unobserved_model, guide_with(z=1), {}, "1 latent and 0 observed"),
         (vae_model, vae_guide, {"num_particles": 0}, "'num_particles'.*got 0"),
         (vae_model, vae_guide, {"batch_size": -1}, "'batch_size'.*got -1"),
+        (vae_model, vae_guide, {"x_0": [[1.0]]}, "'x_0'.*a list.*torch.as_tensor"),
+        (vae_model, vae_guide, {"x_0": torch.zeros(0, 3)}, "'x_0'.*shape \\(0, 3\\)"),
     ],
 )
 def test_bad_programs_are_refused_in_words(model, guide, arguments, says):
     with pytest.raises(ValueError, match="(?s)" + says):
-        elbo_terms(model, guide, torch.randn(4, 3), **arguments)
+        elbo_terms(model, guide, **({"x_0": torch.randn(4, 3)} | arguments))
 
 
 def test_a_nan_is_refused_with_its_site():

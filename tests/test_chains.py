@@ -330,6 +330,14 @@ def test_data_on_another_device_are_refused(diffusion):
             cpu.guide(torch.zeros(4, 2, device="cuda"))
 
 
+def test_bad_counts_are_refused(diffusion, x_0):
+    with pytest.raises(ValueError, match="'num_data'.*got 3.*at least 4, the size of the batch"):
+        diffusion.guide(x_0, num_data=3)
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"'num_samples'.*got {count}"):
+            diffusion.sample(count)
+
+
 def test_guides_want_data(diffusion):
     with pytest.raises(ValueError, match="a NoneType.*the data that the model observes"):
         diffusion.guide(None)
