@@ -40,6 +40,7 @@ from torch.distributions import kl_divergence
 from tqdm.auto import tqdm
 
 from pyro_diffusion.chains import SubsampledProgram, check_data, evaluating
+from pyro_diffusion.kernels import check_timestep
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -51,7 +52,12 @@ _CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the gui
 
 
 class Estimate(NamedTuple):
-    """A mean over data with its two errors, each one standard deviation."""
+    """A mean over data with its two errors, each one standard deviation.
+
+    The Monte Carlo noise is taken out of the sampling error. Where it hides the spread over data, the
+    sampling error is the smallest that could have been told from none: an upper limit, not zero. With
+    a single particle the noise is not known, and the sampling error holds both.
+    """
 
     value: float  #: the estimate
     monte_carlo_error: float  #: what more particles would change; NaN for a single particle
@@ -61,14 +67,20 @@ class Estimate(NamedTuple):
         return self.value
 
     def __str__(self) -> str:
+        errors = [error for error in self[1:] if math.isfinite(error) and error > 0]
+        decimals = max(0, 1 - math.floor(math.log10(min(errors)))) if errors else 4
         return (
-            f"{self.value:.4f} ± {self.monte_carlo_error:.4f} (Monte Carlo) "
-            f"± {self.sampling_error:.4f} (sampling)"
+            f"{self.value:.{min(decimals, 8)}f} ± {self.monte_carlo_error:.2g} (Monte Carlo) "
+            f"± {self.sampling_error:.2g} (sampling)"
         )
 
 
 class ELBOTerms(NamedTuple):
-    """The bound, term by term and datum by datum; nats per datum, float64, unscaled."""
+    """The bound, term by term and datum by datum; nats per datum, float64, unscaled.
+
+    ``elbo`` is the bound, ``mean()`` and ``bits_per_dim()`` its mean over data with both errors,
+    ``term_means()`` that of every term, and ``to_dataset()`` all of it with labels.
+    """
 
     reconstruction: Tensor  #: expected log-likelihood, shape ``(N,)``
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
@@ -80,6 +92,13 @@ class ELBOTerms(NamedTuple):
     kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
     site_names: tuple[str, ...]  #: where each term lives, by timestep
     event_size: int  #: number of entries :math:`D` of one datum
+
+    def __repr__(self) -> str:
+        kind = "KLs" if self.is_kl else "log-ratios"
+        return (
+            f"ELBOTerms({len(self.prior)} data, {len(self.kinds) - 1} {kind}, "
+            f"elbo={self.mean()} nats per datum)"
+        )
 
     @property
     def elbo(self) -> Tensor:
@@ -101,7 +120,11 @@ class ELBOTerms(NamedTuple):
         return [_mean(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
 
     def bits_per_dim(self) -> Estimate:
-        r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors."""
+        r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors.
+
+        Bits of information for data with a probability mass (a discretised likelihood). For a density
+        it depends on the data's unit, and can be negative.
+        """
         nats, monte_carlo_error, sampling_error = self.mean()
         unit = self.event_size * math.log(2)
         return Estimate(-nats / unit, monte_carlo_error / unit, sampling_error / unit)
@@ -153,7 +176,7 @@ def elbo_terms(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> ELBOTerms:
-    r"""The bound of a Pyro model and guide, with the term of every site.
+    r"""The bound of a Pyro model and guide, with the term of every site (E10, or E11).
 
     Any pair will do that is called with a batch of data, has the same latent sites in both
     programs and every site inside a data plate at dim −1. The latent site that the model samples
@@ -163,7 +186,8 @@ def elbo_terms(
 
     Data and particles are processed in chunks of ``batch_size`` trajectories, and a trajectory's states
     are let go of one by one while the model scores it. The default keeps the states of a chunk under
-    256 MiB, fewer trajectories at a time the longer the chain.
+    256 MiB, fewer trajectories at a time the longer the chain. The programs see a chunk as a batch, in
+    which each datum stands once for each of its particles.
 
     Args:
         model: Program for :math:`p`, called as ``model(x_0)``.
@@ -171,8 +195,9 @@ def elbo_terms(
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories for each datum.
         analytic_kl: Take KLs in closed form. ``None`` does so where that is legal (the guide runs
-            in the model's order) and a formula is known; ``False`` averages log-ratios along the
-            trajectories, which is the quieter estimator for a denoiser close to exact.
+            in the model's order) and a formula is known, which is the quieter estimator of a *term*.
+            ``False`` averages log-ratios along the trajectories: for a denoiser close to exact their
+            noise cancels in the sum, and the *bound* can be many times quieter.
         batch_size: Trajectories (data times particles) in a chunk.
         progress: Show a progress bar if the evaluation takes more than five seconds.
 
@@ -203,7 +228,7 @@ def elbo_terms(
     with (
         torch.no_grad(),
         evaluating(model, guide),
-        tqdm(total=0, unit="site", delay=5, disable=not progress, leave=False) as bar,
+        tqdm(total=0, desc="bound", unit="site", delay=5, disable=not progress, leave=False) as bar,
     ):
         for data in x_0.split(chunk_data):
             total, term = _Moments(), _Moments()
@@ -242,10 +267,14 @@ def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
     Returns:
         The weight, float64, of ``t``'s shape.
 
+    Raises:
+        ValueError: ``t`` outside ``{1, …, T − 1}``.
+
     References:
         Variational Diffusion Models (Kingma et al., 2021), eq. 13.
         https://arxiv.org/abs/2107.00630
     """
+    t = check_timestep(t, schedule, at_least=1)
     return 0.5 * (schedule.snr(t) - schedule.snr(t + 1))
 
 
@@ -430,8 +459,8 @@ def _check_arguments(
     for name, number in (("num_particles", num_particles), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(
-                f"argument {name!r}: got {number!r}; expected a whole number of at least 1. Two "
-                "particles or more give a Monte Carlo error."
+                f"argument {name!r}: got {number!r}; expected a whole number of at least 1. Use two "
+                "particles or more to have a Monte Carlo error, and batch_size=None for a default."
             )
 
 
@@ -447,10 +476,12 @@ def _parts(total: int, size: int) -> Iterator[int]:
 
 
 def _mean(values: Tensor, standard_error: Tensor) -> Estimate:
-    """Mean over data. The spread over data is freed of the Monte Carlo noise where that is known."""
+    """Mean over data with its errors; see :class:`Estimate` for what is taken out of which."""
     n = len(values)
     noise = standard_error.square()
-    spread = values.var() - noise.mean().nan_to_num(0.0) if n > 1 else torch.tensor(math.nan)
-    return Estimate(
-        values.mean().item(), noise.sum().sqrt().item() / n, (spread.clamp(min=0) / n).sqrt().item()
-    )
+    spread = math.nan
+    if n > 1:
+        variance = values.var().item()
+        resolution = variance * math.sqrt(2 / (n - 1))  # one standard error of a variance
+        spread = max(variance - noise.mean().nan_to_num(0.0).item(), resolution)
+    return Estimate(values.mean().item(), noise.sum().sqrt().item() / n, math.sqrt(spread / n))

@@ -74,7 +74,7 @@ class Program(nn.Module):
         size = _check_count("num_samples", num_samples) if x_0 is None else len(x_0)
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
-            if num_data is not None and _check_count("num_data", num_data, at_least=size):
+            if num_data is not None and _check_count("num_data", num_data):
                 stack.enter_context(poutine.scale(scale=num_data / size))
             stack.enter_context(pyro.plate("data", size, dim=-1))
             yield
@@ -408,6 +408,7 @@ def naming(site: str) -> Iterator[None]:
 
 
 def check_data(x_0: Tensor) -> Tensor:
+    """``x_0``, if it is a tensor of at least one datum, all of it finite."""
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
         raise ValueError(
@@ -423,12 +424,11 @@ def check_data(x_0: Tensor) -> Tensor:
     return x_0
 
 
-def _check_count(argument: str, number: int, at_least: int = 1) -> int:
-    if not isinstance(number, int) or number < at_least:
+def _check_count(argument: str, number: int) -> int:
+    if not isinstance(number, int) or number < 1:
         raise ValueError(
-            f"argument {argument!r}: got {number!r}; expected a whole number of at least {at_least}"
-            + (", the size of the batch" if argument == "num_data" else "")
-            + ". num_samples is how many data to draw, num_data how many the whole data set has."
+            f"argument {argument!r}: got {number!r}; expected a whole number of at least 1. "
+            "num_samples is how many data to draw, num_data how many the whole data set has."
         )
     return number
 

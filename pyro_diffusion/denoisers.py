@@ -20,12 +20,20 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.kernels import ChainStep, chain_step, pad, posterior_mean, posterior_variance
+from pyro_diffusion.kernels import (
+    ChainStep,
+    chain_step,
+    check_timestep,
+    pad,
+    posterior_mean,
+    posterior_variance,
+)
 from pyro_diffusion.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.schedules import NoiseSchedule
 
@@ -49,6 +57,8 @@ class Denoiser(nn.Module, ABC):
 
     def __init__(self, schedule: NoiseSchedule, event_shape: tuple[int, ...]) -> None:
         super().__init__()
+        check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
+        check_argument("event_shape", event_shape, tuple, "(64,)")
         self.schedule = schedule
         self.event_shape = torch.Size(event_shape)
 
@@ -93,6 +103,7 @@ class Denoiser(nn.Module, ABC):
             ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, or an
                 estimate that is not finite.
         """
+        t = check_timestep(t, self.schedule, at_least=1)
         return self.reverse_kernel(x_t, t, self.x_0_hat(x_t, self.schedule.log_snr(t)))
 
     def score(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
@@ -167,11 +178,14 @@ class NeuralDenoiser(Denoiser):
             of ``x_t``.
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum.
-        prediction: What the output means.
-        variance: Variance of the kernels.
+        prediction: What the output means: ``NoisePrediction()``, the default, or
+            ``DataPrediction()``.
+        variance: Variance of the kernels: ``ForwardVariance()``, the default, or
+            ``PosteriorVariance()``.
 
     Raises:
-        ValueError: From a call: an output of another shape, or one that is not finite.
+        ValueError: An argument of another kind. From a call: an output of another shape, or one
+            that is not finite.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,))
@@ -190,9 +204,11 @@ class NeuralDenoiser(Denoiser):
         variance: ReverseVariance | None = None,
     ) -> None:
         super().__init__(schedule, event_shape)
-        self.network = network
+        self.network = check_argument("network", network, nn.Module, "MLP((64,))")
         self.prediction = NoisePrediction() if prediction is None else prediction
         self.variance = ForwardVariance() if variance is None else variance
+        check_argument("prediction", self.prediction, Parameterization, "NoisePrediction()")
+        check_argument("variance", self.variance, ReverseVariance, "PosteriorVariance()")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -352,3 +368,15 @@ class GaussianDenoiser(Denoiser):
         if self.rotation is None:
             return gain * x
         return (gain * (x @ self.rotation)) @ self.rotation.mT
+
+
+def check_argument(name: str, value: Any, kind: type, example: str) -> Any:
+    """``value``, if it is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
+        got = f"the class {value.__name__}" if isinstance(value, type) else got
+        raise ValueError(
+            f"argument {name!r}: got {got}; expected an instance of {kind.__name__}. "
+            f"Pass an object, such as {example}."
+        )
+    return value

@@ -26,7 +26,7 @@ from pyro_diffusion.chains import (
     TopDownGuide,
     evaluating,
 )
-from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers import Denoiser, check_argument
 from pyro_diffusion.kernels import (
     forward_marginal,
     forward_posterior,
@@ -75,7 +75,13 @@ class DiffusionModel(ParamScope):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.denoiser = denoiser
+        self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
+        if isinstance(likelihood, type) or not (likelihood is None or hasattr(likelihood, "embed")):
+            raise ValueError(
+                f"argument 'likelihood': got {getattr(likelihood, '__name__', type(likelihood).__name__)}; expected an object with embed(x_0) "
+                "that can be called with x_0_hat, or None. Pass an object, such as "
+                "DiscretizedGaussianLikelihood(num_levels=17)."
+            )
         self.likelihood = likelihood
 
     @property
@@ -186,6 +192,12 @@ class DiffusionModel(ParamScope):
                 f"argument 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
                 f"{tuple(self.event_shape)}. Reshape the data, or build the denoiser with their "
                 "event shape."
+            )
+        if not embedded.is_floating_point():
+            raise ValueError(
+                f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
+                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…) for whole "
+                "numbers, or x_0.float() if they are measurements."
             )
         return embedded.to(self.denoiser.dtype)
 

@@ -38,7 +38,7 @@ __all__ = ["forward_marginal", "forward_posterior", "forward_transition", "termi
 def forward_transition(
     x_prev: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
 ) -> dist.TorchDistribution:
-    r"""One step of noise, :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t}\, x_{t-1}, (1-\alpha_t) I)`.
+    r"""One step of noise (E1), :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t}\, x_{t-1}, (1-\alpha_t) I)`.
 
     Args:
         x_prev: State :math:`x_{t-1}`, shape ``batch_shape + event_shape``.
@@ -65,7 +65,7 @@ def forward_transition(
 def forward_marginal(
     x_0: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
 ) -> dist.TorchDistribution:
-    r"""All noise up to ``t``, :math:`q(x_t \mid x_0) = N(\sqrt{\bar\alpha_t}\, x_0, (1-\bar\alpha_t) I)`.
+    r"""Noise up to ``t`` (E2), :math:`q(x_t \mid x_0) = N(\sqrt{\bar\alpha_t}\, x_0, (1-\bar\alpha_t) I)`.
 
     Args:
         x_0: Datum, shape ``batch_shape + event_shape``.
@@ -88,7 +88,7 @@ def forward_marginal(
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4.
         https://arxiv.org/abs/2006.11239
     """
-    t = _check_timestep(t, schedule, at_least=1)
+    t = check_timestep(t, schedule, at_least=1)
     signal, noise = schedule.scales(schedule.log_snr(t))
     mean = pad(signal, event_dim, x_0.dtype) * x_0
     return dist.Normal(mean, pad(noise, event_dim, x_0.dtype)).to_event(event_dim)
@@ -97,7 +97,7 @@ def forward_marginal(
 def forward_posterior(
     x_t: Tensor, x_0: Tensor, t: int | Tensor, schedule: NoiseSchedule, *, event_dim: int
 ) -> dist.TorchDistribution:
-    r"""Posterior of the previous state, :math:`q(x_{t-1} \mid x_t, x_0) = N(\tilde\mu_t, \tilde\beta_t I)`.
+    r"""Posterior of a state (E3), :math:`q(x_{t-1} \mid x_t, x_0) = N(\tilde\mu_t, \tilde\beta_t I)`.
 
     .. math::
         \tilde\mu_t &= \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1-\bar\alpha_t}\, x_0
@@ -124,7 +124,7 @@ def forward_posterior(
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7.
         https://arxiv.org/abs/2006.11239
     """
-    step = chain_step(_check_timestep(t, schedule, at_least=2), schedule)
+    step = chain_step(check_timestep(t, schedule, at_least=2), schedule)
     mean = posterior_mean(x_t, x_0, step, event_dim=event_dim)
     scale = posterior_variance(step).sqrt()
     return dist.Normal(mean, pad(scale, event_dim, x_t.dtype)).to_event(event_dim)
@@ -133,7 +133,7 @@ def forward_posterior(
 def terminal_prior(
     schedule: NoiseSchedule, event_shape: torch.Size, *, dtype: torch.dtype
 ) -> dist.TorchDistribution:
-    r"""Where the reverse chain starts, :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
+    r"""Where the reverse chain starts (E5), :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
 
     Args:
         schedule: Noise schedule; :math:`a_T^2 + \sigma_T^2` is one where it preserves variance.
@@ -166,7 +166,7 @@ class ChainStep(NamedTuple):
 
 def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
     """The coefficients of step ``t`` in ``{1, …, T}``; see :class:`ChainStep`."""
-    t = _check_timestep(t, schedule, at_least=1)
+    t = check_timestep(t, schedule, at_least=1)
     log_snr = schedule.log_snr(torch.stack((t - 1, t)))
     (signal_prev, signal), (noise_prev, noise) = (
         scale.unbind() for scale in schedule.scales(log_snr)
@@ -196,7 +196,8 @@ def pad(coefficient: Tensor, event_dim: int, dtype: torch.dtype) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * event_dim).to(dtype)
 
 
-def _check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:
+def check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:
+    """``t`` as a tensor on the schedule's device, if no timestep is below ``at_least``."""
     t = torch.as_tensor(t, device=schedule.device)
     if t.numel() and int(t.min()) < at_least:
         raise ValueError(

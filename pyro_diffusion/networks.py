@@ -50,8 +50,14 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(event_shape, tuple):
+            raise ValueError(
+                f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors "
+                "of 64 numbers, () for single numbers."
+            )
+        self.event_shape = torch.Size(event_shape)
         self.fourier_frequencies = tuple(fourier_frequencies)
-        size = torch.Size(event_shape).numel()
+        size = self.event_shape.numel()
         self.encode = nn.Linear(size * (1 + 2 * len(self.fourier_frequencies)), hidden_size)
         self.condition = nn.Sequential(
             _Sinusoids(64),
@@ -66,6 +72,11 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``."""
+        if x_t.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + "
+                f"{tuple(self.event_shape)}. Build MLP with the event shape of the denoiser."
+            )
         x = x_t.reshape(len(x_t), -1)
         waves = [wave(2**n * math.pi * x) for n in self.fourier_frequencies for wave in _WAVES]
         h = self.encode(torch.cat([x, *waves], dim=-1))

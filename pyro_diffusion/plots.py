@@ -46,7 +46,7 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     if terms.is_kl and len(value) and bool((value > 0).all()):
         ax.set_yscale("log")
     ax.set(xlabel="timestep $t$", ylabel="nats per datum")
-    ax.set_title(f"bound {terms.mean().value:.4g} nats per datum")
+    ax.set_title(f"bound {terms.mean()} nats per datum", fontsize="medium")
     ax.legend(fontsize="small")
     return ax
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_diffusion.bounds import elbo_terms, snr_weight
+from pyro_diffusion.bounds import Estimate, elbo_terms, snr_weight
 from pyro_diffusion.denoisers import (
     ForwardVariance,
     GaussianDenoiser,
@@ -237,6 +237,9 @@ def test_E12_the_kl_is_a_weighted_squared_error():
     np.testing.assert_allclose(terms.transition, expected, rtol=1e-11)
     t = torch.arange(1, 5)
     np.testing.assert_allclose(snr_weight(SCHEDULE, t), 0.5 * (snr[:-1] - snr[1:]), rtol=1e-12)
+    for outside in (0, 5):
+        with pytest.raises(ValueError, match="argument 't'"):
+            snr_weight(SCHEDULE, outside)
 
 
 def test_E15_bits_per_dim_and_the_two_errors():
@@ -248,13 +251,36 @@ def test_E15_bits_per_dim_and_the_two_errors():
     assert nats.value == pytest.approx(terms.elbo.mean().item())
     noise = terms.standard_error.square()
     assert nats.monte_carlo_error == pytest.approx((noise.sum().sqrt() / 3).item())
-    spread = terms.elbo.var() - noise.mean()
-    assert nats.sampling_error == pytest.approx((spread / 3).sqrt().item())
+    variance = terms.elbo.var().item()
+    spread = max(
+        variance - noise.mean().item(), variance
+    )  # resolution of 3 data: sqrt(2 / (3 - 1))
+    assert nats.sampling_error == pytest.approx((spread / 3) ** 0.5)
     unit = 2 * math.log(2)
     assert bits[1:] == pytest.approx([error / unit for error in nats[1:]])
     assert "Monte Carlo" in str(bits)
     assert "sampling" in str(bits)
     assert float(bits) == bits.value
+
+
+def test_a_spread_hidden_by_noise_is_not_reported_as_none():
+    """400 equal data: the sampling error is the smallest that could be told from none, never zero."""
+    diffusion, x_0 = misfit(), torch.tensor(X_0[:1]).repeat(400, 1)
+    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, x_0, num_particles=4)
+    bound = terms.mean()
+    assert 0 < bound.sampling_error < bound.monte_carlo_error
+    # and where data differ by much more than the noise, it is the textbook standard error
+    spread = torch.tensor(X_0[:1]) + 3 * torch.randn(400, 2)
+    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, spread, num_particles=64)
+    assert terms.mean().sampling_error == pytest.approx(terms.elbo.std().item() / 20, rel=0.05)
+
+
+def test_printing_is_short_and_shows_digits_that_mean_something():
+    assert str(Estimate(1.23456, 0.012, 0.2)) == "1.235 ± 0.012 (Monte Carlo) ± 0.2 (sampling)"
+    assert "± 5e-05 (Monte Carlo)" in str(Estimate(0.00471, 5e-5, 2e-4))
+    assert "± nan (Monte Carlo)" in str(Estimate(1.0, math.nan, 0.1))
+    terms = elbo_terms(misfit().model, misfit().posterior_guide, torch.tensor(X_0))
+    assert repr(terms).startswith("ELBOTerms(3 data, 5 KLs, elbo=-")
 
 
 def test_standard_errors_are_those_of_repeated_evaluations():

@@ -331,11 +331,25 @@ def test_data_on_another_device_are_refused(diffusion):
 
 
 def test_bad_counts_are_refused(diffusion, x_0):
-    with pytest.raises(ValueError, match="'num_data'.*got 3.*at least 4, the size of the batch"):
-        diffusion.guide(x_0, num_data=3)
+    with pytest.raises(ValueError, match="'num_data'.*got 0"):
+        diffusion.guide(x_0, num_data=0)
     for count in (0, 2.5):
         with pytest.raises(ValueError, match=f"'num_samples'.*got {count}"):
             diffusion.sample(count)
+
+
+def test_bad_parts_are_refused(diffusion):
+    for denoiser in (MLP((2,)), GaussianDenoiser):
+        with pytest.raises(ValueError, match="'denoiser'.*expected an instance of Denoiser"):
+            DiffusionModel(denoiser)
+    for likelihood in (DiscretizedGaussianLikelihood, lambda x_0_hat: x_0_hat):
+        with pytest.raises(ValueError, match="'likelihood'.*embed"):
+            DiffusionModel(diffusion.denoiser, likelihood)
+
+
+def test_whole_numbers_have_no_density(diffusion):
+    with pytest.raises(ValueError, match=r"torch\.int64.*DiscretizedGaussianLikelihood"):
+        diffusion.cpu().guide(torch.tensor([[1, 2]]))
 
 
 def test_guides_want_data(diffusion):

@@ -43,6 +43,13 @@ def test_dropout_is_for_training_only():
     assert torch.equal(network(x, log_snr), network(x, log_snr))
 
 
+def test_another_event_shape_is_refused():
+    with pytest.raises(ValueError, match=r"got shape \(5, 3\).*\(2,\)"):
+        MLP((2,))(torch.zeros(5, 3), torch.zeros(5))
+    with pytest.raises(ValueError, match="'event_shape': got 2"):
+        MLP(2)
+
+
 def test_rows_do_not_mix():
     network = _trained(MLP((3,), hidden_size=16)).double()
     x, log_snr = torch.randn(4, 3).double(), torch.randn(4).double()
