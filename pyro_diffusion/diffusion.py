@@ -77,8 +77,9 @@ class DiffusionModel(ParamScope):
         super().__init__(name)
         self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
         if isinstance(likelihood, type) or not (likelihood is None or hasattr(likelihood, "embed")):
+            got = getattr(likelihood, "__name__", type(likelihood).__name__)
             raise ValueError(
-                f"argument 'likelihood': got {getattr(likelihood, '__name__', type(likelihood).__name__)}; expected an object with embed(x_0) "
+                f"argument 'likelihood': got {got}; expected an object with embed(x_0) "
                 "that can be called with x_0_hat, or None. Pass an object, such as "
                 "DiscretizedGaussianLikelihood(num_levels=17)."
             )
