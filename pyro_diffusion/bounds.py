@@ -181,8 +181,8 @@ def elbo_terms(
     Any pair will do that is called with a batch of data, has the same latent sites in both
     programs and every site inside a data plate at dim −1. The latent site that the model samples
     first is :math:`x_T`, the last one :math:`x_1`; observed sites together are the reconstruction.
-    Values are unscaled whatever plates or handlers scale, no gradient is recorded, and modules are
-    in evaluation mode meanwhile.
+    Values are unscaled whatever plates or handlers scale, no gradient is recorded, and programs that
+    are modules are in evaluation mode meanwhile (inside a function or a handler, call ``eval()``).
 
     Data and particles are processed in chunks of ``batch_size`` trajectories, and a trajectory's states
     are let go of one by one while the model scores it. The default keeps the states of a chunk under
@@ -467,7 +467,8 @@ def _check_arguments(
 def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
     num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
     numbers = 2 * num_sites * x_0[:1].numel()  # a state and its mean at each site
-    return min(max(_CHUNK_BYTES // (4 * max(numbers, 1)), 1), 8192)
+    size = max(x_0.element_size(), 4)  # whole numbers become float32 states
+    return min(max(_CHUNK_BYTES // (size * max(numbers, 1)), 1), 8192)
 
 
 def _parts(total: int, size: int) -> Iterator[int]:

@@ -282,7 +282,7 @@ class GaussianDenoiser(Denoiser):
     rotation: Tensor | None
 
     def __init__(self, mean: Tensor, std: Tensor, schedule: NoiseSchedule) -> None:
-        mean = torch.as_tensor(mean)
+        mean = torch.as_tensor(mean).clone()  # a buffer of our own, not the caller's tensor
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
         std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
         if torch.broadcast_shapes(mean.shape, std.shape) != mean.shape or not (std > 0).all():

@@ -199,13 +199,15 @@ class DiscretizedGaussian(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        level = value.to(self.loc.dtype)
+        # In float64: a float32 network may be a million standard deviations off at first.
+        level, loc, scale = value.double(), self.loc.double(), self.scale.double()
         centre = level * (2 / (self.num_levels - 1)) - 1
-        lower = (centre - 1 / (self.num_levels - 1) - self.loc) / self.scale
-        upper = (centre + 1 / (self.num_levels - 1) - self.loc) / self.scale
+        lower = (centre - 1 / (self.num_levels - 1) - loc) / scale
+        upper = (centre + 1 / (self.num_levels - 1) - loc) / scale
         inner = _log_interval(lower, upper)
-        log_prob = torch.where(level <= 0, log_ndtr(upper), inner)
-        return torch.where(level >= self.num_levels - 1, log_ndtr(-lower), log_prob)
+        log_prob = torch.where(level <= 0, _log_cdf(upper), inner)
+        log_prob = torch.where(level >= self.num_levels - 1, _log_cdf(-lower), log_prob)
+        return log_prob.to(self.loc.dtype)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         levels = torch.arange(self.num_levels, device=self.loc.device, dtype=self.loc.dtype)
@@ -213,11 +215,22 @@ class DiscretizedGaussian(TorchDistribution):
         return levels.expand((-1, *self.batch_shape)) if expand else levels
 
 
+def _log_cdf(z: Tensor) -> Tensor:
+    r""":math:`\log \Phi(z)` with a gradient that holds far out, where that of ``log_ndtr`` is NaN.
+
+    Below :math:`z = -1000` it is :math:`-z^2/2 - \log(-z) - \tfrac12 \log 2\pi`, right to
+    :math:`z^{-2}`.
+    """
+    far = z.clamp(max=-1000.0)
+    tail = -0.5 * far.square() - (-far).log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(z < -1000.0, tail, log_ndtr(z.clamp(min=-1000.0)))
+
+
 def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
     r""":math:`\log(\Phi(u) - \Phi(l))`, from the side where :math:`\Phi` is small: nothing cancels."""
     flip = lower + upper > 0
     lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-    log_upper = log_ndtr(upper)
+    log_upper = _log_cdf(upper)
     # The difference is zero only where it underflows; the floor keeps the logarithm finite there.
-    ratio = (log_ndtr(lower) - log_upper).clamp(max=-torch.finfo(upper.dtype).tiny)
+    ratio = (_log_cdf(lower) - log_upper).clamp(max=-torch.finfo(upper.dtype).tiny)
     return log_upper + (-torch.expm1(ratio)).log()

@@ -345,6 +345,22 @@ def test_results_are_unscaled_float64_and_the_modes_come_back(device):
     assert before == {name: module.training for name, module in diffusion.named_modules()}
 
 
+def test_dropout_is_off_while_the_bound_is_read():
+    modes = set()
+
+    class Watching(MLP):
+        def forward(self, x_t, log_snr):
+            modes.add(self.training)
+            return super().forward(x_t, log_snr)
+
+    network = Watching((2,), hidden_size=8, dropout=0.5)
+    diffusion = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(3), (2,)).double())
+    elbo_terms(diffusion.model, diffusion.posterior_guide, torch.tensor(X_0))
+    diffusion.sample(2)
+    assert modes == {False}
+    assert network.training
+
+
 def test_to_dataset_round_trips_through_netcdf(tmp_path):
     import xarray
 

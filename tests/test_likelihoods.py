@@ -1,14 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from scipy.stats import norm
 
+from pyro_diffusion.denoisers import NeuralDenoiser
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import (
     DiscretizedGaussian,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
     Likelihood,
 )
+from pyro_diffusion.networks import MLP
+from pyro_diffusion.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 17, 256])
@@ -49,6 +54,33 @@ def test_far_tails_are_finite_and_so_are_gradients():
     # log Φ(−z) ≈ −z²/2 − log(z √2π) from the nearer edge of the bin, z = 468.75
     expected = norm.logsf((1 - 1 / 16) / 2e-3)
     assert log_prob[1, 0].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [10.0, 999.0, 1001.0, 1e5, 1e8])
+def test_gradients_far_out_are_those_of_the_tail(dtype, distance):
+    """d log Φ(z)/dz → −z: an untrained network is that far from a fine level."""
+    scale = 5e-4
+    x_0_hat = torch.tensor([scale * distance], dtype=dtype, requires_grad=True)
+    log_prob = DiscretizedGaussianLikelihood(256, scale)(x_0_hat).log_prob(torch.tensor([0.0]))
+    log_prob.sum().backward()
+    z = (1 + scale * distance - 1 / 255) / scale
+    assert -x_0_hat.grad.item() * scale == pytest.approx(z, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule, LinearSchedule, LogSNRSchedule])
+def test_eight_bit_data_train_from_the_first_step(schedule):
+    """Rows far from the datum are masked, but their gradients must be numbers all the same."""
+    denoiser = NeuralDenoiser(MLP((16,), hidden_size=32, num_blocks=1), schedule(1000), (16,))
+    diffusion = DiffusionModel(denoiser, DiscretizedGaussianLikelihood(256, learnable=True))
+    pair, x_0 = diffusion.subsampled(1), torch.randint(0, 256, (256, 16))
+    loss = TraceMeanField_ELBO()(pair.model, pair.guide)
+    optimiser = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss(x_0).backward()
+        assert all(p.grad.isfinite().all() for p in loss.parameters() if p.grad is not None)
+        optimiser.step()
 
 
 def test_sampling_is_rounding_and_agrees_with_the_probabilities(double):
