@@ -314,19 +314,21 @@ class _Moments:
 class _Draw(Messenger):
     """Record what the guide sampled, and from what."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         super().__init__()
-        self.sites: dict[str, tuple[Tensor, Any]] = {}
+        self.rows = rows
+        self.sites: dict[str, tuple[Tensor, Any, Any]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if _is_latent(msg):
-            self.sites[msg["name"]] = (msg["value"], msg["fn"])
+            _check_data_plate(msg, self.rows)
+            self.sites[msg["name"]] = (msg["value"], msg["fn"], msg["mask"])
 
 
 class _Score(Messenger):
     """Replay the model on the guide's draws; turn each site into a term and let go of its state."""
 
-    def __init__(self, drawn: dict[str, tuple[Tensor, Any]], rows: int, bar: Any) -> None:
+    def __init__(self, drawn: dict[str, tuple[Tensor, Any, Any]], rows: int, bar: Any) -> None:
         super().__init__()
         self.drawn, self.rows, self.bar = drawn, rows, bar
         self.guide_order = list(drawn)
@@ -354,7 +356,12 @@ class _Score(Messenger):
             self.observed[name] = self._per_datum(_log_prob(p, value), msg)
             self.event_size += value.numel() // self.rows
         else:
-            _, q = self.drawn.pop(name)
+            _, q, mask = self.drawn.pop(name)
+            if not (mask is msg["mask"] or (mask is not None and torch.equal(*_masks(mask, msg)))):
+                raise ValueError(
+                    f"site {name!r}: got another mask in the guide than in the model; expected the "
+                    "same in both, so that a term has one set of entries. Mask both programs alike."
+                )
             self.log_ratio[name] = self._per_datum(_log_prob(q, value) - _log_prob(p, value), msg)
             if self.in_order:
                 with suppress(NotImplementedError):  # no formula: the log-ratio is used
@@ -363,15 +370,7 @@ class _Score(Messenger):
 
     def _per_datum(self, values: Tensor, msg: Any) -> Tensor:
         """Sum a site's values over everything but the data plate, shape ``(rows,)``."""
-        plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
-        if not plates or plates[0].size != self.rows:
-            raise ValueError(
-                f"site {msg['name']!r}: got a site "
-                + (f"in a plate of size {plates[0].size}" if plates else "outside of every plate")
-                + f"; expected all sites in a plate of the batch's size ({self.rows}) at dim -1, "
-                "because terms are reported by datum. Put local variables into the data plate; a "
-                "model with global latents has no bound for a single datum."
-            )
+        _check_data_plate(msg, self.rows)
         values = scale_and_mask(values.double(), mask=msg["mask"])
         values = values.expand(torch.broadcast_shapes(values.shape, (self.rows,)))
         values = values.reshape(-1, self.rows).sum(0)
@@ -386,6 +385,26 @@ class _Score(Messenger):
 
 def _is_latent(msg: Any) -> bool:
     return not msg["is_observed"] and not site_is_subsample(msg)
+
+
+def _check_data_plate(msg: Any, rows: int) -> None:
+    plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
+    if not plates or plates[0].size != rows:
+        raise ValueError(
+            f"site {msg['name']!r}: got a site "
+            + (f"in a plate of size {plates[0].size}" if plates else "outside of every plate")
+            + f"; expected all sites in a plate of the batch's size ({rows}) at dim -1, because terms "
+            "are reported by datum. Put local variables into the data plate; a model with global "
+            "latents has no bound for a single datum."
+        )
+    if isinstance(msg["scale"], Tensor) and msg["scale"].numel() > 1:
+        raise ValueError(_SUBSAMPLED)
+
+
+def _masks(mask: Any, msg: Any) -> tuple[Tensor, Tensor]:
+    shape = msg["fn"].batch_shape
+    ours, theirs = (torch.as_tensor(True if m is None else m).cpu() for m in (mask, msg["mask"]))
+    return ours.expand(shape), theirs.expand(shape)
 
 
 def _log_prob(distribution: Any, value: Tensor) -> Tensor:
@@ -406,7 +425,7 @@ def _score(
     bar: Any,
     num_chunks: int,
 ) -> _Sites:
-    with _Draw() as drawn:
+    with _Draw(len(rows)) as drawn:
         guide(rows)
     bar.total = num_chunks * (len(drawn.sites) + 1)
     with _Score(drawn.sites, len(rows), bar) as score:
@@ -444,6 +463,13 @@ _LATENTS_DIFFER = (
 )
 
 
+_SUBSAMPLED = (
+    "arguments 'model' and 'guide': got a subsampled pair, whose sites are a random few of the chain's; "
+    "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide; they have "
+    "the same bound."
+)
+
+
 def _check_arguments(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -451,11 +477,7 @@ def _check_arguments(
     batch_size: int | None,
 ) -> None:
     if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
-        raise ValueError(
-            "arguments 'model' and 'guide': got a subsampled pair, whose sites are a random few of "
-            "the chain's; expected programs with every site. Pass diffusion.model and "
-            "diffusion.posterior_guide; they have the same bound."
-        )
+        raise ValueError(_SUBSAMPLED)
     for name, number in (("num_particles", num_particles), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(

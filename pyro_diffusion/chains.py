@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
 
-from pyro_diffusion.store import ParamScope, free_name
+from pyro_diffusion.store import ParamScope, free_name, snake_case
 from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
 
 __all__ = ["BottomUpGuide", "GenerativeChain", "TimestepPlate", "TopDownGuide"]
@@ -445,7 +445,7 @@ def _check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDi
 
 def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:
     """An owner for a program without a model: it holds the modules that the parts are, or belong to."""
-    owner = ParamScope(free_name(program.__name__))
+    owner = ParamScope(free_name(snake_case(program.__name__)))
     for name, part in parts.items():
         module = getattr(part, "__self__", part)
         if isinstance(module, nn.Module):

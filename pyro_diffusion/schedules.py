@@ -60,6 +60,7 @@ class NoiseSchedule(nn.Module, ABC):
     def with_num_timesteps(self, num_timesteps: int) -> Self:
         """The same curve, learned parameters included, on another grid."""
         schedule = copy.copy(self)
+        schedule._buffers = dict(self._buffers)  # moving one grid leaves the other where it is
         schedule.num_timesteps = _check_num_timesteps(num_timesteps)
         return schedule
 
@@ -116,6 +117,7 @@ class NoiseSchedule(nn.Module, ABC):
             inside, got = low >= 0 and high <= self.num_timesteps, f"values from {low} to {high}"
         else:
             inside, got = True, ""
+        t = t.to(self.device)
         if not inside:
             raise ValueError(
                 f"argument 't': got {got}; expected whole timesteps in 0 … {self.num_timesteps} "

@@ -20,7 +20,7 @@ import pyro
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["ParamScope", "free_name"]
+__all__ = ["ParamScope", "free_name", "snake_case"]
 
 _used_names: set[str] = set()
 
@@ -29,9 +29,13 @@ def _in_store(name: str) -> bool:
     return any(key.startswith(f"{name}.") for key in pyro.get_param_store())
 
 
+def snake_case(name: str) -> str:
+    """A class's name as the name of a model."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
 def free_name(name: str) -> str:
-    """``name`` in snake case if this process never used it, else ``name_2``, ``name_3``, …"""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    """``name`` itself if this process never used it, else ``name_2``, ``name_3``, …"""
     stem = re.sub(r"_\d+$", "", name)
     candidate, number = name, 1
     while candidate in _used_names or _in_store(candidate):
@@ -53,7 +57,7 @@ class ParamScope(nn.Module):
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
         if name is None:
-            name = free_name(type(self).__name__)
+            name = free_name(snake_case(type(self).__name__))
         elif _in_store(name):
             raise ValueError(
                 f"argument 'name': got {name!r}, under which Pyro's param store already holds "

@@ -538,6 +538,26 @@ def test_a_subsampled_pair_is_refused():
         elbo_terms(pair.model, pair.guide, torch.tensor(X_0))
 
 
+def test_a_wrapped_subsampled_pair_is_refused():
+    pair = misfit().subsampled(2)
+    model, guide = (poutine.scale(program, 1.0) for program in pair.__dict__.values())
+    with pytest.raises(ValueError, match=r"subsampled pair.*posterior_guide"):
+        elbo_terms(model, guide, torch.tensor(X_0))
+
+
+def test_a_guide_outside_the_data_plate_is_refused():
+    def guide(x):
+        pyro.sample("z", dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1))
+
+    with pytest.raises(ValueError, match="site 'z'.*outside of every plate"):
+        elbo_terms(vae_model, guide, torch.randn(4, 3))
+
+
+def test_masks_that_differ_are_refused():
+    with pytest.raises(ValueError, match="site 'z'.*another mask in the guide"):
+        elbo_terms(vae_model, poutine.mask(vae_guide, mask=False), torch.randn(4, 3))
+
+
 def test_analytic_kls_of_the_forward_guide_are_refused():
     diffusion = misfit()
     with pytest.raises(ValueError, match=r"'analytic_kl'.*posterior_guide"):

@@ -100,12 +100,12 @@ def test_copies_share_values_and_nothing_else(clone, classic):
 
 
 def test_an_unpickled_model_keeps_a_free_name():
-    diffusion = build(name="keeps_its_name")
+    diffusion = build(name="keepsItsName")
     data = pickle.dumps(diffusion)
     from pyro_diffusion import store
 
-    store._used_names.discard("keeps_its_name")  # as in a process that never saw it
-    assert pickle.loads(data).name == "keeps_its_name"
+    store._used_names.discard("keepsItsName")  # as in a process that never saw it
+    assert pickle.loads(data).name == "keepsItsName"
 
 
 def test_programs_of_one_model_share_its_parameters():
