@@ -86,9 +86,7 @@ class ELBOTerms(NamedTuple):
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
-    term_standard_error: (
-        Tensor  #: row ``t``: Monte Carlo error of the term at ``x_t``, ``(T+1, N)``
-    )
+    term_standard_error: Tensor  #: Monte Carlo error of the term at ``x_t`` in row t, ``(T+1, N)``
     kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
     site_names: tuple[str, ...]  #: where each term lives, by timestep
     event_size: int  #: number of entries :math:`D` of one datum
@@ -205,8 +203,8 @@ def elbo_terms(
         :class:`ELBOTerms`.
 
     Raises:
-        ValueError: Latents that differ between the programs, a site outside the data plate, a
-            subsampled pair, ``analytic_kl=True`` with the forward guide, or a term that is not
+        ValueError: Latents or masks that differ between the programs, a site outside the data plate,
+            a subsampled pair, ``analytic_kl=True`` with the forward guide, or a term that is not
             finite (the message names the site).
 
     Example:
@@ -331,16 +329,14 @@ class _Score(Messenger):
     def __init__(self, drawn: dict[str, tuple[Tensor, Any, Any]], rows: int, bar: Any) -> None:
         super().__init__()
         self.drawn, self.rows, self.bar = drawn, rows, bar
-        self.guide_order = list(drawn)
+        self.guide_order = iter(list(drawn))
+        self.in_order = (
+            True  # whether the model has visited its latents in the guide's order so far
+        )
         self.log_ratio: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         self.event_size = 0
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the model has visited its latents in the guide's order so far."""
-        return list(self.log_ratio) == self.guide_order[: len(self.log_ratio)]
 
     def _pyro_sample(self, msg: Any) -> None:
         if _is_latent(msg):
@@ -363,6 +359,7 @@ class _Score(Messenger):
                     "same in both, so that a term has one set of entries. Mask both programs alike."
                 )
             self.log_ratio[name] = self._per_datum(_log_prob(q, value) - _log_prob(p, value), msg)
+            self.in_order = self.in_order and name == next(self.guide_order)
             if self.in_order:
                 with suppress(NotImplementedError):  # no formula: the log-ratio is used
                     self.kl[name] = self._per_datum(kl_divergence(q, p), msg)

@@ -88,17 +88,17 @@ class ParamScope(nn.Module):
         for path, module in modules:
             module.__dict__.update(_pyro_name=f"{self.name}.{path}", _pyro_context=context)
         with context:
-            self._state_parameters(below, {id(module) for _, module in modules})
+            self._state_parameters(below, skip_unconstrained=bool(modules))
             for _, module in modules:
                 for attribute in (*module._pyro_params, *module._pyro_samples):
                     getattr(module, attribute)
             yield
 
-    def _state_parameters(self, below: str, pyro_modules: set[int]) -> None:
+    def _state_parameters(self, below: str, *, skip_unconstrained: bool) -> None:
         for path, parameter in self.named_parameters():
             if not parameter.requires_grad or not path.startswith(below):
                 continue
-            if path.endswith("_unconstrained") and pyro_modules:
+            if skip_unconstrained and path.endswith("_unconstrained"):
                 continue  # a PyroParam: the module states it with its constraint when it is read
             name = f"{self.name}.{path}"
             if pyro.get_param_store().setdefault(name, parameter) is not parameter:

@@ -467,6 +467,30 @@ def test_scaled_masked_and_inner_plates():
     assert terms.prior.abs().max() < 1e-12
 
 
+def test_an_order_that_departs_later_has_no_kls():
+    """The first latent agrees, the others are swapped: every term is a log-ratio, none a KL."""
+
+    def chain(order):
+        def program(x, observe=False):
+            with pyro.plate("data", len(x), dim=-1):
+                for name in order:
+                    pyro.sample(name, dist.Normal(torch.zeros(1), 2.0).to_event(1))
+                if observe:
+                    pyro.sample("x", dist.Normal(0.0, torch.ones(3)).to_event(1), obs=x)
+
+        return program
+
+    def model(x):
+        chain("abc")(x, observe=True)
+
+    x = torch.randn(4, 3)
+    terms = elbo_terms(model, chain("acb"), x)
+    assert terms.kinds == ("log-likelihood", "log-ratio", "log-ratio", "log-ratio")
+    assert elbo_terms(model, chain("abc"), x).is_kl
+    with pytest.raises(ValueError, match="'analytic_kl'"):
+        elbo_terms(model, chain("acb"), x, analytic_kl=True)
+
+
 def test_deterministic_sites_are_no_data():
     x = torch.randn(6, 3)
 
