@@ -9,9 +9,12 @@ timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_dif
 from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, snr_weight
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate, TopDownGuide
 from pyro_diffusion.denoisers import (
+    Denoised,
     Denoiser,
     ForwardVariance,
     GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    LearnedVariance,
     NeuralDenoiser,
     PosteriorVariance,
 )
@@ -23,12 +26,21 @@ from pyro_diffusion.kernels import (
     terminal_prior,
 )
 from pyro_diffusion.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
     Likelihood,
+    PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import DataPrediction, NoisePrediction
+from pyro_diffusion.parameterizations import (
+    DataPrediction,
+    LevelPrediction,
+    NoisePrediction,
+    ScorePrediction,
+    VelocityPrediction,
+)
 from pyro_diffusion.plots import plot_bound, plot_samples, plot_schedule
 from pyro_diffusion.schedules import (
     AlphaSchedule,
@@ -36,17 +48,22 @@ from pyro_diffusion.schedules import (
     LinearSchedule,
     LogSNRSchedule,
     NoiseSchedule,
+    VarianceExploding,
 )
 from pyro_diffusion.timesteps import StratifiedTimesteps
+from pyro_diffusion.transforms import Standardize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MLP",
     "AlphaSchedule",
+    "BernoulliLikelihood",
     "BottomUpGuide",
+    "CategoricalLikelihood",
     "CosineSchedule",
     "DataPrediction",
+    "Denoised",
     "Denoiser",
     "DiffusionModel",
     "DiscretizedGaussianLikelihood",
@@ -55,17 +72,25 @@ __all__ = [
     "ForwardVariance",
     "GaussianDenoiser",
     "GaussianLikelihood",
+    "GaussianMixtureDenoiser",
     "GenerativeChain",
+    "LearnedVariance",
+    "LevelPrediction",
     "Likelihood",
     "LinearSchedule",
     "LogSNRSchedule",
     "NeuralDenoiser",
     "NoisePrediction",
     "NoiseSchedule",
+    "PoissonLikelihood",
     "PosteriorVariance",
+    "ScorePrediction",
+    "Standardize",
     "StratifiedTimesteps",
     "TimestepPlate",
     "TopDownGuide",
+    "VarianceExploding",
+    "VelocityPrediction",
     "elbo_terms",
     "forward_marginal",
     "forward_posterior",

@@ -89,7 +89,7 @@ class ELBOTerms(NamedTuple):
     term_standard_error: Tensor  #: Monte Carlo error of the term at ``x_t`` in row t, ``(T+1, N)``
     kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
     site_names: tuple[str, ...]  #: where each term lives, by timestep
-    event_size: int  #: number of entries :math:`D` of one datum
+    event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
 
     def __repr__(self) -> str:
         kind = "KLs" if self.is_kl else "log-ratios"
@@ -170,6 +170,7 @@ def elbo_terms(
     x_0: Tensor,
     *,
     num_particles: int = 8,
+    mask: Tensor | None = None,
     analytic_kl: bool | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -192,6 +193,8 @@ def elbo_terms(
         guide: Program for :math:`q`, called as ``guide(x_0)``.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories for each datum.
+        mask: Observed entries, boolean, of the data's shape, handed to both programs: the bound is
+            that of the observed part. ``None`` if all are observed.
         analytic_kl: Take KLs in closed form. ``None`` does so where that is legal (the guide runs
             in the model's order) and a formula is known, which is the quieter estimator of a *term*.
             ``False`` averages log-ratios along the trajectories: for a denoiser close to exact their
@@ -215,7 +218,7 @@ def elbo_terms(
         (torch.Size([4, 3]), True)
     """
     _check_arguments(model, guide, num_particles, batch_size)
-    check_data(x_0)
+    check_data(x_0, mask)
     if batch_size is None:
         batch_size = _default_batch_size(model, x_0)
     chunk_data = min(len(x_0), batch_size)
@@ -228,11 +231,15 @@ def elbo_terms(
         evaluating(model, guide),
         tqdm(total=0, desc="bound", unit="site", delay=5, disable=not progress, leave=False) as bar,
     ):
-        for data in x_0.split(chunk_data):
+        for start in range(0, len(x_0), chunk_data):
+            data, *observed = (x[start : start + chunk_data] for x in (x_0, mask) if x is not None)
             total, term = _Moments(), _Moments()
             for particles in _parts(num_particles, chunk_particles):
-                rows = data.repeat(particles, *(1,) * (data.dim() - 1))
-                sites = _score(model, guide, rows, analytic_kl, bar, num_chunks)
+                rows, *masks = (
+                    x.repeat(particles, *(1,) * (x.dim() - 1)) for x in (data, *observed)
+                )
+                given = {"mask": masks[0]} if masks else {}
+                sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks)
                 values = sites.values.reshape(len(sites.names), particles, len(data))
                 term.update(values.movedim(1, 0))
                 total.update(values[0] - values[1:].sum(0))
@@ -247,7 +254,7 @@ def elbo_terms(
         term_standard_error=torch.cat([moments.standard_error() for moments in terms], dim=-1),
         kinds=sites.kinds,
         site_names=sites.names,
-        event_size=sites.event_size,
+        event_size=sites.event_size if mask is None else int(mask.sum()) / len(x_0),
     )
 
 
@@ -418,15 +425,16 @@ def _score(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     rows: Tensor,
+    given: dict[str, Tensor],
     analytic_kl: bool | None,
     bar: Any,
     num_chunks: int,
 ) -> _Sites:
     with _Draw(len(rows)) as drawn:
-        guide(rows)
+        guide(rows, **given)
     bar.total = num_chunks * (len(drawn.sites) + 1)
     with _Score(drawn.sites, len(rows), bar) as score:
-        model(rows)
+        model(rows, **given)
     if score.drawn:
         missing = ", ".join(map(repr, score.drawn))
         raise ValueError(_LATENTS_DIFFER.format(f"the guide alone samples {missing}"))

@@ -15,6 +15,10 @@ the datum. Programs own the plate ``"data"`` at dim −1 and scale it by ``num_d
 stand to its left. The term :math:`L_t` of the bound lives at site ``x_t``, and the *order* of the
 guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
 
+Under a ``mask`` of observed entries a program is the chain of the observed part: unobserved entries
+of ``x_0`` are not looked at, sites carry the terms of observed entries only, and a kernel of the model
+sees zero where a state is unobserved.
+
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), sections 3 and 4.
     https://arxiv.org/abs/2208.11970
@@ -29,7 +33,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
 from pyro_diffusion.store import ParamScope, free_name, snake_case
@@ -46,20 +50,29 @@ class Program(nn.Module):
     Args:
         num_timesteps: Number of latent states :math:`T`.
         parts: The callables that the program is made of, by attribute name.
+        state_mask: ``state_mask(mask)`` is the mask of a state, where latents are the data's entries
+            with noise; ``None`` leaves latents whole, and a mask to the site ``x_0``.
         owner: The model whose parameters the parts use; ``None`` makes the program stand alone, with
             its parts' parameters under a name of its own.
         below: Path below the owner to the parameters that this program trains.
     """
 
+    state_mask: Callable[[Tensor], Tensor] | None
+
     def __init__(
-        self, num_timesteps: int, parts: dict[str, Any], owner: ParamScope | None, below: str = ""
+        self,
+        num_timesteps: int,
+        parts: dict[str, Any],
+        owner: ParamScope | None,
+        below: str = "",
+        state_mask: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
         self.owner = _stand_alone(type(self), parts) if owner is None else owner
         self.below = below
         # Not as submodules: their parameters are the owner's, and are listed there once.
-        self.__dict__.update(parts)
+        self.__dict__.update(parts, state_mask=state_mask)
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -79,6 +92,10 @@ class Program(nn.Module):
             stack.enter_context(pyro.plate("data", size, dim=-1))
             yield
 
+    def mask_of_states(self, mask: Tensor | None) -> Tensor | None:
+        """The mask of a latent site, given that of the data; ``None`` if all of it is observed."""
+        return None if mask is None or self.state_mask is None else self.state_mask(mask)
+
 
 class GenerativeChain(Program):
     r"""The generative program, :math:`p(x_{0:T}) = p(x_T) \prod_{t=1}^T p(x_{t-1} \mid x_t)` (E7).
@@ -91,6 +108,7 @@ class GenerativeChain(Program):
         likelihood: ``likelihood(x_1)`` gives :math:`p(x_0 \mid x_1)`.
         num_timesteps: Number of latent states :math:`T`.
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
+        state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
     prior: Kernel
@@ -105,33 +123,40 @@ class GenerativeChain(Program):
         *,
         num_timesteps: int,
         owner: ParamScope | None = None,
+        state_mask: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         parts = {"prior": prior, "transition": transition, "likelihood": likelihood}
-        super().__init__(num_timesteps, parts, owner)
+        super().__init__(num_timesteps, parts, owner, state_mask=state_mask)
 
     def forward(
-        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1
+        self,
+        x_0: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        num_data: int | None = None,
+        num_samples: int = 1,
     ) -> Tensor:
         """Sample sites ``x_T … x_1`` and observe (or sample) ``x_0``.
 
         Args:
             x_0: Data, shape ``(N,) + event_shape``; ``None`` draws ``num_samples`` of them.
+            mask: Observed entries, boolean, of the data's shape; ``None`` if all are.
             num_data: Size of the data set of which ``x_0`` is a batch; scales the program.
             num_samples: Number of data to draw when there are none.
 
         Returns:
             ``x_0``, given or drawn.
         """
-        if x_0 is not None:
-            check_data(x_0)
+        x_0, states = _check_observed(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data, num_samples):
-            x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior())
+            x_t = pyro.sample(f"x_{self.num_timesteps}", observed_part(self.prior(), states))
             for t in range(self.num_timesteps, 1, -1):
                 with naming(f"x_{t - 1}"):
-                    kernel = self.transition(x_t, t)
+                    kernel = observed_part(self.transition(_zeroed(x_t, states), t), states)
                 x_t = pyro.sample(f"x_{t - 1}", kernel)
             with naming("x_0"):
-                kernel = _check_event_shape(self.likelihood(x_t), x_0)
+                kernel = _check_event_shape(self.likelihood(_zeroed(x_t, states)), x_0)
+                kernel = observed_part(kernel, mask)
             return pyro.sample("x_0", kernel, obs=x_0)
 
 
@@ -147,6 +172,7 @@ class BottomUpGuide(Program):
         embed: ``embed(x_0)`` is the state where the chain starts; the data itself by default.
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
         below: Path below the owner to the guide's own parameters.
+        state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
     transition: Kernel
@@ -160,17 +186,21 @@ class BottomUpGuide(Program):
         embed: Callable[[Tensor], Tensor] | None = None,
         owner: ParamScope | None = None,
         below: str = "",
+        state_mask: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         parts = {"transition": transition, "embed": _identity if embed is None else embed}
-        super().__init__(num_timesteps, parts, owner, below)
+        super().__init__(num_timesteps, parts, owner, below, state_mask)
 
-    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
-        """Sample sites ``x_1 … x_T`` for data of shape ``(N,) + event_shape``."""
-        with self.data_plate(check_data(x_0), num_data):
+    def forward(
+        self, x_0: Tensor, *, mask: Tensor | None = None, num_data: int | None = None
+    ) -> None:
+        """Sample sites ``x_1 … x_T`` for data, and their mask, of shape ``(N,) + event_shape``."""
+        x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
+        with self.data_plate(x_0, num_data):
             x_t = self.embed(x_0)
             for t in range(1, self.num_timesteps + 1):
                 with naming(f"x_{t}"):
-                    kernel = self.transition(x_t, t)
+                    kernel = observed_part(self.transition(x_t, t), states)
                 if self.num_timesteps > 1:  # a single site has no order
                     kernel = BottomUpSite(kernel)
                 x_t = pyro.sample(f"x_{t}", kernel)
@@ -186,6 +216,7 @@ class TopDownGuide(Program):
         num_timesteps: Number of latent states :math:`T`.
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
         below: Path below the owner to the guide's own parameters.
+        state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
     encode: Callable[[Tensor], Any]
@@ -201,20 +232,24 @@ class TopDownGuide(Program):
         num_timesteps: int,
         owner: ParamScope | None = None,
         below: str = "",
+        state_mask: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         parts = {"encode": encode, "initial": initial, "transition": transition}
-        super().__init__(num_timesteps, parts, owner, below)
+        super().__init__(num_timesteps, parts, owner, below, state_mask)
 
-    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
-        """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
-        with self.data_plate(check_data(x_0), num_data):
+    def forward(
+        self, x_0: Tensor, *, mask: Tensor | None = None, num_data: int | None = None
+    ) -> None:
+        """Sample sites ``x_T … x_1`` for data, and their mask, of shape ``(N,) + event_shape``."""
+        x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
+        with self.data_plate(x_0, num_data):
             context = self.encode(x_0)
             with naming(f"x_{self.num_timesteps}"):
-                kernel = self.initial(context)
+                kernel = observed_part(self.initial(context), states)
             x_t = pyro.sample(f"x_{self.num_timesteps}", kernel)
             for t in range(self.num_timesteps, 1, -1):
                 with naming(f"x_{t - 1}"):
-                    kernel = self.transition(x_t, context, t)
+                    kernel = observed_part(self.transition(x_t, context, t), states)
                 x_t = pyro.sample(f"x_{t - 1}", kernel)
 
 
@@ -247,6 +282,7 @@ class TimestepPlate:
         timesteps: Law of the timesteps.
         owner: Model that owns the parameters; ``None`` for a pair that stands alone.
         below: Path below the owner to the guide's own parameters.
+        state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
     def __init__(
@@ -262,15 +298,19 @@ class TimestepPlate:
         timesteps: Timesteps | None = None,
         owner: ParamScope | None = None,
         below: str = "",
+        state_mask: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        timesteps = StratifiedTimesteps() if timesteps is None else timesteps
-        guide_parts = {"encode": encode, "marginal": marginal, "posterior": posterior}
-        model_parts = {"prior": prior, "reverse": reverse}
+        law = {
+            "law": StratifiedTimesteps() if timesteps is None else timesteps,
+            "num_draws": num_timesteps,
+        }
+        model_parts = law | {"prior": prior, "reverse": reverse}
+        guide_parts = law | {"encode": encode, "marginal": marginal, "posterior": posterior}
         self.model: nn.Module = _SubsampledModel(
-            chain_length, model_parts | {"law": timesteps, "num_draws": num_timesteps}, owner
+            chain_length, model_parts, owner, state_mask=state_mask
         )
         self.guide: nn.Module = _SubsampledGuide(
-            chain_length, guide_parts | {"law": timesteps, "num_draws": num_timesteps}, owner, below
+            chain_length, guide_parts, owner, below, state_mask
         )
 
 
@@ -293,9 +333,15 @@ class _SubsampledModel(SubsampledProgram):
     reverse: Callable[[Tensor, Tensor], tuple[TorchDistribution, TorchDistribution]]
 
     def forward(
-        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1
+        self,
+        x_0: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        num_data: int | None = None,
+        num_samples: int = 1,
     ) -> None:
-        prior = self.prior()
+        x_0, states = _check_observed(x_0, mask), self.mask_of_states(mask)
+        prior = observed_part(self.prior(), states)
         with self.data_plate(x_0, num_data, num_samples):
             x_T = pyro.sample(f"x_{self.num_timesteps}", prior)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
@@ -303,12 +349,15 @@ class _SubsampledModel(SubsampledProgram):
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", prior)
                 with naming("x_{t-1}"):
-                    transition, likelihood = self.reverse(x_t, t)
+                    transition, likelihood = self.reverse(_zeroed(x_t, states), t)
+                    transition = observed_part(transition, states)
+                with naming("x_0"):
+                    likelihood = observed_part(_check_event_shape(likelihood, x_0), mask)
                 with poutine.scale(scale=weight):
                     with poutine.mask(mask=t > 1):
                         pyro.sample("x_{t-1}", transition)
                     with poutine.mask(mask=t == 1):
-                        pyro.sample("x_0", _check_event_shape(likelihood, x_0), obs=x_0)
+                        pyro.sample("x_0", likelihood, obs=x_0)
 
 
 class _SubsampledGuide(SubsampledProgram):
@@ -316,16 +365,20 @@ class _SubsampledGuide(SubsampledProgram):
     marginal: Kernel
     posterior: Kernel
 
-    def forward(self, x_0: Tensor, *, num_data: int | None = None) -> None:
-        with self.data_plate(check_data(x_0), num_data):
+    def forward(
+        self, x_0: Tensor, *, mask: Tensor | None = None, num_data: int | None = None
+    ) -> None:
+        x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
+        with self.data_plate(x_0, num_data):
             context = self.encode(x_0)
-            pyro.sample(f"x_{self.num_timesteps}", self.marginal(context, self.num_timesteps))
+            marginal = observed_part(self.marginal(context, self.num_timesteps), states)
+            pyro.sample(f"x_{self.num_timesteps}", marginal)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
                 t, weight = self.draw_timesteps(context.device)
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", self.marginal(context, t))
                 # Rows with t = 1 carry no latent term; any kernel with a density will do there.
-                posterior = self.posterior(x_t, context, t.clamp(min=2))
+                posterior = observed_part(self.posterior(x_t, context, t.clamp(min=2)), states)
                 with poutine.scale(scale=weight), poutine.mask(mask=t > 1):
                     pyro.sample("x_{t-1}", posterior)
 
@@ -407,8 +460,33 @@ def naming(site: str) -> Iterator[None]:
         raise ValueError(f"site {site!r}: {error}") from error
 
 
-def check_data(x_0: Tensor) -> Tensor:
-    """``x_0``, if it is a tensor of at least one datum, all of it finite."""
+def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistribution:
+    """A kernel over entries that are independent, with the terms of the observed entries only."""
+    if mask is None:
+        return kernel
+    event_dim = mask.dim() - 1
+    if event_dim == 0:
+        return kernel.mask(mask)
+    if not isinstance(kernel, Independent) or kernel.reinterpreted_batch_ndims < event_dim:
+        raise ValueError(
+            f"argument 'mask': got one for a {type(kernel).__name__}, whose entries depend on one "
+            "another; expected a kernel with independent entries, from which unobserved ones can be "
+            "left out. Use a NeuralDenoiser or GaussianDenoiser, and transforms that act entry by entry."
+        )
+    return kernel.base_dist.mask(mask).to_event(kernel.reinterpreted_batch_ndims)
+
+
+def _zeroed(x_t: Tensor, mask: Tensor | None) -> Tensor:
+    """The state as a kernel of the model sees it: nothing where nothing was observed."""
+    return x_t if mask is None else torch.where(mask, x_t, 0.0)
+
+
+def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
+
+    Unobserved entries, which may be NaN, become the first observed value: one that the likelihood
+    and the transform can take, and that no term depends on.
+    """
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
         raise ValueError(
@@ -416,12 +494,44 @@ def check_data(x_0: Tensor) -> Tensor:
             "Convert arrays with torch.as_tensor, skip empty batches, and give the guide the data "
             "that the model observes."
         )
+    if mask is not None:
+        x_0 = torch.where(_check_mask(mask, x_0), x_0, x_0[mask][0])
     if not x_0.isfinite().all():
         raise ValueError(
             f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
-            f"shape {tuple(x_0.shape)}; expected finite numbers. Drop or impute those entries."
+            f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "
+            "mask=x_0.isfinite() for the bound of the observed part."
         )
     return x_0
+
+
+def _check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x_0.shape:
+        got = type(mask).__name__
+        if isinstance(mask, Tensor):
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"argument 'mask': got {got}; expected torch.bool of the data's shape {tuple(x_0.shape)}, "
+            "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
+        )
+    observed = mask.flatten(1).any(1) if mask.dim() > 1 else mask
+    if not observed.all():
+        raise ValueError(
+            f"argument 'mask': got {int((~observed).sum())} of {len(mask)} data without any observed "
+            f"entry, the first at row {int((~observed).nonzero()[0])}; expected at least one for each. "
+            "Drop those rows: they say nothing."
+        )
+    return mask
+
+
+def _check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Data for a model, which may be run without any."""
+    if x_0 is None and mask is not None:
+        raise ValueError(
+            "argument 'mask': got a mask without data; expected x_0 as well. Leave out the mask to "
+            "draw complete data."
+        )
+    return None if x_0 is None else check_data(x_0, mask)
 
 
 def _check_count(argument: str, number: int) -> int:

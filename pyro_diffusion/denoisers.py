@@ -11,8 +11,9 @@ the reverse kernel is the forward posterior's at that estimate, :math:`\tilde\mu
 Kernels differ in their variance. The exact one is
 :math:`\tilde\beta_t + (a_{t-1}(1 - e^{\lambda_t - \lambda_{t-1}}))^2 \operatorname{Var}[x_0 \mid x_t]`;
 :class:`PosteriorVariance` and :class:`ForwardVariance` are its two ends, for data that are a point
-and for data that are white noise. The choice shows in the bound, also for many steps:
-``examples/gaussian_oracle.py`` prints what each costs.
+and for data that are white noise; :class:`LearnedVariance` is between them.
+The choice shows in the bound, also for many steps: ``examples/gaussian_oracle.py`` prints what each
+costs.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2.
@@ -20,7 +21,7 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -34,17 +35,30 @@ from pyro_diffusion.kernels import (
     posterior_mean,
     posterior_variance,
 )
-from pyro_diffusion.parameterizations import NoisePrediction, Parameterization
+from pyro_diffusion.parameterizations import LevelPrediction, NoisePrediction, Parameterization
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
+    "Denoised",
     "Denoiser",
     "ForwardVariance",
     "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "LearnedVariance",
     "NeuralDenoiser",
     "PosteriorVariance",
     "ReverseVariance",
 ]
+
+
+class Denoised(NamedTuple):
+    r"""What a denoiser says of :math:`x_0` when it sees a state; one call of the network."""
+
+    x_0_hat: Tensor  #: the estimate, ``batch_shape + event_shape``
+    logits: Tensor | None = (
+        None  #: of each level, ``batch_shape + event_shape + (K,)``, if predicted
+    )
+    variance: Tensor | None = None  #: the output that :class:`LearnedVariance` interpolates by
 
 
 class Denoiser(nn.Module, ABC):
@@ -73,6 +87,15 @@ class Denoiser(nn.Module, ABC):
         """Floating dtype in which the chain runs."""
 
     @abstractmethod
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+        r"""All that the denoiser says of :math:`x_0`; see :meth:`x_0_hat` for the arguments."""
+
+    @abstractmethod
+    def reverse_kernel(
+        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
+    ) -> dist.TorchDistribution:
+        r""":math:`p_\theta(x_{t-1} \mid x_t)` from what the denoiser said already."""
+
     def x_0_hat(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         r"""Estimate of :math:`x_0` from a state, both ``batch_shape + event_shape``.
 
@@ -80,12 +103,15 @@ class Denoiser(nn.Module, ABC):
             x_t: State, shape ``batch_shape + event_shape``.
             log_snr: Its log-SNR, shape broadcastable to ``batch_shape``.
         """
+        return self.denoise(x_t, log_snr).x_0_hat
 
-    @abstractmethod
-    def reverse_kernel(
-        self, x_t: Tensor, t: int | Tensor, x_0_hat: Tensor
-    ) -> dist.TorchDistribution:
-        r""":math:`p_\theta(x_{t-1} \mid x_t)` from an estimate that is already there."""
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data as points of the chain, where the model has no likelihood of its own: as they are."""
+        return x_0
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> dist.TorchDistribution:
+        r"""The denoiser's own :math:`p(x_0 \mid x_1)`, which models without a likelihood take."""
+        return self.reverse_kernel(x_1, 1, denoised)
 
     def forward(self, x_t: Tensor, t: int | Tensor) -> dist.TorchDistribution:
         r"""The reverse kernel :math:`p_\theta(x_{t-1} \mid x_t)`.
@@ -97,14 +123,14 @@ class Denoiser(nn.Module, ABC):
 
         Returns:
             A distribution over :math:`x_{t-1}` with batch shape ``batch_shape`` and event shape
-            ``event_shape``. At ``t = 1`` it is the denoiser's own :math:`p(x_0 \mid x_1)`.
+            ``event_shape``, in the chain's space; :meth:`decode` leads from :math:`x_1` to data.
 
         Raises:
             ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, or an
                 estimate that is not finite.
         """
         t = check_timestep(t, self.schedule, at_least=1)
-        return self.reverse_kernel(x_t, t, self.x_0_hat(x_t, self.schedule.log_snr(t)))
+        return self.reverse_kernel(x_t, t, self.denoise(x_t, self.schedule.log_snr(t)))
 
     def score(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         r"""Tweedie's :math:`\nabla \log q(x_t) = (a\, \hat x_0 - x_t) / \sigma^2`.
@@ -139,11 +165,18 @@ class Denoiser(nn.Module, ABC):
 
 
 class ReverseVariance(ABC):
-    """Variance of a reverse kernel as a function of the timestep alone."""
+    """Variance of a reverse kernel, from the timestep and, if it is learned, a network's output."""
+
+    num_outputs: int = 0  #: numbers that the network returns for it, for each entry of a datum
 
     @abstractmethod
-    def __call__(self, step: ChainStep) -> Tensor:
-        """Variance of :math:`x_{t-1}` given :math:`x_t`, float64, of ``t``'s shape."""
+    def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
+        """Variance of :math:`x_{t-1}` given :math:`x_t`.
+
+        Args:
+            step: Coefficients of the step, float64, broadcastable to ``output``.
+            output: The network's numbers, ``batch_shape + event_shape``; ``None`` if it has none.
+        """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -157,16 +190,54 @@ class PosteriorVariance(ReverseVariance):
     is a weighted squared error (E12, :func:`~pyro_diffusion.bounds.snr_weight`).
     """
 
-    def __call__(self, step: ChainStep) -> Tensor:
+    def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
         is_first = step.noise_prev == 0
         return torch.where(is_first, ForwardVariance()(step), posterior_variance(step))
 
 
 class ForwardVariance(ReverseVariance):
-    r""":math:`\beta_t = 1 - \alpha_t`, the forward transition's ("fixed large")."""
+    r""":math:`\beta_t = 1 - \alpha_t`, the forward transition's ("fixed large").
 
-    def __call__(self, step: ChainStep) -> Tensor:
-        return step.noise**2 * step.share
+    It is the exact variance for data of unit variance, and is computed as that,
+
+    .. math::
+        \tilde\beta_t + \big(a_{t-1} (1 - e^{\lambda_t - \lambda_{t-1}})\big)^2
+        \frac{\sigma_t^2}{a_t^2 + \sigma_t^2},
+
+    so that it means the same in a variance-exploding chain, whose transition's own variance is
+    larger by :math:`1 / \alpha_t` in units of :math:`x_{t-1}`.
+    """
+
+    def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
+        x_0_variance = step.noise**2 / (step.signal**2 + step.noise**2)
+        return posterior_variance(step) + (step.signal_prev * step.share) ** 2 * x_0_variance
+
+
+class LearnedVariance(ReverseVariance):
+    r"""Between :math:`\tilde\beta_t` and :math:`\beta_t` in the logarithm, for each dimension.
+
+    .. math::
+        \log \Sigma_t = \tfrac{1 + v}{2} \log \beta_t + \tfrac{1 - v}{2} \log \tilde\beta_t,
+
+    with :math:`v` a second output of the network, the last on its last axis: ``MLP((64,),
+    num_outputs=2)``. It is not confined to [-1, 1], so that data broader than unit variance have
+    their exact variance too. At ``t = 1``, where :math:`\tilde\beta_1 = 0`, the lower end is
+    :math:`\beta_1^2`.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), eq. 15.
+        https://arxiv.org/abs/2102.09672
+    """
+
+    num_outputs = 1
+
+    def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
+        assert output is not None  # NeuralDenoiser asks the network for it
+        upper = ForwardVariance()(step)
+        lower = torch.where(step.noise_prev == 0, upper.square(), posterior_variance(step))
+        weight = (1 + output) / 2
+        log_upper, log_lower = (end.log().to(output.dtype) for end in (upper, lower))
+        return torch.lerp(log_lower, log_upper, weight).exp()
 
 
 class NeuralDenoiser(Denoiser):
@@ -174,14 +245,17 @@ class NeuralDenoiser(Denoiser):
 
     Args:
         network: Called as ``network(x_t, log_snr)`` with one flattened batch axis in front: ``x_t``
-            of shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``; its output has the shape
-            of ``x_t``.
+            of shape ``(B,) + event_shape``, in a variance-exploding chain divided by
+            :math:`\sqrt{a_t^2 + \sigma_t^2}`; ``log_snr`` of shape ``(B,)``. Its output has the
+            shape of ``x_t``, or one more axis at the end where prediction and variance need several
+            numbers for each entry.
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum.
-        prediction: What the output means: ``NoisePrediction()``, the default, or
-            ``DataPrediction()``.
-        variance: Variance of the kernels: ``ForwardVariance()``, the default, or
-            ``PosteriorVariance()``.
+        prediction: What the output means: ``NoisePrediction()``, the default, ``DataPrediction()``,
+            ``VelocityPrediction()``, ``ScorePrediction()`` (all of the state as the network sees it),
+            or ``LevelPrediction(num_levels)`` for data on finitely many values.
+        variance: Variance of the kernels: ``ForwardVariance()``, the default,
+            ``PosteriorVariance()`` or ``LearnedVariance()``.
 
     Raises:
         ValueError: An argument of another kind. From a call: an output of another shape, or one
@@ -212,38 +286,73 @@ class NeuralDenoiser(Denoiser):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the network's first parameter."""
+        """Dtype of the network's first parameter; float32 for a network of half precision."""
+        return torch.promote_types(self._network_dtype, torch.float32)
+
+    @property
+    def _network_dtype(self) -> torch.dtype:
         for parameter in self.network.parameters():
             if parameter.is_floating_point():
                 return parameter.dtype
         return torch.get_default_dtype()
 
-    def x_0_hat(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         batch_shape = self._batch_shape(x_t)
-        flat_log_snr = log_snr.to(x_t.dtype).expand(batch_shape).reshape(-1)
-        output = self.network(x_t.reshape(-1, *self.event_shape), flat_log_snr)
-        expected = (len(flat_log_snr), *self.event_shape)
+        # The chain of unit variance with the same log-SNR: what the network sees, on any scale.
+        signal, noise = self.schedule.scales(log_snr)
+        scale = (signal**2 + noise**2).sqrt()
+        signal, noise, scale = (
+            pad(c, self.event_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
+        )
+        state = x_t / scale
+        output = self._call_network(state, log_snr.expand(batch_shape)).to(x_t.dtype)
+        variance = None
+        if self.variance.num_outputs:
+            output, variance = output[..., :-1], output[..., -1]
+            output = output.squeeze(-1) if self.prediction.num_outputs == 1 else output
+        if isinstance(self.prediction, LevelPrediction):
+            logits = self.prediction.logits(output, state, signal, noise)
+            return Denoised(self.prediction.mean(logits), logits, variance)
+        return Denoised(self.prediction.x_0_hat(output, state, signal, noise), None, variance)
+
+    def _call_network(self, state: Tensor, log_snr: Tensor) -> Tensor:
+        """The network's output, with batch and event dimensions as the state has them."""
+        dtype = self._network_dtype
+        flat = state.reshape(-1, *self.event_shape).to(dtype)
+        output = self.network(flat, log_snr.reshape(-1).to(dtype))
+        count = self.prediction.num_outputs + self.variance.num_outputs
+        per_entry = (count,) if count > 1 else ()
+        expected = (len(flat), *self.event_shape, *per_entry)
         if output.shape != expected:
             raise ValueError(
                 f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
-                f"{expected}, the shape of the states it was given. Return one value for each entry "
-                "of a datum and keep the batch axis in front."
+                f"{expected}, {count} number(s) for each entry of the states it was given, as "
+                f"{self.prediction} and {self.variance} need. Keep the batch axis in front; MLP takes "
+                f"num_outputs={count}."
             )
         if not output.isfinite().all():
             raise ValueError(
                 "argument 'network': got an output with NaN or infinite values; expected finite "
                 "numbers. Lower the learning rate or clip gradients, and check the data's scale."
             )
-        signal, noise = self._scales(x_t, log_snr)
-        return self.prediction.x_0_hat(output.reshape(x_t.shape), x_t, signal, noise)
+        return output.reshape(state.shape + per_entry)
 
     def reverse_kernel(
-        self, x_t: Tensor, t: int | Tensor, x_0_hat: Tensor
+        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
-        mean = posterior_mean(x_t, x_0_hat, step, event_dim=self.event_dim)
-        scale = pad(self.variance(step).sqrt(), self.event_dim, x_t.dtype)
+        mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
+        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        scale = self.variance(step, denoised.variance).sqrt().to(x_t.dtype)
         return dist.Normal(mean, scale).to_event(self.event_dim)
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        return self.prediction.embed(x_0) if isinstance(self.prediction, LevelPrediction) else x_0
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> dist.TorchDistribution:
+        if denoised.logits is None:
+            return super().decode(x_1, denoised)
+        return dist.Categorical(logits=denoised.logits).to_event(self.event_dim)
 
     def extra_repr(self) -> str:
         return (
@@ -285,15 +394,15 @@ class GaussianDenoiser(Denoiser):
         mean = torch.as_tensor(mean).clone()  # a buffer of our own, not the caller's tensor
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
         std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
-        if torch.broadcast_shapes(mean.shape, std.shape) != mean.shape or not (std > 0).all():
+        if not mean.isfinite().all():
             raise ValueError(
-                f"argument 'std': got shape {tuple(std.shape)} with a smallest value of "
-                f"{std.min().item():g}; expected positive standard deviations that broadcast to the "
-                f"mean's shape {tuple(mean.shape)}. A constant entry has no density: drop it."
+                f"argument 'mean': got {int((~mean.isfinite()).sum())} NaN or infinite values; expected "
+                "finite numbers. Check what the mean was estimated from."
             )
+        std = _check_std("std", std, mean)
         super().__init__(schedule, mean.shape)
         self.register_buffer("mean", mean)
-        self.register_buffer("variance", std.expand(mean.shape) ** 2)
+        self.register_buffer("variance", std**2)
         self.register_buffer("rotation", None)
 
     @classmethod
@@ -336,26 +445,23 @@ class GaussianDenoiser(Denoiser):
         """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
         return self._gaussian(self.mean, self.variance)
 
-    def x_0_hat(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         self._batch_shape(x_t)
         signal, noise = (
             pad(s, self.event_dim, torch.float64) for s in self.schedule.scales(log_snr)
         )
-        variance = self.variance.double()
-        gain = (signal * variance / (signal**2 * variance + noise**2)).to(x_t.dtype)
-        return self.mean + self._scale_axes(gain, x_t - signal.to(x_t.dtype) * self.mean)
+        gain, _ = _wiener(self.variance.double(), signal, noise)
+        error = x_t - signal.to(x_t.dtype) * self.mean
+        return Denoised(self.mean + self._scale_axes(gain.to(x_t.dtype), error))
 
     def reverse_kernel(
-        self, x_t: Tensor, t: int | Tensor, x_0_hat: Tensor
+        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
-        mean = posterior_mean(x_t, x_0_hat, step, event_dim=self.event_dim)
-        signal_prev, _, signal, noise, share = (pad(c, self.event_dim, torch.float64) for c in step)
-        variance = self.variance.double()
-        x_0_variance = variance * noise**2 / (signal**2 * variance + noise**2)
-        beta_tilde = pad(posterior_variance(step), self.event_dim, torch.float64)
-        exact = beta_tilde + (signal_prev * share) ** 2 * x_0_variance
-        return self._gaussian(mean, exact.to(x_t.dtype))
+        mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
+        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        _, x_0_variance = _wiener(self.variance.double(), step.signal, step.noise)
+        return self._gaussian(mean, _exact_variance(step, x_0_variance).to(x_t.dtype))
 
     def _gaussian(self, mean: Tensor, variance: Tensor) -> dist.TorchDistribution:
         """A Gaussian with the given variances along the data's principal axes."""
@@ -368,6 +474,138 @@ class GaussianDenoiser(Denoiser):
         if self.rotation is None:
             return gain * x
         return (gain * (x @ self.rotation)) @ self.rotation.mT
+
+
+class GaussianMixtureDenoiser(Denoiser):
+    r"""The exact reverse chain of a mixture, :math:`x_0 \sim \sum_k w_k N(m_k, \operatorname{diag}(s_k^2))`.
+
+    A state belongs to component :math:`k` with probability :math:`r_k(x_t) \propto w_k\,
+    N(x_t; a_t m_k, a_t^2 s_k^2 + \sigma_t^2)`, given which everything is Gaussian:
+
+    .. math::
+        \hat x_0 = \sum_k r_k\, \hat x_{0,k}, \qquad
+        p(x_{t-1} \mid x_t) = \sum_k r_k\, N\big(\tilde\mu_t(x_t, \hat x_{0,k}), \Sigma_{t,k}\big),
+
+    with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` of :class:`GaussianDenoiser`. The reverse kernel is
+    that mixture, so that on multimodal data, too, every path's bound is :math:`\log p(x_0)`.
+
+    Args:
+        weights: Weights :math:`w_k`, shape ``(K,)``; they are normalised.
+        means: Means :math:`m_k`, shape ``(K,) + event_shape``.
+        stds: Standard deviations :math:`s_k > 0`, broadcastable to ``means``.
+        schedule: Noise schedule of the chain.
+
+    Raises:
+        ValueError: Weights or standard deviations that are not positive, or shapes that do not fit.
+
+    Example:
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> denoiser = GaussianMixtureDenoiser([0.5, 0.5], means, 0.1, LogSNRSchedule(10))
+        >>> denoiser.x_0_hat(torch.tensor([0.3]), torch.tensor(6.0))
+        tensor([0.4393])
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(
+        self,
+        weights: Tensor | list[float],
+        means: Tensor,
+        stds: Tensor | float,
+        schedule: NoiseSchedule,
+    ) -> None:
+        means = torch.as_tensor(means).clone()
+        means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
+        weights, stds = (
+            torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in (weights, stds)
+        )
+        fit = means.dim() > 0 and weights.shape == means.shape[:1]
+        if not fit or not (weights > 0).all() or not means.isfinite().all():
+            raise ValueError(
+                f"arguments 'weights' and 'means': got shapes {tuple(weights.shape)} and "
+                f"{tuple(means.shape)}; expected K positive weights and finite means of shape (K,) + "
+                "event_shape. Leave out components of weight zero."
+            )
+        super().__init__(schedule, means.shape[1:])
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("means", means)
+        self.register_buffer("variances", _check_std("stds", stds, means) ** 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the means."""
+        return self.means.dtype
+
+    @property
+    def data_distribution(self) -> dist.TorchDistribution:
+        """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
+        return self._mixture(self.log_weights, self.means, self.variances)
+
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+        self._batch_shape(x_t)
+        log_r, x_0_hats = self._components(x_t, *self.schedule.scales(log_snr))
+        return Denoised((self._per_component(log_r.exp()) * x_0_hats).sum(-self.event_dim - 1))
+
+    def reverse_kernel(
+        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
+    ) -> dist.TorchDistribution:
+        step = chain_step(t, self.schedule)
+        log_r, x_0_hats = self._components(x_t, step.signal, step.noise)
+        step = ChainStep(*(c.unsqueeze(-1) for c in step))  # the components' axis
+        means = posterior_mean(
+            x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, event_dim=self.event_dim
+        )
+        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        _, x_0_variances = _wiener(self.variances.double(), step.signal, step.noise)
+        return self._mixture(log_r, means, _exact_variance(step, x_0_variances).to(x_t.dtype))
+
+    def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event behind."""
+        signal, noise = (pad(c.unsqueeze(-1), self.event_dim, c.dtype) for c in (signal, noise))
+        variances = self.variances.double()
+        gains, _ = _wiener(variances, signal, noise)
+        errors = x_t.unsqueeze(-self.event_dim - 1) - signal.to(x_t.dtype) * self.means
+        spread = (signal**2 * variances + noise**2).sqrt().to(x_t.dtype)
+        component = dist.Normal(torch.zeros_like(spread), spread).to_event(self.event_dim)
+        log_r = (self.log_weights + component.log_prob(errors)).log_softmax(-1)
+        return log_r, self.means + gains.to(x_t.dtype) * errors
+
+    def _per_component(self, values: Tensor) -> Tensor:
+        return values.reshape(values.shape + (1,) * self.event_dim)
+
+    def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> dist.TorchDistribution:
+        components = dist.Normal(means, variances.sqrt()).to_event(self.event_dim)
+        logits = logits.expand(components.batch_shape)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+
+
+def _wiener(variance: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    r"""For :math:`x_0 \sim N(m, v)`: the gain of :math:`x_t - a m` in :math:`\hat x_0`, and
+    :math:`\operatorname{Var}[x_0 \mid x_t]`."""
+    total = signal**2 * variance + noise**2
+    return signal * variance / total, variance * noise**2 / total
+
+
+def _exact_variance(step: ChainStep, x_0_variance: Tensor) -> Tensor:
+    r""":math:`\operatorname{Var}[x_{t-1} \mid x_t]` from :math:`\operatorname{Var}[x_0 \mid x_t]`."""
+    return posterior_variance(step) + (step.signal_prev * step.share) ** 2 * x_0_variance
+
+
+def _check_std(argument: str, std: Tensor, mean: Tensor) -> Tensor:
+    """Standard deviations expanded to the mean's shape, if they are positive and fit."""
+    try:
+        expanded = std.expand(mean.shape)
+    except RuntimeError:
+        expanded = None
+    if expanded is None or not (std > 0).all() or not std.isfinite().all():
+        raise ValueError(
+            f"argument {argument!r}: got shape {tuple(std.shape)} with a smallest value of "
+            f"{std.min().item():g}; expected positive standard deviations that broadcast to the "
+            f"means' shape {tuple(mean.shape)}. A constant entry has no density: drop it."
+        )
+    return expanded
 
 
 def check_argument(name: str, value: Any, kind: type, example: str) -> Any:

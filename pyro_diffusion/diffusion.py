@@ -14,9 +14,11 @@ References:
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import (
     BottomUpGuide,
@@ -26,7 +28,7 @@ from pyro_diffusion.chains import (
     TopDownGuide,
     evaluating,
 )
-from pyro_diffusion.denoisers import Denoiser, check_argument
+from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
 from pyro_diffusion.kernels import (
     forward_marginal,
     forward_posterior,
@@ -36,6 +38,7 @@ from pyro_diffusion.kernels import (
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.store import ParamScope
 from pyro_diffusion.timesteps import Timesteps
+from pyro_diffusion.transforms import check_transform, transformed
 
 __all__ = ["DiffusionModel"]
 
@@ -51,12 +54,17 @@ class DiffusionModel(ParamScope):
     Args:
         denoiser: The reverse kernels, which bring schedule and event shape.
         likelihood: :math:`p(x_0 \mid x_1)` given :math:`\hat x_0(x_1)`, and the embedding of the
-            data; ``None`` takes the denoiser's own kernel at ``t = 1`` and the data as they are.
+            data; ``None`` takes the denoiser's own: its kernel at ``t = 1`` and the data as they are,
+            or its levels if it predicts levels.
+        transform: Torch transform from the user's units to the model's, such as
+            ``Standardize.from_data(x_0)``; its log-Jacobian enters at site ``x_0``, and the bound is in
+            the user's units.
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
 
     Raises:
         ValueError: From a program: data of another shape or on another device than the model,
-            empty, not finite, or outside the likelihood's range; a network that misbehaves.
+            empty, not finite, outside the likelihood's range or the transform's domain; a mask that
+            does not fit; a network that misbehaves.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -71,10 +79,12 @@ class DiffusionModel(ParamScope):
         self,
         denoiser: Denoiser,
         likelihood: Any = None,
+        transform: Transform | None = None,
         *,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
+        self.transform = check_transform(transform)
         self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
         if isinstance(likelihood, type) or not (likelihood is None or hasattr(likelihood, "embed")):
             got = getattr(likelihood, "__name__", type(likelihood).__name__)
@@ -104,6 +114,7 @@ class DiffusionModel(ParamScope):
             self.decode,
             num_timesteps=self.schedule.num_timesteps,
             owner=self,
+            state_mask=self.embed_mask,
         )
 
     @property
@@ -115,6 +126,7 @@ class DiffusionModel(ParamScope):
             embed=self.embed,
             owner=self,
             below="denoiser.schedule",
+            state_mask=self.embed_mask,
         )
 
     @property
@@ -127,6 +139,7 @@ class DiffusionModel(ParamScope):
             num_timesteps=self.schedule.num_timesteps,
             owner=self,
             below="denoiser.schedule",
+            state_mask=self.embed_mask,
         )
 
     def subsampled(
@@ -163,6 +176,7 @@ class DiffusionModel(ParamScope):
             timesteps=timesteps,
             owner=self,
             below="denoiser.schedule",
+            state_mask=self.embed_mask,
         )
 
     @torch.no_grad()
@@ -187,14 +201,17 @@ class DiffusionModel(ParamScope):
                 f"argument 'x_0': got data on {x_0.device}; expected {self.schedule.device}, where "
                 f"the model is. Call x_0.to({str(self.schedule.device)!r}), or move the model."
             )
-        embedded = x_0 if self.likelihood is None else self.likelihood.embed(x_0)
+        entrance = self.denoiser if self.likelihood is None else self.likelihood
+        embedded = entrance.embed(
+            x_0 if self.transform is None else transformed(self.transform, x_0)
+        )
         if embedded.shape[1:] != self.event_shape:
             raise ValueError(
                 f"argument 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
                 f"{tuple(self.event_shape)}. Reshape the data, or build the denoiser with their "
                 "event shape."
             )
-        if not embedded.is_floating_point():
+        if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
             raise ValueError(
                 f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
                 "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…) for whole "
@@ -202,21 +219,29 @@ class DiffusionModel(ParamScope):
             )
         return embedded.to(self.denoiser.dtype)
 
+    def embed_mask(self, mask: Tensor) -> Tensor:
+        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
+        missing_dims = 1 + self.denoiser.event_dim - mask.dim()
+        if missing_dims < 0:
+            raise ValueError(
+                f"argument 'mask': got shape {tuple(mask.shape)}; expected (N,) + "
+                f"{tuple(self.event_shape)} or fewer axes. Give one value for each entry of a datum."
+            )
+        mask = mask.reshape(mask.shape + (1,) * missing_dims)
+        return mask.expand(len(mask), *self.event_shape)
+
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""
         return terminal_prior(self.schedule, self.event_shape, dtype=self.denoiser.dtype)
 
     def decode(self, x_1: Tensor) -> TorchDistribution:
         r""":math:`p_\theta(x_0 \mid x_1)`, the term that a VAE calls its decoder."""
-        if self.likelihood is None:
-            return self.denoiser(x_1, 1)
-        return self._likelihood(self.denoiser.x_0_hat(x_1, self.schedule.log_snr(1)))
+        return self._data_kernel(x_1, self.denoiser.denoise(x_1, self.schedule.log_snr(1)))
 
     def reverse(self, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r""":math:`p_\theta(x_{t-1} \mid x_t)` and :math:`p_\theta(x_0 \mid x_1)` from one network call."""
-        x_0_hat = self.denoiser.x_0_hat(x_t, self.schedule.log_snr(t))
-        transition = self.denoiser.reverse_kernel(x_t, t, x_0_hat)
-        return transition, transition if self.likelihood is None else self._likelihood(x_0_hat)
+        denoised = self.denoiser.denoise(x_t, self.schedule.log_snr(t))
+        return self.denoiser.reverse_kernel(x_t, t, denoised), self._data_kernel(x_t, denoised)
 
     def forward_transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_{t-1})` (E1)."""
@@ -234,8 +259,20 @@ class DiffusionModel(ParamScope):
         r""":math:`q(x_{t-1} \mid x_t, x_0)` (E3) for an embedded ``x_0``."""
         return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
 
-    def _likelihood(self, x_0_hat: Tensor) -> TorchDistribution:
-        """The likelihood with everything but the batch dimensions as event dimensions."""
-        likelihood = self.likelihood(x_0_hat)
-        batch_dim = x_0_hat.dim() - self.denoiser.event_dim
-        return likelihood.to_event(len(likelihood.batch_shape) - batch_dim)
+    def _data_kernel(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        """Likelihood and transform, with everything but the batch dimensions as event dimensions."""
+        if self.likelihood is None:
+            kernel = self.denoiser.decode(x_1, denoised)
+        else:
+            kernel = self.likelihood(denoised.x_0_hat)
+        if isinstance(kernel, Independent):
+            kernel = kernel.base_dist
+        if self.transform is not None:
+            if kernel.support.is_discrete:
+                raise ValueError(
+                    f"argument 'transform': got {self.transform} with a likelihood over whole numbers; "
+                    "expected a density, because a mass has no Jacobian. Leave the rescaling to the "
+                    "likelihood's embed."
+                )
+            kernel = dist.TransformedDistribution(kernel, self.transform.inv)
+        return kernel.to_event(len(kernel.batch_shape) - (x_1.dim() - self.denoiser.event_dim))

@@ -6,6 +6,19 @@ the user's data: ``embed(x_0)`` is the point where the forward chain starts, and
 :math:`\hat x_0(x_1)`, in embedded space. Any callable with those two is a likelihood; distributions
 may leave the event dimensions in their batch shape, the chain moves them.
 
+=================================== ============================= ==============================
+data                                likelihood                    point of the chain
+=================================== ============================= ==============================
+measurements                        ``GaussianLikelihood``        the data themselves
+grey levels :math:`0 … K-1`         ``DiscretizedGaussianLikelihood`` :math:`2k/(K-1) - 1`
+bits                                ``BernoulliLikelihood``       :math:`\pm 1`
+categories :math:`0 … K-1`          ``CategoricalLikelihood``     one-hot in :math:`\pm 1`, one more axis
+counts                              ``PoissonLikelihood``         :math:`2\sqrt{n/m} - 1`
+=================================== ============================= ==============================
+
+The likelihood takes over where the chain starts: ``log_snr_max`` of the schedule belongs near the
+data's own resolution.
+
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
 """
@@ -19,13 +32,19 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import one_hot, softplus
 from torch.special import log_ndtr
 
+from pyro_diffusion.parameterizations import check_num_levels, embed_levels
+
 __all__ = [
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
     "DiscretizedGaussian",
     "DiscretizedGaussianLikelihood",
     "GaussianLikelihood",
     "Likelihood",
+    "PoissonLikelihood",
 ]
 
 
@@ -121,27 +140,142 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
     def __init__(
         self, num_levels: int, scale: float | None = None, *, learnable: bool = False
     ) -> None:
-        if not isinstance(num_levels, int) or num_levels < 2:
-            raise ValueError(
-                f"argument 'num_levels': got {num_levels!r}; expected a whole number of at least 2, "
-                "the number of grey levels. 8-bit images have 256, one-bit images 2."
-            )
+        check_num_levels(num_levels)
         super().__init__(1 / (4 * (num_levels - 1)) if scale is None else scale, learnable)
         self.num_levels = num_levels
 
     def embed(self, x_0: Tensor) -> Tensor:
-        levels = x_0.to(torch.get_default_dtype()) if not x_0.is_floating_point() else x_0
-        inside = (levels >= 0) & (levels <= self.num_levels - 1) & (levels == levels.round())
-        if not inside.all():
-            raise ValueError(
-                f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
-                f"0 … {self.num_levels - 1}, the levels of DiscretizedGaussianLikelihood"
-                f"(num_levels={self.num_levels}). Pass raw levels: the likelihood rescales them."
-            )
-        return levels * (2 / (self.num_levels - 1)) - 1
+        return embed_levels(x_0, self.num_levels)
 
     def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         return DiscretizedGaussian(x_0_hat, self.scale.to(x_0_hat.dtype), self.num_levels)
+
+    def extra_repr(self) -> str:
+        return f"num_levels={self.num_levels}"
+
+
+class BernoulliLikelihood(_ScaledLikelihood):
+    r"""Bits, which embed as :math:`\mp 1`: :math:`\operatorname{logit} p(1 \mid x_1) = 2 \hat x_0 / s^2`.
+
+    That is the posterior of a bit, even odds before, of which :math:`\hat x_0` is a measurement with
+    standard deviation :math:`s`.
+
+    Args:
+        scale: Standard deviation :math:`s` in embedded space.
+        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+
+    Raises:
+        ValueError: A scale that is not positive, or (from ``embed``) data other than 0 and 1.
+
+    Example:
+        >>> BernoulliLikelihood().embed(torch.tensor([0, 1, 1]))
+        tensor([-1.,  1.,  1.])
+    """
+
+    def __init__(self, scale: float = 0.5, *, learnable: bool = False) -> None:
+        super().__init__(scale, learnable)
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        return embed_levels(x_0, 2)
+
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        return dist.Bernoulli(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
+
+
+class CategoricalLikelihood(_ScaledLikelihood):
+    r"""Categories :math:`0 … K-1` without an order: category :math:`k` embeds as a corner of a cube.
+
+    Its point has :math:`+1` at entry :math:`k` and :math:`-1` elsewhere on a new last axis, so that the
+    chain's event shape is the data's with :math:`(K,)` behind it, and
+
+    .. math::
+        p(k \mid x_1) \propto \exp(2 \hat x_{0,k} / s^2),
+
+    the posterior of a category of which :math:`\hat x_0` is a measurement with deviation :math:`s`.
+
+    Args:
+        num_categories: Number of categories :math:`K \ge 2`.
+        scale: Standard deviation :math:`s` in embedded space.
+        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+
+    Raises:
+        ValueError: Fewer than two categories, a scale that is not positive, or (from ``embed``) data
+            that are not whole numbers in ``0 … K − 1``.
+
+    Example:
+        >>> CategoricalLikelihood(num_categories=3).embed(torch.tensor([0, 2]))
+        tensor([[ 1., -1., -1.],
+                [-1., -1.,  1.]])
+    """
+
+    def __init__(self, num_categories: int, scale: float = 0.5, *, learnable: bool = False) -> None:
+        check_num_levels(num_categories, "num_categories")
+        super().__init__(scale, learnable)
+        self.num_categories = num_categories
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        dtype = embed_levels(x_0, self.num_categories).dtype  # refuses what is no category
+        return 2 * one_hot(x_0.long(), self.num_categories).to(dtype) - 1
+
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        return dist.Categorical(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
+
+    def extra_repr(self) -> str:
+        return f"num_categories={self.num_categories}"
+
+
+class PoissonLikelihood(Likelihood):
+    r"""Counts :math:`n`: :math:`p(n \mid x_1) = \operatorname{Poisson}(\rho(\hat x_0))`.
+
+    Counts embed on the square-root scale, where their noise is even, and the rate goes back:
+
+    .. math::
+        e(n) = 2 \sqrt{n / m} - 1, \qquad
+        \rho(\hat x_0) = \Big(\tfrac14 \log\big(1 + e^{4 y}\big)\Big)^2, \quad
+        y = \sqrt m\, (\hat x_0 + 1) / 2,
+
+    which is :math:`n` again to one per cent for :math:`n \ge 1`, and positive everywhere. Poisson
+    noise has standard deviation :math:`1/\sqrt m` on that scale, as much as the chain at
+    :math:`\lambda = \log m`: a ``log_snr_max`` near it leaves counting noise to the likelihood.
+
+    Args:
+        max_count: Count :math:`m > 0` that embeds at 1; larger ones lie beyond it.
+
+    Raises:
+        ValueError: A ``max_count`` that is not positive, or (from ``embed``) negative or broken counts.
+
+    Example:
+        >>> likelihood = PoissonLikelihood(max_count=100)
+        >>> likelihood(likelihood.embed(torch.tensor([4, 25, 100]))).rate
+        tensor([  4.0003,  25.0000, 100.0000])
+    """
+
+    def __init__(self, max_count: float) -> None:
+        super().__init__()
+        if not 0 < max_count < math.inf:
+            raise ValueError(
+                f"argument 'max_count': got {max_count}; expected a positive number, a large count of "
+                "the data, which embeds at 1. Take x_0.max()."
+            )
+        self.max_count = float(max_count)
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        counts = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+        valid = (counts >= 0) & (counts == counts.round())
+        if not valid.all():
+            raise ValueError(
+                f"site 'x_0': got the value {counts[~valid][0].item():g}; expected counts, whole "
+                "numbers of at least 0. Pass raw counts: subtract no background and divide by no "
+                "exposure."
+            )
+        return 2 * (counts / self.max_count).sqrt() - 1
+
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+        root = math.sqrt(self.max_count) * (x_0_hat + 1) / 2
+        return dist.Poisson(softplus(root, beta=4.0).square())
+
+    def extra_repr(self) -> str:
+        return f"max_count={self.max_count:g}"
 
 
 class DiscretizedGaussian(TorchDistribution):

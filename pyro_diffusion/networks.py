@@ -1,7 +1,8 @@
 r"""A small default backbone: a residual MLP that knows how noisy its input is.
 
 A network is any module called ``network(x_t, log_snr)`` with one batch axis in front: ``x_t`` of
-shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``, output of ``x_t``'s shape.
+shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``, output of ``x_t``'s shape, or with
+``num_outputs`` numbers for each entry on a last axis.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B (sinusoidal embedding).
@@ -33,6 +34,8 @@ class MLP(nn.Module):
             :math:`\cos(2^n \pi x_t)` join the input. Integer data want those whose period is a
             few levels or one (2, 3 and 4 for 17 levels in [-1, 1]); others do without.
         dropout: Probability with which a hidden unit is dropped while training.
+        num_outputs: Numbers to return for each entry of a datum: K for ``LevelPrediction(K)``, one more
+            with ``LearnedVariance()``. More than one make a last axis.
 
     Example:
         >>> network = MLP((8, 8), fourier_frequencies=(2, 3, 4))
@@ -48,8 +51,17 @@ class MLP(nn.Module):
         num_blocks: int = 4,
         fourier_frequencies: tuple[int, ...] = (),
         dropout: float = 0.0,
+        num_outputs: int = 1,
     ) -> None:
         super().__init__()
+        for name, count in (
+            ("hidden_size", hidden_size), ("num_blocks", num_blocks), ("num_outputs", num_outputs)
+        ):  # fmt: skip
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"argument {name!r}: got {count!r}; expected a whole number of at least 1. Leave it "
+                    "out to take the default."
+                )
         if not isinstance(event_shape, tuple):
             raise ValueError(
                 f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors "
@@ -57,6 +69,7 @@ class MLP(nn.Module):
             )
         self.event_shape = torch.Size(event_shape)
         self.fourier_frequencies = tuple(fourier_frequencies)
+        self.output_shape = self.event_shape + ((num_outputs,) if num_outputs > 1 else ())
         size = self.event_shape.numel()
         self.encode = nn.Linear(size * (1 + 2 * len(self.fourier_frequencies)), hidden_size)
         self.condition = nn.Sequential(
@@ -66,12 +79,12 @@ class MLP(nn.Module):
             nn.Linear(64, 2 * num_blocks * hidden_size),
         )
         self.blocks = nn.ModuleList(_Block(hidden_size, dropout) for _ in range(num_blocks))
-        self.decode = nn.Linear(hidden_size, size)
+        self.decode = nn.Linear(hidden_size, size * num_outputs)
         nn.init.zeros_(self.decode.weight)
         nn.init.zeros_(self.decode.bias)
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
-        """Output of shape ``(B,) + event_shape``."""
+        """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
         if x_t.shape[1:] != self.event_shape:
             raise ValueError(
                 f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + "
@@ -83,7 +96,7 @@ class MLP(nn.Module):
         conditions = self.condition(log_snr).chunk(2 * len(self.blocks), dim=-1)
         for block, gain, shift in zip(self.blocks, conditions[::2], conditions[1::2], strict=True):
             h = block(h, gain, shift)
-        return self.decode(_normalise(h)).reshape(x_t.shape)
+        return self.decode(_normalise(h)).reshape(len(x_t), *self.output_shape)
 
 
 _WAVES = (torch.sin, torch.cos)

@@ -1,29 +1,46 @@
 r"""What a network predicts, and how its output becomes :math:`\hat x_0`.
 
 A state is :math:`x_t = a x_0 + \sigma \epsilon` with ``signal`` :math:`a` and ``noise``
-:math:`\sigma`; one of :math:`x_0` and :math:`\epsilon` gives the other when :math:`x_t` is known:
+:math:`\sigma`; one of :math:`x_0`, :math:`\epsilon`, the velocity :math:`v` and the score :math:`s` gives
+the others when :math:`x_t` is known:
 
 .. math::
-    \hat x_0 = \frac{x_t - \sigma \hat\epsilon}{a}, \qquad
-    \hat\epsilon = \frac{x_t - a \hat x_0}{\sigma}.
+    \hat x_0 = \frac{x_t - \sigma \hat\epsilon}{a}
+             = \frac{a x_t - \sigma \hat v}{a^2 + \sigma^2}
+             = \frac{x_t + \sigma^2 \hat s}{a}, \qquad
+    v = a \epsilon - \sigma x_0, \quad s = -\frac{\epsilon}{\sigma} .
 
-Every parameterization converts both ways (``x_0_hat`` and its inverse ``output``); the arguments
-have shape ``batch_shape + event_shape`` or broadcast to it.
+Those convert both ways (``x_0_hat`` and its inverse ``output``); the arguments have shape
+``batch_shape + event_shape`` or broadcast to it. :class:`LevelPrediction` is for data on a known
+finite set of values, whose exact posterior is a categorical distribution for each entry.
 
 References:
-    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 115 and 130.
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 115, 130 and 133.
     https://arxiv.org/abs/2208.11970
+    Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), section 4
+    (velocity). https://arxiv.org/abs/2202.00512
 """
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
-__all__ = ["DataPrediction", "NoisePrediction", "Parameterization"]
+__all__ = [
+    "DataPrediction",
+    "LevelPrediction",
+    "NoisePrediction",
+    "Parameterization",
+    "ScorePrediction",
+    "VelocityPrediction",
+    "embed_levels",
+]
 
 
 class Parameterization(ABC):
     """The meaning of a network's output."""
+
+    num_outputs: int = 1  #: numbers that the network returns for each entry of a datum
 
     @abstractmethod
     def x_0_hat(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
@@ -55,3 +72,110 @@ class DataPrediction(Parameterization):
 
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         return x_0
+
+
+class VelocityPrediction(Parameterization):
+    r"""The network predicts :math:`v = a \epsilon - \sigma x_0`, which is bounded at both ends.
+
+    :math:`\hat x_0 = (a x_t - \sigma \hat v) / (a^2 + \sigma^2)`.
+    """
+
+    def x_0_hat(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return (signal * x_t - noise * output) / (signal**2 + noise**2)
+
+    def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return (signal * x_t - (signal**2 + noise**2) * x_0) / noise
+
+
+class ScorePrediction(Parameterization):
+    r"""The network predicts the score of a state: :math:`\hat x_0 = (x_t + \sigma^2 \hat s) / a`."""
+
+    def x_0_hat(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return (x_t + noise**2 * output) / signal
+
+    def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return (signal * x_0 - x_t) / noise**2
+
+
+class LevelPrediction(Parameterization):
+    r"""The network predicts logits over :math:`K` levels for each entry: bits, grey levels, categories.
+
+    Level :math:`k` stands at :math:`e_k = 2k/(K-1) - 1`. With the known law of :math:`x_t` the logits
+    :math:`\ell_k`, a prior given all other entries, become the exact posterior of an entry,
+
+    .. math::
+        P(k \mid x_t) \propto e^{\ell_k}\, N(x_t; a e_k, \sigma^2), \qquad
+        \hat x_0 = \sum_k P(k \mid x_t)\, e_k,
+
+    so that a network of zeros is exact for independent uniform entries. It needs one output for each
+    level, on a last axis: ``MLP((64,), num_outputs=17)``. With ``likelihood=None`` the model's
+    :math:`p(x_0 \mid x_1)` is this posterior itself, over levels :math:`0 … K-1`.
+
+    Args:
+        num_levels: Number of levels :math:`K \ge 2`.
+
+    Raises:
+        ValueError: Fewer than two levels, or data that are not whole numbers in ``0 … K − 1``.
+    """
+
+    def __init__(self, num_levels: int) -> None:
+        self.num_outputs = check_num_levels(num_levels)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels :math:`K`."""
+        return self.num_outputs
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Levels as points of [-1, 1]."""
+        return embed_levels(x_0, self.num_levels)
+
+    def logits(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        r""":math:`\log P(k \mid x_t)` up to a constant, shape ``batch_shape + event_shape + (K,)``."""
+        x_t, signal, noise = (x.unsqueeze(-1) for x in (x_t, signal, noise))
+        return output - 0.5 * ((x_t - signal * self._levels(x_t)) / noise) ** 2
+
+    def x_0_hat(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return self.mean(self.logits(output, x_t, signal, noise))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        r""":math:`\sum_k P(k) e_k` for given logits."""
+        return logits.softmax(-1) @ self._levels(logits)
+
+    def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        r"""Logits of 0 at ``x_0``'s level and :math:`-\infty` at the others."""
+        nearest = (x_0.unsqueeze(-1) - self._levels(x_0)).abs().argmin(-1)
+        return torch.nn.functional.one_hot(nearest, self.num_levels).to(x_0.dtype).log()
+
+    def _levels(self, like: Tensor) -> Tensor:
+        return torch.linspace(-1, 1, self.num_levels, dtype=like.dtype, device=like.device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_levels={self.num_levels})"
+
+
+def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
+    """Levels ``0 … K − 1`` as points of [-1, 1], equally spaced.
+
+    Raises:
+        ValueError: Data that are not whole numbers in ``0 … K − 1``.
+    """
+    levels = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+    inside = (levels >= 0) & (levels <= num_levels - 1) & (levels == levels.round())
+    if not inside.all():
+        raise ValueError(
+            f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
+            f"0 … {num_levels - 1}, the levels of this model. Pass raw levels, which the model "
+            "rescales itself, and give it as many levels as the data have."
+        )
+    return levels * (2 / (num_levels - 1)) - 1
+
+
+def check_num_levels(num_levels: int, argument: str = "num_levels") -> int:
+    """``num_levels``, if there are at least two."""
+    if not isinstance(num_levels, int) or num_levels < 2:
+        raise ValueError(
+            f"argument {argument!r}: got {num_levels!r}; expected a whole number of at least 2, "
+            "the number of values an entry can have. 8-bit images have 256, bits 2."
+        )
+    return num_levels

@@ -14,6 +14,9 @@ the state at :math:`t` is :math:`x_t = a_t x_0 + \sigma_t \epsilon` with ``signa
 \sqrt{\bar\alpha_t}` and ``noise`` :math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`. The datum itself is
 :math:`t = 0`: :math:`\lambda_0 = \infty`, :math:`\bar\alpha_0 = 1`.
 
+:class:`VarianceExploding` keeps the curve and changes the scale, :math:`a_t = 1`; then
+:math:`\alpha_t` and :math:`\beta_t` are those of the variance-preserving chain with that curve.
+
 Everything is computed in float64, whatever dtype the model has: :math:`1 - \alpha_t` is a difference
 of nearly equal numbers. The kernels cast the finished coefficients.
 
@@ -31,11 +34,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-__all__ = ["AlphaSchedule", "CosineSchedule", "LinearSchedule", "LogSNRSchedule", "NoiseSchedule"]
+__all__ = [
+    "AlphaSchedule",
+    "CosineSchedule",
+    "LinearSchedule",
+    "LogSNRSchedule",
+    "NoiseSchedule",
+    "VarianceExploding",
+]
 
 
 class NoiseSchedule(nn.Module, ABC):
-    r"""A log-SNR curve on a grid of ``num_timesteps`` steps; variance preserving.
+    r"""A log-SNR curve on a grid of ``num_timesteps`` steps; variance preserving unless it says so.
 
     Methods take a timestep ``t`` in :math:`\{0, …, T\}`, an integer or a LongTensor, and return a
     float64 tensor of ``t``'s shape on the schedule's device.
@@ -249,38 +259,101 @@ class CosineSchedule(_TabulatedSchedule):
 
 
 class LogSNRSchedule(NoiseSchedule):
-    r"""Log-SNR linear in :math:`u`: :math:`\lambda(u) = (1 - u)\lambda_{\max} + u\lambda_{\min}`.
+    r"""Log-SNR linear in :math:`u`: :math:`\lambda(u) = \lambda_{\min} + (1 - u)\,e^r`.
+
+    Learned ends are two numbers, :math:`\lambda_{\min}` and :math:`r = \log(\lambda_{\max} -
+    \lambda_{\min})`, so that the curve decreases whatever they become. Guides state them, and the
+    same ``SVI`` lines train them: where the likelihood takes over, and how little is left at the end.
 
     Args:
         num_timesteps: Number of steps :math:`T`.
         log_snr_max: :math:`\lambda(0)`, the log-SNR of :math:`x_1`.
         log_snr_min: :math:`\lambda(1)`, the log-SNR of :math:`x_T`; :math:`-8` leaves a prior term
             of about :math:`10^{-4}` nats a dimension for data of unit scale.
+        learnable: Whether the ends are parameters, which then start at these values.
 
     Raises:
         ValueError: ``num_timesteps`` below one, or a curve that does not decrease.
 
     References:
-        Variational Diffusion Models (Kingma et al., 2021), section 3.2.
+        Variational Diffusion Models (Kingma et al., 2021), section 3.2 and appendix I.
         https://arxiv.org/abs/2107.00630
     """
 
-    log_snr_ends: Tensor
+    log_snr_min: Tensor  #: :math:`\lambda(1)`, a float64 scalar
+    log_range: Tensor  #: :math:`\log(\lambda(0) - \lambda(1))`, a float64 scalar
 
     def __init__(
-        self, num_timesteps: int = 1000, *, log_snr_max: float = 8.0, log_snr_min: float = -8.0
+        self,
+        num_timesteps: int = 1000,
+        *,
+        log_snr_max: float = 8.0,
+        log_snr_min: float = -8.0,
+        learnable: bool = False,
     ) -> None:
         super().__init__(num_timesteps)
         ends = torch.tensor([log_snr_max, log_snr_min], dtype=torch.float64)
         _check_decreasing(ends, "log_snr_max, log_snr_min")
-        self.register_buffer("log_snr_ends", ends)
+        for name, value in (("log_snr_min", ends[1]), ("log_range", (ends[0] - ends[1]).log())):
+            if learnable:
+                self.register_parameter(name, nn.Parameter(value.clone()))
+            else:
+                self.register_buffer(name, value.clone())
+
+    @property
+    def log_snr_max(self) -> Tensor:
+        r""":math:`\lambda(0)`, a float64 scalar."""
+        return self.log_snr_min + self.log_range.exp()
 
     @property
     def device(self) -> torch.device:
-        return self.log_snr_ends.device
+        return self.log_snr_min.device
 
     def log_snr_at(self, u: Tensor) -> Tensor:
-        return torch.lerp(self.log_snr_ends[0], self.log_snr_ends[1], u.double())
+        return torch.lerp(self.log_snr_max, self.log_snr_min, u.double())
+
+
+class VarianceExploding(NoiseSchedule):
+    r"""A schedule's curve with the signal kept as it is: :math:`a = 1`, :math:`\sigma = e^{-\lambda/2}`.
+
+    State by state it is the variance-preserving chain divided by its :math:`a_t`, and the bound is
+    the same number.
+
+    Args:
+        schedule: The curve, learned parameters included.
+
+    Example:
+        >>> schedule = VarianceExploding(LogSNRSchedule(1000, log_snr_max=0.0))
+        >>> schedule.signal(1), schedule.noise(1)
+        (tensor(1., dtype=torch.float64), tensor(1.0000, dtype=torch.float64))
+
+    References:
+        Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+        section 3.4. https://arxiv.org/abs/2011.13456
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                f"argument 'schedule': got {schedule!r}; expected a NoiseSchedule. Pass the curve to "
+                "put on another scale, such as VarianceExploding(LogSNRSchedule(1000))."
+            )
+        super().__init__(schedule.num_timesteps)
+        self.schedule = schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.schedule.device
+
+    def with_num_timesteps(self, num_timesteps: int) -> "VarianceExploding":
+        return VarianceExploding(self.schedule.with_num_timesteps(num_timesteps))
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        return self.schedule.log_snr_at(u)
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`(1, e^{-\lambda/2})`."""
+        return torch.ones_like(log_snr), (-0.5 * log_snr).exp()
 
 
 _REFERENCE_STEPS = 1000  # the grid on which the published β's are stated

@@ -18,6 +18,7 @@ ORDER = [
     "kernels",
     "parameterizations",
     "networks",
+    "transforms",
     "likelihoods",
     "denoisers",
     "timesteps",
@@ -61,7 +62,16 @@ def test_docstrings_and_annotations(module):
             inherited = {"forward", "embed", "x_0_hat", "output", "reverse_kernel", "expand"}
             inherited |= {"sample", "rsample", "log_prob", "support", "mean", "variance"}
             inherited |= {"has_rsample", "enumerate_support", "extra_repr", "device", "log_snr_at"}
-            inherited |= {"update", "standard_error", "in_order", "run"}
+            inherited |= {
+                "update",
+                "standard_error",
+                "in_order",
+                "run",
+                "denoise",
+                "decode",
+                "scales",
+            }
+            inherited |= {"with_num_timesteps"}
             assert node.name in inherited or ast.get_docstring(node), (module, node.name)
         if isinstance(node, ast.FunctionDef):
             assert node.returns is not None, (module, node.name)
