@@ -157,7 +157,7 @@ class GenerativeChain(Program):
             with naming("x_0"):
                 kernel = _check_event_shape(self.likelihood(_zeroed(x_t, states)), x_0)
                 kernel = observed_part(kernel, mask)
-            return pyro.sample("x_0", kernel, obs=x_0)
+            return pyro.sample("x_0", kernel, obs=_as_real(x_0))
 
 
 class BottomUpGuide(Program):
@@ -277,6 +277,9 @@ class TimestepPlate:
         prior: ``prior()`` gives :math:`p(x_T)`.
         reverse: ``reverse(x_t, t)`` gives the pair :math:`p(x_{t-1} \mid x_t)` and
             :math:`p(x_0 \mid x_1)`, the latter used where ``t = 1``; calls the network once.
+        log_volume: ``log_volume(x_0, mask)`` gives the part of :math:`\log p(x_0 \mid x_1)` that does
+            not depend on :math:`x_1`, a transform's log-Jacobian. All of it is in every draw, by a
+            factor of expectation zero, and adds no variance.
         num_timesteps: Number of draws ``k`` for each datum.
         chain_length: Number of latent states :math:`T \ge 2`.
         timesteps: Law of the timesteps.
@@ -299,12 +302,13 @@ class TimestepPlate:
         owner: ParamScope | None = None,
         below: str = "",
         state_mask: Callable[[Tensor], Tensor] | None = None,
+        log_volume: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
         law = {
             "law": StratifiedTimesteps() if timesteps is None else timesteps,
             "num_draws": num_timesteps,
         }
-        model_parts = law | {"prior": prior, "reverse": reverse}
+        model_parts = law | {"prior": prior, "reverse": reverse, "log_volume": log_volume}
         guide_parts = law | {"encode": encode, "marginal": marginal, "posterior": posterior}
         self.model: nn.Module = _SubsampledModel(
             chain_length, model_parts, owner, state_mask=state_mask
@@ -329,6 +333,7 @@ class SubsampledProgram(Program):
 
 
 class _SubsampledModel(SubsampledProgram):
+    log_volume: Callable[[Tensor, Tensor | None], Tensor] | None
     prior: Kernel
     reverse: Callable[[Tensor, Tensor], tuple[TorchDistribution, TorchDistribution]]
 
@@ -357,7 +362,10 @@ class _SubsampledModel(SubsampledProgram):
                     with poutine.mask(mask=t > 1):
                         pyro.sample("x_{t-1}", transition)
                     with poutine.mask(mask=t == 1):
-                        pyro.sample("x_0", likelihood, obs=x_0)
+                        pyro.sample("x_0", likelihood, obs=_as_real(x_0))
+            if x_0 is not None and self.log_volume is not None:
+                there = (weight * (t == 1)).sum(-2, keepdim=True)
+                pyro.factor("log_volume", (1 - there) * self.log_volume(x_0, mask))
 
 
 class _SubsampledGuide(SubsampledProgram):
@@ -532,6 +540,13 @@ def _check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
             "draw complete data."
         )
     return None if x_0 is None else check_data(x_0, mask)
+
+
+def _as_real(x_0: Tensor | None) -> Tensor | None:
+    """Whole numbers and bits as the floating numbers that torch's distributions take."""
+    if x_0 is None or x_0.is_floating_point():
+        return x_0
+    return x_0.to(torch.get_default_dtype())
 
 
 def _check_count(argument: str, number: int) -> int:

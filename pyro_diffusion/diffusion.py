@@ -177,6 +177,7 @@ class DiffusionModel(ParamScope):
             owner=self,
             below="denoiser.schedule",
             state_mask=self.embed_mask,
+            log_volume=None if self.transform is None else self.log_volume,
         )
 
     @torch.no_grad()
@@ -229,6 +230,14 @@ class DiffusionModel(ParamScope):
             )
         mask = mask.reshape(mask.shape + (1,) * missing_dims)
         return mask.expand(len(mask), *self.event_shape)
+
+    def log_volume(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+        r"""The transform's :math:`\log |\det \partial f / \partial x_0|`, observed entries', shape ``(N,)``."""
+        assert self.transform is not None
+        log_jacobian = self.transform.log_abs_det_jacobian(x_0, self.transform(x_0))
+        if mask is not None:
+            log_jacobian = torch.where(mask, log_jacobian, 0.0)
+        return log_jacobian.reshape(len(x_0), -1).sum(1)
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""

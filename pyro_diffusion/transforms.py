@@ -43,7 +43,10 @@ class Standardize(TransformModule):
 
     def __init__(self, loc: Tensor | float, scale: Tensor | float) -> None:
         super().__init__()
-        loc, scale = (torch.as_tensor(x).detach().clone() for x in (loc, scale))
+        loc, scale = (
+            x.detach().clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+            for x in (loc, scale)
+        )
         if not loc.isfinite().all() or not scale.isfinite().all() or not (scale > 0).all():
             raise ValueError(
                 f"arguments 'loc' and 'scale': got a smallest scale of {scale.min().item():g}; expected "
