@@ -106,6 +106,17 @@ class DiffusionModel(ParamScope):
         return self.denoiser.event_shape
 
     @property
+    def description(self) -> dict[str, str]:
+        """What the numbers of a ``state_dict`` mean: everything but the network."""
+        denoiser = f"{type(self.denoiser).__name__}({self.denoiser.extra_repr()})"
+        return super().description | {
+            "schedule": repr(self.schedule),
+            "denoiser": denoiser,
+            "likelihood": _describe(self.likelihood),
+            "transform": _describe(self.transform),
+        }
+
+    @property
     def model(self) -> GenerativeChain:
         r""":math:`p_\theta(x_{0:T})` as a Pyro program (E7); sites ``x_T … x_0``."""
         return GenerativeChain(
@@ -232,7 +243,7 @@ class DiffusionModel(ParamScope):
         return mask.expand(len(mask), *self.event_shape)
 
     def log_volume(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        r"""The transform's :math:`\log |\det \partial f / \partial x_0|`, observed entries', shape ``(N,)``."""
+        r""":math:`\log |\det \partial f / \partial x_0|` of the transform, for observed entries, ``(N,)``."""
         assert self.transform is not None
         log_jacobian = self.transform.log_abs_det_jacobian(x_0, self.transform(x_0))
         if mask is not None:
@@ -285,3 +296,8 @@ class DiffusionModel(ParamScope):
                 )
             kernel = dist.TransformedDistribution(kernel, self.transform.inv)
         return kernel.to_event(len(kernel.batch_shape) - (x_1.dim() - self.denoiser.event_dim))
+
+
+def _describe(part: Any) -> str:
+    """A part's own words, or its class's name if it has none (and an address would stand there)."""
+    return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)

@@ -9,16 +9,24 @@ share, or silently freeze, their parameters. A :class:`ParamScope` is a module t
 All programs of one model state the parameters of their one owner, so they agree on names. A copy
 or an unpickled model takes a prefix of its own. A store entry that holds another tensor than the
 module does raises: nothing is trained in its place.
+
+A scope is also what is saved and loaded: its ``state_dict`` takes along a description of what the
+numbers mean, and is loaded whole or not at all.
 """
 
+import io
+import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import pyro
+import torch
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["ParamScope", "free_name", "snake_case"]
 
@@ -42,6 +50,12 @@ def free_name(name: str) -> str:
         number += 1
         candidate = f"{stem}_{number}"
     return candidate
+
+
+def _brief(state: Any) -> str:
+    if isinstance(state, dict):
+        return "a dictionary of " + (", ".join(map(repr, list(state)[:4])) or "nothing")
+    return f"a {type(state).__name__}"
 
 
 class ParamScope(nn.Module):
@@ -110,6 +124,100 @@ class ParamScope(nn.Module):
                     "parameters (load_state_dict(assign=True)), and make parameters contiguous."
                 )
             pyro.param(name, parameter)
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What a ``state_dict`` must agree on beside the shapes of its tensors."""
+        return {"model": type(self).__name__}
+
+    def get_extra_state(self) -> Tensor:
+        """The description, which every ``state_dict`` takes along, as bytes: tensors are all it holds."""
+        return torch.tensor(list(json.dumps(self.description).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the numbers of a model with another description, before any is copied."""
+        theirs = json.loads(bytes(state.tolist()))
+        for part, ours in self.description.items():
+            if theirs.get(part) != ours:
+                raise ValueError(
+                    f"argument 'state_dict': got numbers of a model with {part} {theirs.get(part)}; "
+                    f"expected {ours}. Build the model with the arguments that it was saved with, and "
+                    "change them after loading."
+                )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``torch.nn.Module`` does, but all or nothing.
+
+        Raises:
+            ValueError: Numbers of another model: other arguments, names or shapes. Nothing is copied.
+        """
+        if strict:
+            self._check_state(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
+        own = self.state_dict()
+        if "_extra_state" in state_dict:
+            self.set_extra_state(state_dict["_extra_state"])
+        wrong = [f"no {key!r}" for key in own if key not in state_dict]
+        wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
+        wrong += [
+            f"{key!r} of shape {tuple(state_dict[key].shape)} and not {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state_dict and key != "_extra_state"
+            and state_dict[key].shape != value.shape
+        ]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"argument 'state_dict': got {wrong[0]}"
+                + (f", and {len(wrong) - 1} more that differ" if len(wrong) > 1 else "")
+                + f"; expected the {len(own)} entries of this model. Build the model, its network "
+                "included, with the arguments that it was saved with."
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ``state_dict`` to a file, aside at first: an older file is replaced when it is whole.
+
+        The file holds every learned number and buffer (a learned schedule and a ``Standardize``
+        included) and a description of the rest; ``torch.load(path, weights_only=True)`` reads it.
+        """
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.part")
+        torch.save(self.state_dict(), aside)
+        os.replace(aside, path)
+
+    def load(self, path: str | os.PathLike[str]) -> Self:
+        """Read what :meth:`save` wrote into this model, built with the same arguments.
+
+        Returns:
+            The model itself, on the device where it was.
+
+        Raises:
+            ValueError: A file that is cut short or no checkpoint, or one of another model. The model
+                is left as it was.
+        """
+        device = next((tensor.device for tensor in self.parameters()), None)
+        content = io.BytesIO(
+            Path(path).read_bytes()
+        )  # where there is none, in the system's own words
+        try:
+            state = torch.load(content, map_location=device, weights_only=True)
+        except Exception as error:  # torch has one for each way in which a file can be broken
+            raise ValueError(
+                f"argument 'path': got {str(path)!r}, which cannot be read ({type(error).__name__}); "
+                "expected a whole file written by save() or torch.save(model.state_dict()). It was cut "
+                "short, or is something else: use another copy."
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError(
+                f"argument 'path': got {str(path)!r}, which holds {_brief(state)}; expected the "
+                "numbers of a model, by name. A checkpoint of Lightning's is read by "
+                "Trainer.fit(…, ckpt_path=…)."
+            )
+        self.load_state_dict(state)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():  # a weak reference that Pyro leaves behind; unpicklable

@@ -2,20 +2,46 @@ import numpy as np
 import pytest
 import torch
 from oracles import GaussianReverseChain, alpha_bar, posterior_coefficients
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import Adam
 from torch import nn
 
+from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import (
     Denoiser,
     ForwardVariance,
     GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    LearnedVariance,
     NeuralDenoiser,
     PosteriorVariance,
 )
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.kernels import chain_step, forward_marginal
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import DataPrediction, NoisePrediction, Parameterization
-from pyro_diffusion.schedules import AlphaSchedule, CosineSchedule, LinearSchedule
+from pyro_diffusion.parameterizations import (
+    DataPrediction,
+    LevelPrediction,
+    NoisePrediction,
+    Parameterization,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from pyro_diffusion.schedules import (
+    AlphaSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    VarianceExploding,
+)
 
+PREDICTIONS = [
+    NoisePrediction(),
+    DataPrediction(),
+    VelocityPrediction(),
+    ScorePrediction(),
+    LevelPrediction(4),
+]
 ALPHA = np.array([0.95, 0.8, 0.6, 0.3])
 SCHEDULE = AlphaSchedule(ALPHA.tolist())
 
@@ -31,18 +57,6 @@ class Constant(nn.Module):
     def forward(self, x_t, log_snr):
         self.calls.append((x_t.shape, log_snr.shape))
         return torch.full(self.shape or x_t.shape, self.value, dtype=x_t.dtype)
-
-
-@pytest.mark.parametrize("prediction", [NoisePrediction(), DataPrediction()])
-def test_E13_conversions_are_exact_both_ways(prediction, double):
-    x_0, noise = torch.randn(100), torch.randn(100)
-    signal, sigma = torch.tensor(0.6), torch.tensor(0.8)
-    x_t = signal * x_0 + sigma * noise
-    output = prediction.output(x_0, x_t, signal, sigma)
-    expected = noise if isinstance(prediction, NoisePrediction) else x_0
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    recovered = prediction.x_0_hat(output, x_t, signal, sigma)
-    torch.testing.assert_close(recovered, x_0, rtol=1e-12, atol=1e-12)
 
 
 def test_parameterization_and_denoiser_are_abstract():
@@ -226,3 +240,252 @@ def test_published_bounds_of_gaussian_data():
             # E over x_0 of a quadratic in x_0: its value at mean ± std, averaged
             bound = np.mean([oracle.elbo(0.5 + s * 0.5) for s in (-1, 1)])
             assert -bound == pytest.approx(value, abs=2e-6)
+
+
+# the mixture oracle
+
+WEIGHTS, MEANS, STDS = [0.3, 0.5, 0.2], [[-1.0, 0.5], [1.0, 1.0], [0.0, -2.0]], [0.2, 0.5, 1.5]
+
+
+def mixture(schedule=SCHEDULE):
+    means, stds = torch.tensor(MEANS), torch.tensor(STDS)[:, None]
+    return GaussianMixtureDenoiser(WEIGHTS, means, stds, schedule)
+
+
+def mixture_density(x, bar=1.0):
+    """q(x_t) for that mixture, in numpy."""
+    density = 0.0
+    for weight, mean, std in zip(WEIGHTS, MEANS, STDS, strict=True):
+        variance = bar * std**2 + 1 - bar
+        square = ((x - np.sqrt(bar) * np.array(mean)) ** 2).sum(-1)
+        density = density + weight * np.exp(-0.5 * square / variance) / (2 * np.pi * variance)
+    return density
+
+
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_mixture_kernels_are_bayes_rule(t, double):
+    """p(x_{t-1} | x_t) = q(x_t | x_{t-1}) q(x_{t-1}) / q(x_t), for any x_{t-1}."""
+    x_t, x_prev, bar = torch.randn(6, 2), torch.randn(6, 2), alpha_bar(ALPHA)
+    alpha = ALPHA[t - 1]
+    error = x_t.numpy() - np.sqrt(alpha) * x_prev.numpy()
+    forward = np.exp(-0.5 * (error**2).sum(-1) / (1 - alpha)) / (2 * np.pi * (1 - alpha))
+    joint = forward * mixture_density(x_prev.numpy(), bar[t - 1])
+    expected = np.log(joint / mixture_density(x_t.numpy(), bar[t]))
+    kernel = mixture()(x_t, t)
+    assert (kernel.batch_shape, kernel.event_shape) == ((6,), (2,))
+    np.testing.assert_allclose(kernel.log_prob(x_prev), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_mixture_data_law_and_batches(double):
+    denoiser = mixture()
+    x = torch.randn(5, 2)
+    expected = np.log(mixture_density(x.numpy()))
+    np.testing.assert_allclose(denoiser.data_distribution.log_prob(x), expected, rtol=1e-12)
+    x_t, t = torch.randn(7, 4, 2), torch.randint(1, 5, (7, 4))
+    kernel = denoiser(x_t, t)
+    assert kernel.batch_shape == (7, 4)
+    for i in (0, 3):
+        alone = denoiser(x_t[i, 1], int(t[i, 1]))
+        torch.testing.assert_close(alone.mean, kernel.mean[i, 1])
+
+
+def test_the_mixture_regenerates_itself(double):
+    """Samples of the exact chain: frequencies and moments of the modes, within five errors."""
+    diffusion = DiffusionModel(mixture(LogSNRSchedule(40, log_snr_max=9.0, log_snr_min=-14.0)))
+    drawn = diffusion.sample(20_000)
+    expected = diffusion.denoiser.data_distribution.sample((20_000,))
+    for f in (
+        lambda x: x,
+        lambda x: x**2,
+        lambda x: (x[:, :1] > 0.6).double(),
+        lambda x: (x[:, 1:] < -1.0).double(),
+        lambda x: x.prod(1, keepdim=True),
+    ):
+        ours, theirs = f(drawn), f(expected)
+        error = (ours.var(0) / 20_000 + theirs.var(0) / 20_000).sqrt()
+        assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("explode", [False, True])
+@pytest.mark.parametrize("kind", ["Gaussian", "full", "mixture"])
+def test_the_score_is_autograds_of_the_marginal(kind, explode, double):
+    """∇ log ∫ q(x_t | x_0) p(x_0) dx_0 with E2 for q."""
+    schedule = VarianceExploding(SCHEDULE) if explode else SCHEDULE
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 2.0]])
+    denoiser = {
+        "Gaussian": GaussianDenoiser(torch.tensor([1.0, -2.0]), torch.tensor([0.3, 2.0]), schedule),
+        "full": GaussianDenoiser.from_covariance(torch.ones(2), covariance, schedule),
+        "mixture": mixture(schedule),
+    }[kind]
+    law = denoiser.data_distribution
+    for t in (1, 3, 4):
+        a, s = schedule.signal(t), schedule.noise(t)
+        x_t = torch.randn(5, 2, requires_grad=True)
+        if kind == "mixture":
+            components = law.component_distribution
+            marginal = GaussianMixtureDenoiser(
+                WEIGHTS,
+                a * components.mean,
+                (a**2 * components.variance + s**2).sqrt(),
+                SCHEDULE,
+            ).data_distribution
+        else:
+            spread = law.covariance_matrix if kind == "full" else torch.diag(law.variance)
+            marginal = torch.distributions.MultivariateNormal(
+                a * law.mean, a**2 * spread + s**2 * torch.eye(2)
+            )
+        (expected,) = torch.autograd.grad(marginal.log_prob(x_t).sum(), x_t)
+        score = denoiser.score(x_t.detach(), schedule.log_snr(t))
+        torch.testing.assert_close(score, expected, rtol=1e-10, atol=1e-10)
+
+
+# learned variances
+
+COARSE = LinearSchedule(10)
+
+
+class Affine(nn.Module):
+    """The exact noise of N(mean, std²) data, and a second output from a table over timesteps."""
+
+    def __init__(self, mean, std, schedule, table):
+        super().__init__()
+        self.mean, self.std, self.schedule = mean, std, schedule
+        self.register_buffer("log_snr", schedule.log_snr(torch.arange(1, 11)))
+        self.table = nn.Parameter(table)
+
+    def forward(self, x_t, log_snr):
+        a, s = (c[:, None] for c in self.schedule.scales(log_snr.double()))
+        noise = s * (x_t - a * self.mean) / (a**2 * self.std**2 + s**2)
+        t = (self.log_snr - log_snr[:, None]).abs().argmin(1)
+        return torch.stack([noise, self.table[t].expand(noise.shape)], -1)
+
+
+def interpolation(std):
+    """The output v for which LearnedVariance is the exact variance, from its formula."""
+    alpha = COARSE.alpha(torch.arange(1, 11)).numpy()
+    bar, beta = alpha_bar(alpha), 1 - alpha
+    lower = (1 - bar[:-1]) / (1 - bar[1:]) * beta
+    lower[0] = beta[0] ** 2
+    exact = GaussianReverseChain.exact(alpha, 0.5, std).variance
+    return 2 * np.log(exact / lower) / np.log(beta / lower) - 1
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 3.0])
+def test_learned_variance_can_be_exact_and_beats_both_ends(std, double):
+    """By the closed-form gaps: what either fixed choice loses on average over the data."""
+    alpha = COARSE.alpha(torch.arange(1, 11)).numpy()
+    bar, beta = alpha_bar(alpha), 1 - alpha
+    beta_tilde = (1 - bar[:-1]) / (1 - bar[1:]) * beta
+    beta_tilde[0] = beta[0]
+    x_0 = torch.linspace(-1.0, 2.0, 7)[:, None]
+    table = torch.tensor(interpolation(std))[:, None]
+    bounds = {}
+    for name, variance in {
+        "learned": LearnedVariance(), "β": ForwardVariance(), "β̃": PosteriorVariance()
+    }.items():  # fmt: skip
+        network = Affine(0.5, std, COARSE, table)
+        if not variance.num_outputs:
+            network = type(
+                "One", (nn.Module,), {"forward": lambda _, *a, f=network: f(*a)[..., 0]}
+            )()
+        denoiser = NeuralDenoiser(network, COARSE, (1,), variance=variance)
+        diffusion = DiffusionModel(denoiser)
+        if variance.num_outputs:
+            for t in range(1, 11):
+                expected = GaussianReverseChain.exact(alpha, 0.5, std).variance[t - 1]
+                kernel = denoiser(torch.zeros(1, 1), t)
+                assert kernel.variance.item() == pytest.approx(expected, rel=1e-6)
+        bounds[name] = elbo_terms(
+            diffusion.model, diffusion.posterior_guide, x_0, num_particles=400
+        )
+    closed = {
+        "learned": GaussianReverseChain.exact(alpha, 0.5, std).elbo(x_0.numpy()),
+        "β": GaussianReverseChain.exact(alpha, 0.5, std, beta).elbo(x_0.numpy()),
+        "β̃": GaussianReverseChain.exact(alpha, 0.5, std, beta_tilde).elbo(x_0.numpy()),
+    }
+    for other in ("β", "β̃"):
+        gap = (bounds["learned"].elbo - bounds[other].elbo).numpy()
+        expected = (closed["learned"] - closed[other])[:, 0]
+        error = torch.hypot(bounds["learned"].standard_error, bounds[other].standard_error).numpy()
+        assert (np.abs(gap - expected) < 5 * error + 1e-6).all()
+        weight = np.exp(-0.5 * ((x_0.numpy()[:, 0] - 0.5) / std) ** 2)
+        assert std == 1.0 or (expected * weight).sum() > 0
+
+
+def test_svi_finds_the_exact_variance(double):
+    """From the midpoint of the logarithms, on data of standard deviation 0.5."""
+    network = Affine(0.5, 0.5, COARSE, torch.zeros(10, 1))
+    diffusion = DiffusionModel(NeuralDenoiser(network, COARSE, (1,), variance=LearnedVariance()))
+    pair = diffusion.subsampled(4)
+    svi = SVI(pair.model, pair.guide, Adam({"lr": 0.03}), TraceMeanField_ELBO())
+    for _ in range(400):
+        svi.step(0.5 + 0.5 * torch.randn(512, 1))
+    learned = diffusion.denoiser(torch.zeros(10, 1), torch.arange(1, 11)).variance[:, 0]
+    exact = GaussianReverseChain.exact(COARSE.alpha(torch.arange(1, 11)).numpy(), 0.5, 0.5).variance
+    np.testing.assert_allclose(learned.detach(), exact, rtol=0.15)
+
+
+# another scale, another precision
+
+
+@pytest.mark.parametrize("variance", [PosteriorVariance(), ForwardVariance(), LearnedVariance()])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
+def test_the_bound_does_not_change_with_the_scale_of_the_chain(guide, prediction, variance, double):
+    """One network, the same noise: variance preserving and variance exploding, draw by draw."""
+    count = prediction.num_outputs + variance.num_outputs
+    network = MLP((3,), hidden_size=16, num_blocks=1, num_outputs=count)
+    nn.init.normal_(network.decode.weight)
+    x_0 = torch.randint(0, 4, (5, 3)) if prediction.num_outputs > 1 else torch.randn(5, 3)
+    bounds = []
+    for schedule in (LogSNRSchedule(12), VarianceExploding(LogSNRSchedule(12))):
+        denoiser = NeuralDenoiser(network, schedule, (3,), prediction=prediction, variance=variance)
+        diffusion = DiffusionModel(denoiser)
+        torch.manual_seed(0)
+        bounds.append(elbo_terms(diffusion.model, getattr(diffusion, guide), x_0))
+    torch.testing.assert_close(bounds[1].elbo, bounds[0].elbo, rtol=1e-10, atol=1e-10)
+    if guide == "posterior_guide":
+        torch.testing.assert_close(
+            bounds[1].transition, bounds[0].transition, rtol=1e-10, atol=1e-10
+        )
+
+
+def test_samples_do_not_change_with_the_scale_either(double):
+    drawn = []
+    for schedule in (SCHEDULE, VarianceExploding(SCHEDULE)):
+        torch.manual_seed(0)
+        drawn.append(DiffusionModel(mixture(schedule)).sample(50))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_of_half_precision_leaves_the_chain_in_float32():
+    network = MLP((3,), hidden_size=16, num_blocks=1).to(torch.bfloat16)
+    denoiser = NeuralDenoiser(network, SCHEDULE, (3,))
+    assert denoiser.dtype == torch.float32
+    diffusion = DiffusionModel(denoiser)
+    assert diffusion.sample(4).dtype == torch.float32
+    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, torch.randn(4, 3))
+    assert terms.elbo.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: GaussianMixtureDenoiser([0.5, 0.5], torch.zeros(3, 2), 1.0, SCHEDULE),
+         r"shapes \(2,\) and \(3, 2\)"),
+        (lambda: GaussianMixtureDenoiser([1.0, 0.0], torch.zeros(2, 2), 1.0, SCHEDULE),
+         "K positive weights"),
+        (lambda: GaussianMixtureDenoiser([1.0], torch.tensor([[float("nan")]]), 1.0, SCHEDULE),
+         "finite means"),
+        (lambda: GaussianMixtureDenoiser([1.0], torch.zeros(1, 2), 0.0, SCHEDULE),
+         "'stds'.*smallest value of 0"),
+        (lambda: GaussianMixtureDenoiser([1.0], torch.zeros(1, 2), torch.ones(3), SCHEDULE),
+         r"'stds': got shape \(3,\)"),
+        (lambda: GaussianDenoiser(torch.zeros(2), torch.ones(3), SCHEDULE),
+         r"'std': got shape \(3,\)"),
+        (lambda: GaussianDenoiser(torch.tensor([float("nan")]), 1.0, SCHEDULE), "'mean': got 1 NaN"),
+    ],
+)  # fmt: skip
+def test_bad_oracles_are_refused_in_words(build, says):
+    with pytest.raises(ValueError, match=says):
+        build()

@@ -1,15 +1,25 @@
 import copy
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from oracles import GaussianReverseChain
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch import nn
 
+from pyro_diffusion.denoisers import NeuralDenoiser, PosteriorVariance
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.networks import MLP
+from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
     LinearSchedule,
     LogSNRSchedule,
     NoiseSchedule,
+    VarianceExploding,
 )
 
 CURVES = [LinearSchedule, CosineSchedule, LogSNRSchedule]
@@ -126,6 +136,89 @@ def test_base_class_is_abstract():
         NoiseSchedule(10)
 
 
+# learned ends
+
+
+def elbo_of_ends(ends, x_0, num_timesteps=5):
+    """The bound of a chain with the exact mean for N(0.3, 0.5²) and the variances β."""
+    log_snr = np.linspace(*ends, num_timesteps)
+    bar = 1 / (1 + np.exp(-log_snr))
+    alpha = bar / np.concatenate([[1.0], bar[:-1]])
+    return GaussianReverseChain.exact(alpha, 0.3, 0.5, 1 - alpha).elbo(x_0).mean()
+
+
+class ExactNoise(nn.Module):
+    """E[ε | x_t] for N(0.3, 0.5²) data."""
+
+    def forward(self, x_t, log_snr):
+        a, s = log_snr.sigmoid().sqrt()[:, None], (-log_snr).sigmoid().sqrt()[:, None]
+        return s * (x_t - 0.3 * a) / (0.25 * a**2 + s**2)
+
+
+@pytest.mark.parametrize("pair", ["guide", "posterior_guide", "subsampled"])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_gradients_of_learned_ends(elbo, pair, double):
+    """Through guide and model together: the closed form's, by finite differences."""
+    if (elbo, pair) == (TraceMeanField_ELBO, "guide"):
+        pytest.skip("refused")
+    schedule = LogSNRSchedule(5, log_snr_max=1.0, log_snr_min=-1.5, learnable=True)
+    diffusion = DiffusionModel(NeuralDenoiser(ExactNoise(), schedule, (1,)))
+    x_0 = torch.tensor([[-1.0], [0.2], [2.5]]).repeat(100, 1)
+    model, guide = diffusion.model, diffusion.guide
+    if pair == "subsampled":
+        model, guide = (getattr(diffusion.subsampled(3), name) for name in ("model", "guide"))
+    elif pair == "posterior_guide":
+        guide = diffusion.posterior_guide
+    loss = elbo()(model, guide)
+    gradients = []
+    for _ in range(60):
+        loss.zero_grad()
+        loss(x_0).backward()
+        gradients.append([p.grad.item() for p in schedule.parameters()])
+    gradients = -np.array(gradients) / len(x_0)
+
+    low, log_range, h = -1.5, np.log(2.5), 1e-5
+    data = x_0[:3].numpy()
+    f = lambda low, r: elbo_of_ends((low + np.exp(r), low), data)  # noqa: E731
+    expected = [
+        (f(low + h, log_range) - f(low - h, log_range)) / (2 * h),
+        (f(low, log_range + h) - f(low, log_range - h)) / (2 * h),
+    ]
+    error = gradients.std(0) / np.sqrt(59)
+    assert (np.abs(gradients.mean(0) - expected) < 5 * error + 1e-9).all()
+    assert (np.abs(expected) > 0.01).all()
+
+
+def test_svi_moves_the_ends_and_improves_the_bound():
+    """A chain that ends while its states still say much of the data learns to go on."""
+    x_0 = torch.randint(0, 9, (256, 2))
+    schedule = LogSNRSchedule(50, log_snr_max=3.0, log_snr_min=0.0, learnable=True)
+    denoiser = NeuralDenoiser(
+        MLP((2,), hidden_size=16, num_blocks=1, num_outputs=9), schedule, (2,),
+        prediction=LevelPrediction(9), variance=PosteriorVariance(),
+    )  # fmt: skip
+    diffusion = DiffusionModel(denoiser)
+    pair = diffusion.subsampled()
+    svi = SVI(pair.model, pair.guide, Adam({"lr": 0.05}), TraceMeanField_ELBO())
+    losses = [svi.step(x_0, num_data=256) for _ in range(150)]
+    assert schedule.log_snr_min < -1
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+    assert set(diffusion.state_dict()) >= {"denoiser.schedule.log_snr_min"}
+    assert f"{diffusion.name}.denoiser.schedule.log_range" in pyro.get_param_store()
+    other = schedule.with_num_timesteps(7)
+    assert other.log_snr_min is schedule.log_snr_min
+
+
+def test_exploding_schedules():
+    curve = CosineSchedule(10)
+    schedule, t = VarianceExploding(curve), torch.arange(11)
+    torch.testing.assert_close(schedule.log_snr(t), curve.log_snr(t))
+    torch.testing.assert_close(schedule.signal(t), torch.ones(11, dtype=torch.float64))
+    torch.testing.assert_close(schedule.noise(t), (-0.5 * curve.log_snr(t)).exp())
+    assert schedule.with_num_timesteps(3).num_timesteps == 3
+    torch.testing.assert_close(schedule.with_num_timesteps(3).log_snr(3), curve.log_snr(10))
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [
@@ -138,6 +231,7 @@ def test_base_class_is_abstract():
         (lambda: LogSNRSchedule(10, log_snr_max=-8, log_snr_min=8), "strictly decreasing"),
         (lambda: LogSNRSchedule(10, log_snr_max=1, log_snr_min=1), "strictly decreasing"),
         (lambda: LogSNRSchedule(10, log_snr_max=float("inf")), "not finite"),
+        (lambda: VarianceExploding(10), "'schedule': got 10; expected a NoiseSchedule"),
         (lambda: LinearSchedule(0), "'num_timesteps'.*got 0"),
         (lambda: LinearSchedule(2.5), "'num_timesteps'.*got 2.5"),
         (lambda: LinearSchedule(10, beta_end=1.5), "'beta_end'.*got 1.5"),

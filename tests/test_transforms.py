@@ -82,7 +82,7 @@ def test_samples_are_in_the_users_units(case, double):
 
 def test_subsampled_training_sees_the_same_jacobian(double):
     """In expectation, and all of it in every draw: a constant one adds no variance."""
-    transform, inverse, log_jacobian = CASES["logit"]
+    transform, inverse, _ = CASES["logit"]
     diffusion = model(transform)
     x = torch.tensor(inverse(np.random.default_rng(0).normal(size=(200, 3))))
     pair, full = diffusion.subsampled(50), (diffusion.model, diffusion.posterior_guide)

@@ -10,7 +10,7 @@ from oracles import log_normal
 from pyro.infer import Trace_ELBO
 
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import GaussianDenoiser
+from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.schedules import AlphaSchedule
 
@@ -61,6 +61,28 @@ def test_full_covariance(num_timesteps, guide, double, device):
 
     loss = Trace_ELBO().loss(diffusion.model, getattr(diffusion, guide), x_0)
     assert abs(-loss / expected - 1) < 1e-10
+
+
+@pytest.mark.parametrize("num_timesteps", NUM_TIMESTEPS)
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("event_shape", [(), (2,), (2, 3)])
+def test_multimodal_data(num_timesteps, guide, event_shape, double, device):
+    """The exact reverse kernel of a mixture is a mixture; the identity holds with it."""
+    weights = torch.tensor([0.2, 0.5, 0.3], device=device)
+    means = 2 * torch.randn(3, *event_shape, device=device)
+    stds = 0.1 + torch.rand(3, *event_shape, device=device)
+    schedule = ending_in_noise(num_timesteps).to(device)
+    diffusion = DiffusionModel(GaussianMixtureDenoiser(weights, means, stds, schedule))
+    x_0 = torch.randn(5, *event_shape, device=device).exp()
+    entries = [
+        log_normal(x_0.cpu().numpy(), means[k].cpu().numpy(), stds[k].cpu().numpy() ** 2)
+        for k in range(3)
+    ]
+    logs = np.stack([entry.reshape(5, -1).sum(1) for entry in entries])
+    expected = np.log((weights.cpu().numpy()[:, None] * np.exp(logs)).sum(0)).sum()
+    for _ in range(3):
+        loss = Trace_ELBO().loss(diffusion.model, getattr(diffusion, guide), x_0)
+        assert abs(-loss / expected - 1) < 1e-10
 
 
 @pytest.mark.parametrize("guide", GUIDES)
