@@ -31,7 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
@@ -481,7 +481,8 @@ def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistri
             "another; expected a kernel with independent entries, from which unobserved ones can be "
             "left out. Use a NeuralDenoiser or GaussianDenoiser, and transforms that act entry by entry."
         )
-    return kernel.base_dist.mask(mask).to_event(kernel.reinterpreted_batch_ndims)
+    masked = MaskedDistribution(kernel.base_dist, mask)
+    return masked.to_event(kernel.reinterpreted_batch_ndims)
 
 
 def _zeroed(x_t: Tensor, mask: Tensor | None) -> Tensor:

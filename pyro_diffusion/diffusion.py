@@ -295,7 +295,8 @@ class DiffusionModel(ParamScope):
                     "likelihood's embed."
                 )
             kernel = dist.TransformedDistribution(kernel, self.transform.inv)
-        return kernel.to_event(len(kernel.batch_shape) - (x_1.dim() - self.denoiser.event_dim))
+        batch_dim = x_1.dim() - self.denoiser.event_dim
+        return dist.Independent(kernel, len(kernel.batch_shape) - batch_dim)
 
 
 def _describe(part: Any) -> str:

@@ -32,7 +32,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import one_hot
 from torch.special import log_ndtr
 
 from pyro_diffusion.parameterizations import check_num_levels, embed_levels
@@ -231,8 +231,9 @@ class PoissonLikelihood(Likelihood):
 
     .. math::
         e(n) = 2 \sqrt{n / m} - 1, \qquad
-        \rho(\hat x_0) = \Big(\tfrac14 \log\big(1 + e^{4 y}\big)\Big)^2, \quad
-        y = \sqrt m\, (\hat x_0 + 1) / 2,
+        \rho(\hat x_0) = \Big(\tfrac12 y + \tfrac12 \sqrt{y^2 + c^2}\Big)^2
+                       = \tfrac14 c^2 e^{2 \operatorname{asinh}(y / c)}, \quad
+        y = \sqrt m\, (\hat x_0 + 1) / 2, \; c = \tfrac18,
 
     which is :math:`n` again to one per cent for :math:`n \ge 1`, and positive everywhere. Poisson
     noise has standard deviation :math:`1/\sqrt m` on that scale, as much as the chain at
@@ -247,7 +248,7 @@ class PoissonLikelihood(Likelihood):
     Example:
         >>> likelihood = PoissonLikelihood(max_count=100)
         >>> likelihood(likelihood.embed(torch.tensor([4, 25, 100]))).rate
-        tensor([  4.0003,  25.0000, 100.0000])
+        tensor([  4.0078,  25.0078, 100.0078])
     """
 
     def __init__(self, max_count: float) -> None:
@@ -272,7 +273,7 @@ class PoissonLikelihood(Likelihood):
 
     def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         root = math.sqrt(self.max_count) * (x_0_hat + 1) / 2
-        return dist.Poisson(softplus(root, beta=4.0).square())
+        return dist.Poisson((2 * (8 * root).asinh()).exp() / 256)
 
     def extra_repr(self) -> str:
         return f"max_count={self.max_count:g}"

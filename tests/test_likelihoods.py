@@ -1,18 +1,24 @@
 import numpy as np
 import pytest
 import torch
-from pyro.infer import TraceMeanField_ELBO
-from scipy.stats import norm
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from scipy.stats import norm, poisson
 
+from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
     DiscretizedGaussian,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
     Likelihood,
+    PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
+from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule
 
 
@@ -142,6 +148,130 @@ def test_a_double_scale_does_not_promote_a_float_chain():
         assert likelihood(torch.zeros(3)).log_prob(torch.zeros(3)).dtype == torch.float32
 
 
+def test_bits_are_the_posterior_of_a_measured_bit(double):
+    """Even odds before; x̂_0 a measurement of ±1 with standard deviation s."""
+    x_0_hat, scale = torch.tensor([-3.0, -0.5, 0.0, 0.9]), 0.7
+    up, down = (norm.pdf(x_0_hat.numpy(), e, scale) for e in (1, -1))
+    distribution = BernoulliLikelihood(scale)(x_0_hat)
+    np.testing.assert_allclose(distribution.probs, up / (up + down), rtol=1e-12)
+    bits = torch.tensor([0, 1, 1, 0])
+    for dtype in (torch.bool, torch.uint8, torch.float32):
+        embedded = BernoulliLikelihood().embed(bits.to(dtype))
+        torch.testing.assert_close(embedded.double(), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+
+
+def test_categories_are_the_posterior_of_a_measured_corner(double):
+    likelihood = CategoricalLikelihood(4, 0.6)
+    corners = likelihood.embed(torch.arange(4))
+    np.testing.assert_array_equal(corners, 2 * np.eye(4) - 1)
+    x_0_hat = torch.randn(5, 4)
+    weights = norm.pdf(x_0_hat.numpy()[:, None], corners.numpy(), 0.6).prod(-1)
+    expected = weights / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(likelihood(x_0_hat).probs, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("max_count", [1.0, 30.0, 4000.0])
+def test_counts_are_poisson_on_the_square_root_scale(max_count, double):
+    likelihood = PoissonLikelihood(max_count)
+    counts = torch.arange(0, 2 * max_count + 1, max(1, max_count // 10))
+    embedded = likelihood.embed(counts)
+    np.testing.assert_allclose(embedded, 2 * np.sqrt(counts.numpy() / max_count) - 1, rtol=1e-12)
+    rate = likelihood(embedded).rate
+    assert ((rate - counts).abs()[counts > 0] < 0.01 * counts[counts > 0]).all()
+    expected = poisson.logpmf(counts[:, None].numpy(), rate.numpy())
+    np.testing.assert_allclose(likelihood(embedded).log_prob(counts[:, None]), expected, rtol=1e-9)
+    x_0_hat = torch.tensor([-500.0, -1.5, 3.0], dtype=torch.float32, requires_grad=True)
+    log_prob = likelihood(x_0_hat).log_prob(torch.tensor([[0.0], [9.0]]))
+    log_prob.sum().backward()  # an untrained network, far off at small signal
+    assert log_prob.isfinite().all()
+    assert x_0_hat.grad.isfinite().all()
+
+
+class StudentTLikelihood:
+    """Heavy-tailed measurements, as a user writes them: embed and a call."""
+
+    def __init__(self, df, scale):
+        self.df, self.scale = df, scale
+
+    def embed(self, x_0):
+        return x_0
+
+    def __call__(self, x_0_hat):
+        return torch.distributions.StudentT(self.df, x_0_hat, self.scale)
+
+
+#: likelihood, event shape of the chain, draws of data
+CASES = {
+    "Gaussian": (GaussianLikelihood(0.3, learnable=True), (4,), lambda: torch.randn(300, 4)),
+    "bits": (BernoulliLikelihood(learnable=True), (4,), lambda: torch.randint(0, 2, (300, 4))),
+    "levels": (DiscretizedGaussianLikelihood(5), (4,), lambda: torch.randint(0, 5, (300, 4))),
+    "categories": (CategoricalLikelihood(3), (4, 3), lambda: torch.randint(0, 3, (300, 4))),
+    "counts": (PoissonLikelihood(9.0), (4,), lambda: torch.poisson(torch.full((300, 4), 4.0))),
+    "counts as images": (PoissonLikelihood(9), (2, 2), lambda: torch.randint(0, 9, (300, 2, 2))),
+    "Student's t": (StudentTLikelihood(3.0, 0.2), (4,), lambda: torch.randn(300, 4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_bound_agrees_and_samples_are_data(case):
+    """Forward order, posterior order and subsampled: one number within five errors."""
+    likelihood, event_shape, draw = CASES[case]
+    x_0 = draw()
+    network = MLP(event_shape, hidden_size=16, num_blocks=1)
+    torch.nn.init.normal_(network.decode.weight, std=0.1)
+    schedule = LogSNRSchedule(6, log_snr_max=4.0)
+    diffusion = DiffusionModel(NeuralDenoiser(network, schedule, event_shape), likelihood)
+    bounds = [
+        elbo_terms(diffusion.model, guide, x_0, num_particles=30).mean()
+        for guide in (diffusion.guide, diffusion.posterior_guide)
+    ]
+    pair = diffusion.subsampled(3)
+    draws = [-Trace_ELBO().loss(pair.model, pair.guide, x_0) / len(x_0) for _ in range(60)]
+    values = [bound.value for bound in bounds] + [np.mean(draws)]
+    errors = [bound.monte_carlo_error for bound in bounds] + [np.std(draws) / 59**0.5]
+    for i in range(3):
+        assert abs(values[i] - values[i - 1]) < 5 * np.hypot(errors[i], errors[i - 1])
+    drawn = diffusion.sample(7)
+    assert drawn.shape[1:] == x_0.shape[1:]
+    diffusion.embed(drawn)  # refuses what is no datum
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_likelihood_trains(case):
+    likelihood, event_shape, draw = CASES[case]
+    x_0, schedule = draw(), LogSNRSchedule(20, log_snr_max=4.0)
+    network = MLP(event_shape, hidden_size=16, num_blocks=1)
+    diffusion = DiffusionModel(NeuralDenoiser(network, schedule, event_shape), likelihood)
+    pair = diffusion.subsampled()
+    svi = SVI(pair.model, pair.guide, Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    losses = [svi.step(x_0) for _ in range(60)]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+
+
+def test_levels_need_no_likelihood(double):
+    """LevelPrediction's own p(x_0 | x_1) is its posterior: exact for independent entries."""
+    prior = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+
+    class Prior(torch.nn.Module):
+        def forward(self, x_t, log_snr):
+            return prior.log().expand(len(x_t), 2, 3)
+
+    schedule = LogSNRSchedule(1, log_snr_min=-80.0)  # x_1 says nothing: p(x_0) is the prior
+    diffusion = DiffusionModel(
+        NeuralDenoiser(Prior(), schedule, (2,), prediction=LevelPrediction(3))
+    )
+    x_0 = torch.tensor([[0, 2], [2, 1], [1, 0]])
+    terms = elbo_terms(diffusion.model, diffusion.guide, x_0)
+    expected = prior[torch.arange(2), x_0].log().sum(1)
+    torch.testing.assert_close(terms.elbo, expected, rtol=1e-10, atol=1e-10)
+    drawn = diffusion.sample(20_000)
+    for entry in range(2):
+        frequency = torch.bincount(drawn[:, entry], minlength=3) / 20_000
+        p = prior[entry]
+        assert ((frequency - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
+
+
 def test_base_class_is_abstract():
     with pytest.raises(TypeError):
         Likelihood()
@@ -154,6 +284,15 @@ def test_base_class_is_abstract():
         (lambda: GaussianLikelihood(float("nan")), "'scale'.*got nan"),
         (lambda: DiscretizedGaussianLikelihood(17, -1.0), "'scale'.*got -1"),
         (lambda: DiscretizedGaussianLikelihood(1), "'num_levels'.*got 1"),
+        (lambda: CategoricalLikelihood(1), "'num_categories'.*got 1"),
+        (lambda: PoissonLikelihood(0), "'max_count'.*got 0"),
+        (
+            lambda: PoissonLikelihood(9).embed(torch.tensor([3, -2])),
+            "got the value -2;.*at least 0",
+        ),
+        (lambda: PoissonLikelihood(9).embed(torch.tensor([0.5])), "got the value 0.5;.*counts"),
+        (lambda: BernoulliLikelihood().embed(torch.tensor([2])), "got the value 2;.*0 … 1"),
+        (lambda: CategoricalLikelihood(3).embed(torch.tensor([3])), "got the value 3;.*0 … 2"),
         (
             lambda: DiscretizedGaussianLikelihood(16).embed(torch.tensor([3, 16])),
             "got the value 16;",
