@@ -28,7 +28,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["ParamScope", "free_name", "snake_case"]
+__all__ = ["ParamScope", "check_state", "free_name", "snake_case"]
 
 _used_names: set[str] = set()
 
@@ -50,6 +50,26 @@ def free_name(name: str) -> str:
         number += 1
         candidate = f"{stem}_{number}"
     return candidate
+
+
+def check_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if the numbers have other names or shapes than the module's own."""
+    own = module.state_dict()
+    wrong = [f"no {key!r}" for key in own if key not in state_dict]
+    wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
+    wrong += [
+        f"{key!r} of shape {tuple(state_dict[key].shape)} and not {tuple(value.shape)}"
+        for key, value in own.items()
+        if isinstance(value, Tensor) and key in state_dict and not key.endswith("_extra_state")
+        and state_dict[key].shape != value.shape
+    ]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"argument 'state_dict': got {wrong[0]}"
+            + (f", and {len(wrong) - 1} more that differ" if len(wrong) > 1 else "")
+            + f"; expected the {len(own)} entries of this model. Build the model, its network "
+            "included, with the arguments that it was saved with."
+        )
 
 
 def _brief(state: Any) -> str:
@@ -154,28 +174,10 @@ class ParamScope(nn.Module):
             ValueError: Numbers of another model: other arguments, names or shapes. Nothing is copied.
         """
         if strict:
-            self._check_state(state_dict)
+            if "_extra_state" in state_dict:
+                self.set_extra_state(state_dict["_extra_state"])
+            check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
-
-    def _check_state(self, state_dict: Mapping[str, Any]) -> None:
-        own = self.state_dict()
-        if "_extra_state" in state_dict:
-            self.set_extra_state(state_dict["_extra_state"])
-        wrong = [f"no {key!r}" for key in own if key not in state_dict]
-        wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
-        wrong += [
-            f"{key!r} of shape {tuple(state_dict[key].shape)} and not {tuple(value.shape)}"
-            for key, value in own.items()
-            if key in state_dict and key != "_extra_state"
-            and state_dict[key].shape != value.shape
-        ]  # fmt: skip
-        if wrong:
-            raise ValueError(
-                f"argument 'state_dict': got {wrong[0]}"
-                + (f", and {len(wrong) - 1} more that differ" if len(wrong) > 1 else "")
-                + f"; expected the {len(own)} entries of this model. Build the model, its network "
-                "included, with the arguments that it was saved with."
-            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ``state_dict`` to a file, aside at first: an older file is replaced when it is whole.

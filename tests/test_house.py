@@ -25,6 +25,7 @@ ORDER = [
     "chains",
     "diffusion",
     "bounds",
+    "training",
     "plots",
     "__init__",
 ]
@@ -58,7 +59,9 @@ def test_docstrings_and_annotations(module):
     """Every module, public class and function is documented; every function says what it returns."""
     assert ast.get_docstring(tree(module))
     for node in ast.walk(tree(module)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(
+            ("_", "on_")
+        ):
             inherited = {"forward", "embed", "x_0_hat", "output", "reverse_kernel", "expand"}
             inherited |= {"sample", "rsample", "log_prob", "support", "mean", "variance"}
             inherited |= {"has_rsample", "enumerate_support", "extra_repr", "device", "log_snr_at"}
@@ -71,7 +74,8 @@ def test_docstrings_and_annotations(module):
                 "decode",
                 "scales",
             }
-            inherited |= {"with_num_timesteps"}
+            inherited |= {"with_num_timesteps", "load_state_dict", "configure_optimizers"}
+            inherited |= {"training_step", "validation_step", "test_step"}
             assert node.name in inherited or ast.get_docstring(node), (module, node.name)
         if isinstance(node, ast.FunctionDef):
             assert node.returns is not None, (module, node.name)
