@@ -41,7 +41,14 @@ from pyro_diffusion.parameterizations import (
     ScorePrediction,
     VelocityPrediction,
 )
-from pyro_diffusion.plots import plot_bound, plot_samples, plot_schedule
+from pyro_diffusion.plots import (
+    plot_bound,
+    plot_denoised,
+    plot_samples,
+    plot_schedule,
+    plot_training,
+    plot_trajectory,
+)
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -96,8 +103,11 @@ __all__ = [
     "forward_posterior",
     "forward_transition",
     "plot_bound",
+    "plot_denoised",
     "plot_samples",
     "plot_schedule",
+    "plot_training",
+    "plot_trajectory",
     "snr_weight",
     "terminal_prior",
 ]

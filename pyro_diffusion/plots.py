@@ -1,22 +1,33 @@
-r"""Pictures: the bound by timestep, the schedule, samples beside data.
+r"""Pictures: the bound by timestep and over training, the schedule, samples, states by noise level.
 
 Each function takes matplotlib axes, draws into them and returns them; ``None`` makes new ones.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_diffusion.bounds import ELBOTerms
+from pyro_diffusion.chains import evaluating
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_bound", "plot_samples", "plot_schedule"]
+__all__ = [
+    "plot_bound",
+    "plot_denoised",
+    "plot_samples",
+    "plot_schedule",
+    "plot_training",
+    "plot_trajectory",
+]
 
 
 def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "Axes":
@@ -103,6 +114,182 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
         ax.set_title(name)
         ax.set_axis_off()
     return axes
+
+
+@torch.no_grad()
+def plot_trajectory(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    *,
+    timesteps: Sequence[int] | None = None,
+    axes: Any = None,
+) -> Any:
+    """States of the two chains: data on their way to noise, and noise on its way to data.
+
+    States of shape ``(height, width)`` are drawn as grey images, of shape ``(2,)`` as points, others as
+    lines over their entries.
+
+    Args:
+        diffusion: The model.
+        x_0: Data, shape ``(N,)`` + the shape of one datum; as many are drawn from the model.
+        timesteps: Increasing timesteps in ``0 … T``, a column each; six of them by default.
+        axes: Axes of shape ``(2, len(timesteps))``.
+
+    Returns:
+        The axes: forward chain on top, reverse chain below.
+
+    Raises:
+        ValueError: A timestep outside ``0 … T``.
+    """
+    timesteps = _columns(diffusion, timesteps, first=0)
+    with evaluating(diffusion):
+        forward = poutine.trace(diffusion.guide).get_trace(x_0)
+        reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
+    chains = {
+        "forward, $q$": (forward, x_0),
+        "reverse, $p$": (reverse, reverse.nodes["_RETURN"]["value"]),
+    }
+    rows = {
+        name: [
+            diffusion.embed(data) if t == 0 else trace.nodes[f"x_{t}"]["value"] for t in timesteps
+        ]
+        for name, (trace, data) in chains.items()
+    }
+    return _grid(rows, _titles(diffusion, timesteps), axes)
+
+
+@torch.no_grad()
+def plot_denoised(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    *,
+    timesteps: Sequence[int] | None = None,
+    axes: Any = None,
+) -> Any:
+    r"""What the denoiser makes of noisy data: :math:`x_t \sim q(x_t \mid x_0)` and :math:`\hat x_0(x_t)`.
+
+    Args:
+        diffusion: The model.
+        x_0: Data, shape ``(N,)`` + the shape of one datum; drawn as in :func:`plot_trajectory`.
+        timesteps: Increasing timesteps in ``1 … T``, a column each; six of them by default.
+        axes: Axes of shape ``(2, len(timesteps))``.
+
+    Returns:
+        The axes: states on top, estimates below.
+
+    Raises:
+        ValueError: A timestep outside ``1 … T``.
+    """
+    timesteps = _columns(diffusion, timesteps, first=1)
+    embedded = diffusion.embed(x_0)
+    with evaluating(diffusion):
+        states = [diffusion.forward_marginal(embedded, t).sample() for t in timesteps]
+        estimates = [
+            diffusion.denoiser.x_0_hat(x_t, diffusion.schedule.log_snr(t))
+            for x_t, t in zip(states, timesteps, strict=True)
+        ]
+    rows = {"state $x_t$": states, r"estimate $\hat x_0(x_t)$": estimates}
+    return _grid(rows, _titles(diffusion, timesteps), axes)
+
+
+def plot_training(
+    history: Mapping[int, Sequence[float] | Tensor],
+    ax: "Axes | None" = None,
+    *,
+    num_blocks: int = 5,
+) -> "Axes":
+    r"""What :math:`-\mathrm{ELBO}` is made of over training: prior, blocks of timesteps, reconstruction.
+
+    Args:
+        history: Terms by timestep, ``(T + 1,)`` in nats per datum (row 0 is the reconstruction), by
+            step: the ``history`` of a :class:`~pyro_diffusion.training.SVIModule`, or your own from
+            ``[float(term) for term in terms.term_means()]``.
+        ax: Axes to draw into.
+        num_blocks: Number of blocks that the timesteps :math:`1 … T-1` are drawn in.
+
+    Returns:
+        The axes: step against nats per datum. Terms are stacked; a negative reconstruction loss (of
+        data with a density) is a line of its own.
+
+    Raises:
+        ValueError: Fewer than two steps, or terms of different lengths.
+    """
+    steps = sorted(history)
+    lengths = {len(history[step]) for step in steps}
+    if len(steps) < 2 or len(lengths) != 1 or min(lengths) < 2:
+        raise ValueError(
+            f"argument 'history': got {len(steps)} steps with terms of lengths {sorted(lengths)}; expected "
+            "two steps or more with T + 1 terms each. Read the bound at least twice during training."
+        )
+    ax = _axes(ax)
+    terms = np.array([[float(value) for value in history[step]] for step in steps]).T
+    last = len(terms) - 1
+    layers = {f"$x_{{{last}}}$ (prior)": terms[last]}
+    for block in reversed(np.array_split(np.arange(1, last), num_blocks)):
+        if len(block):
+            layers[f"$x_{{{block[0]}}}$ … $x_{{{block[-1]}}}$"] = terms[block].sum(0)
+    loss = -terms[0]
+    if (loss >= 0).all():
+        layers["$-\\log p(x_0|x_1)$"] = loss
+    else:
+        ax.plot(steps, loss, "k:", lw=1, label="$-\\log p(x_0|x_1)$")
+    ax.stackplot(steps, *layers.values(), labels=list(layers), alpha=0.8, lw=0)
+    ax.plot(steps, terms[1:].sum(0) + loss, "k-", lw=1, label="$-$ELBO")
+    ax.set(xlabel="step", ylabel="nats per datum", xlim=(steps[0], steps[-1]))
+    ax.legend(fontsize="small", reverse=True)
+    return ax
+
+
+def _columns(
+    diffusion: DiffusionModel, timesteps: Sequence[int] | None, *, first: int
+) -> list[int]:
+    last = diffusion.schedule.num_timesteps
+    if timesteps is None:
+        return sorted({round(first + (last - first) * k / 5) for k in range(6)})
+    wrong = [t for t in timesteps if not first <= t <= last]
+    if wrong or not len(timesteps):
+        raise ValueError(
+            f"argument 'timesteps': got {wrong[0] if wrong else 'none'}; expected timesteps in {first} … "
+            f"{last}. Leave them out for six that are evenly spaced."
+        )
+    return list(timesteps)
+
+
+def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
+    log_snr = diffusion.schedule.log_snr(torch.tensor(timesteps)).tolist()
+    return [
+        f"$t = {t}$\n" + ("data" if t == 0 else f"$\\lambda = {value:.1f}$")
+        for t, value in zip(timesteps, log_snr, strict=True)
+    ]
+
+
+def _grid(rows: Mapping[str, list[Tensor]], titles: list[str], axes: Any) -> Any:
+    """Rows of states with a name each, columns with a title each."""
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        size = (1.9 * len(titles), 2.1 * len(rows) + 0.5)
+        _, axes = plt.subplots(
+            len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+        )
+    for row, (name, states) in zip(axes, rows.items(), strict=True):
+        for ax, x in zip(row, states, strict=True):
+            _draw_states(ax, x.cpu())
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize="small")
+    return axes
+
+
+def _draw_states(ax: "Axes", x: Tensor) -> None:
+    if x.dim() == 3:
+        ax.imshow(_tile(x, float(x.min())).numpy(), cmap="gray_r")
+    elif x.shape[1:] == (2,):
+        ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=2, lw=0)
+        ax.set_aspect("equal", adjustable="datalim")
+    else:
+        ax.plot(x.flatten(1).T.numpy(), lw=0.7, alpha=0.7)
 
 
 def _tile(images: Tensor, background: float) -> Tensor:

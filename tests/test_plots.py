@@ -8,7 +8,14 @@ import torch
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.plots import plot_bound, plot_samples, plot_schedule
+from pyro_diffusion.plots import (
+    plot_bound,
+    plot_denoised,
+    plot_samples,
+    plot_schedule,
+    plot_training,
+    plot_trajectory,
+)
 from pyro_diffusion.schedules import CosineSchedule, LogSNRSchedule
 
 
@@ -60,6 +67,47 @@ def test_plot_samples(device):
     np.testing.assert_array_equal(sheet[5:9, 4:7], images[4].cpu())
     _, ax = plt.subplots()
     assert plot_samples(images, axes=ax)[0] is ax
+
+
+@pytest.mark.parametrize("event_shape", [(2,), (4, 3), (7,), (2, 2, 2)])
+@pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
+def test_plots_of_states(plot, event_shape, device):
+    denoiser = GaussianDenoiser(torch.zeros(event_shape), 0.5, LogSNRSchedule(20))
+    diffusion = DiffusionModel(denoiser).to(device)
+    x_0 = torch.randn(5, *event_shape, device=device)
+    axes = plot(diffusion, x_0)
+    assert axes.shape == (2, 6)
+    assert "$t = 20$" in axes[0, -1].get_title()
+    axes[0, 0].figure.canvas.draw()
+    _, given = plt.subplots(2, 2, squeeze=False)
+    assert plot(diffusion, x_0, timesteps=[1, 20], axes=given) is given
+    if event_shape == (4, 3) and plot is plot_denoised:  # little noise: the estimate is the datum
+        sheet = np.asarray(given[1, 0].get_images()[0].get_array())
+        np.testing.assert_allclose(sheet[:4, :3], x_0[0].cpu(), atol=0.2)
+    for wrong in ([21], [-1, 3], []):
+        with pytest.raises(ValueError, match="'timesteps': got"):
+            plot(diffusion, x_0, timesteps=wrong)
+
+
+@pytest.mark.parametrize("reconstruction", [-50.0, 3.0])
+def test_plot_training(reconstruction):
+    history = {step: torch.linspace(1, 2, 11) * step for step in (100, 200, 300)}
+    for terms in history.values():
+        terms[0] = reconstruction
+    ax = plot_training(history)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert any("prior" in label for label in labels)
+    assert sum("…" in label for label in labels) == 5
+    total = {line.get_label(): line for line in ax.get_lines()}["$-$ELBO"]
+    expected = [float(terms[1:].sum()) - reconstruction for terms in history.values()]
+    np.testing.assert_allclose(total.get_ydata(), expected, rtol=1e-6)
+    stack = len(ax.collections)
+    assert stack == (7 if reconstruction < 0 else 6)
+    _, given = plt.subplots()
+    assert plot_training({1: [0.0, 1.0], 2: [0.0, 1.0]}, given) is given
+    for wrong in ({}, {1: [0.0, 1.0]}, {1: [0.0, 1.0], 2: [0.0]}):
+        with pytest.raises(ValueError, match="'history': got"):
+            plot_training(wrong)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (0, 4, 3), (4, 3)])
