@@ -324,12 +324,15 @@ class SubsampledProgram(Program):
     law: Timesteps
     num_draws: int
 
-    def draw_timesteps(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        r"""Sample site ``t``; timesteps and weights :math:`1/(k \pi(t))`, shape ``(…, k, N)``."""
-        law = self.law(self.num_timesteps, device)
+    def draw_timesteps(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Sample site ``t``; timesteps and weights :math:`1/(k \pi(t))`, shape ``(…, k, N)``.
+
+        They are on the device, and the weights in the dtype, of ``state``.
+        """
+        law = self.law(self.num_timesteps, state.device)
         with poutine.mask(mask=False):
             t = pyro.sample("t", law)
-        return t, (-law.log_prob(t)).exp() / self.num_draws
+        return t, ((-law.log_prob(t)).exp() / self.num_draws).to(state.dtype)
 
 
 class _SubsampledModel(SubsampledProgram):
@@ -350,7 +353,7 @@ class _SubsampledModel(SubsampledProgram):
         with self.data_plate(x_0, num_data, num_samples):
             x_T = pyro.sample(f"x_{self.num_timesteps}", prior)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
-                t, weight = self.draw_timesteps(x_T.device)
+                t, weight = self.draw_timesteps(x_T)
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", prior)
                 with naming("x_{t-1}"):
@@ -382,7 +385,7 @@ class _SubsampledGuide(SubsampledProgram):
             marginal = observed_part(self.marginal(context, self.num_timesteps), states)
             pyro.sample(f"x_{self.num_timesteps}", marginal)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
-                t, weight = self.draw_timesteps(context.device)
+                t, weight = self.draw_timesteps(context)
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", self.marginal(context, t))
                 # Rows with t = 1 carry no latent term; any kernel with a density will do there.
