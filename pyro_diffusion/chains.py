@@ -37,7 +37,7 @@ from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
 from pyro_diffusion.store import ParamScope, free_name, snake_case
-from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
+from pyro_diffusion.timesteps import StratifiedTimesteps, TimestepDistribution, Timesteps
 
 __all__ = ["BottomUpGuide", "GenerativeChain", "TimestepPlate", "TopDownGuide"]
 
@@ -330,9 +330,10 @@ class SubsampledProgram(Program):
         They are on the device, and the weights in the dtype, of ``state``.
         """
         law = self.law(self.num_timesteps, state.device)
+        law = TimestepDistribution(law.log_pi.to(state.dtype))
         with poutine.mask(mask=False):
             t = pyro.sample("t", law)
-        return t, ((-law.log_prob(t)).exp() / self.num_draws).to(state.dtype)
+        return t, (-law.log_prob(t)).exp() / self.num_draws
 
 
 class _SubsampledModel(SubsampledProgram):
