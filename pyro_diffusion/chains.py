@@ -1,13 +1,13 @@
 r"""The Pyro programs. Every sample site of the package is in this file.
 
-============== ==================== ===================================================== ==========
-program        sites, in order      takes                                                 is
-============== ==================== ===================================================== ==========
-GenerativeChain :math:`x_T → x_0`   ``prior()``, ``transition(x_t, t)``, ``likelihood``   E7
-BottomUpGuide  :math:`x_1 → x_T`    ``transition(x_{t-1}, t)``                            E4, left
-TopDownGuide   :math:`x_T → x_1`    ``encode(x_0)``, ``initial(c)``, ``transition``       E4, right
-TimestepPlate  t, x_t, x_{t-1}      the kernels and a law of timesteps                    a draw of E8
-============== ==================== ===================================================== ==========
+=============== ================= ======================================================= ============
+program         sites, in order   takes                                                   is
+=============== ================= ======================================================= ============
+GenerativeChain :math:`x_T → x_0` ``prior()``, ``transition(x_t, t)``, ``likelihood``     E7
+BottomUpGuide   :math:`x_1 → x_T` ``transition(x_{t-1}, t)``                              E4, left
+TopDownGuide    :math:`x_T → x_1` ``encode(x_0)``, ``initial(c)``, ``transition``         E4, right
+TimestepPlate   t, x_t, x_{t-1}   the kernels and a law of timesteps                      a draw of E8
+=============== ================= ======================================================= ============
 
 The kernels are callables that return Pyro distributions: fixed linear-Gaussian ones make a diffusion
 model, learned ones a hierarchical VAE. Site ``x_t`` exists for t = 0 … T in every chain; ``x_0`` is

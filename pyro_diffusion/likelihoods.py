@@ -6,15 +6,15 @@ the user's data: ``embed(x_0)`` is the point where the forward chain starts, and
 :math:`\hat x_0(x_1)`, in embedded space. Any callable with those two is a likelihood; distributions
 may leave the event dimensions in their batch shape, the chain moves them.
 
-=================================== ============================= ==============================
-data                                likelihood                    point of the chain
-=================================== ============================= ==============================
-measurements                        ``GaussianLikelihood``        the data themselves
-grey levels :math:`0 … K-1`         ``DiscretizedGaussianLikelihood`` :math:`2k/(K-1) - 1`
-bits                                ``BernoulliLikelihood``       :math:`\pm 1`
-categories :math:`0 … K-1`          ``CategoricalLikelihood``     one-hot in :math:`\pm 1`, one more axis
-counts                              ``PoissonLikelihood``         :math:`2\sqrt{n/m} - 1`
-=================================== ============================= ==============================
+=========================== ================================= =====================================
+data                        likelihood                        point of the chain
+=========================== ================================= =====================================
+measurements                ``GaussianLikelihood``            the data themselves
+grey levels :math:`0 … K-1` ``DiscretizedGaussianLikelihood`` :math:`2k/(K-1) - 1`
+bits                        ``BernoulliLikelihood``           :math:`\pm 1`
+categories :math:`0 … K-1`  ``CategoricalLikelihood``         one-hot in :math:`\pm 1`, one more axis
+counts                      ``PoissonLikelihood``             :math:`2\sqrt{n/m} - 1`
+=========================== ================================= =====================================
 
 The likelihood takes over where the chain starts: ``log_snr_max`` of the schedule belongs near the
 data's own resolution.

@@ -96,9 +96,11 @@ class SVIModule(lightning.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
+        """The optimiser that was asked for, over all parameters of model and guide."""
         return self.optimizer(self.parameters())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        r""":math:`-\widehat{\mathrm{ELBO}} / N` of a batch."""
         x_0, given = _arguments(batch)
         try:
             loss = self.elbo(x_0, **given)
@@ -111,17 +113,21 @@ class SVIModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Read the bound of a batch, with every timestep."""
         self._read("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As in validation."""
         self._read("test", batch)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the terms, and keep them in the history."""
         terms = self._mean_terms("val")
         if not self.trainer.sanity_checking:
             self.history[self.global_step] = terms
 
     def on_test_epoch_end(self) -> None:
+        """Log the terms."""
         self._mean_terms("test")
 
     def _read(self, stage: str, batch: Any) -> None:
@@ -152,14 +158,17 @@ class SVIModule(lightning.LightningModule):
         return terms
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the history into a checkpoint."""
         checkpoint["history"] = self.history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the history out of a checkpoint."""
         self.history = dict(checkpoint.get("history", {}))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
+        """As ``torch.nn.Module`` does, but names and shapes are compared before anything is copied."""
         if strict:
             check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
