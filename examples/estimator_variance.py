@@ -26,7 +26,14 @@ import matplotlib
 import pyro
 import torch
 
-from pyro_diffusion import CosineSchedule, Denoiser, DiffusionModel, GaussianDenoiser, elbo_terms
+from pyro_diffusion import (
+    CosineSchedule,
+    Denoised,
+    Denoiser,
+    DiffusionModel,
+    GaussianDenoiser,
+    elbo_terms,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,11 +85,11 @@ class Scaled(Denoiser):
     def dtype(self):
         return self.exact.dtype
 
-    def x_0_hat(self, x_t, log_snr):
-        return self.factor * self.exact.x_0_hat(x_t, log_snr)
+    def denoise(self, x_t, log_snr):
+        return Denoised(self.factor * self.exact.x_0_hat(x_t, log_snr))
 
-    def reverse_kernel(self, x_t, t, x_0_hat):
-        return self.exact.reverse_kernel(x_t, t, x_0_hat)
+    def reverse_kernel(self, x_t, t, denoised):
+        return self.exact.reverse_kernel(x_t, t, denoised)
 
 
 def describe(factor):

@@ -3,7 +3,9 @@ r"""Counts of a detector whose rate field is known: the bound against the exact 
 Simulated events: a source of random position and brightness lights up a detector of 8×8 pixels over a
 background; pixel i counts n_i ~ Poisson(b + A psf(i - position)). Integrating over position and
 brightness on a grid gives the exact probability of an image, its entropy, and the law of every pixel.
-A diffusion model with a Poisson likelihood is fitted by SVI to the counts as they are.
+A diffusion model with a Poisson likelihood is fitted by SVI to the counts as they are. How much noise
+its chain starts with, that is what is left to the likelihood, is learned: both ends of the schedule are
+parameters of the guide.
 
     python examples/poisson_counts.py [--device cuda] [--seed 0] [--smoke] [--output outputs/poisson]
 """
@@ -47,12 +49,14 @@ def main():
     train, held_out = field.counts(args.num_train), field.counts(args.num_held_out)
 
     likelihood = PoissonLikelihood(max_count=30.0)
-    schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=args.log_snr_max)
+    schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=args.log_snr_max, learnable=True)
     network = MLP((SIDE, SIDE), num_blocks=3)
     denoiser = NeuralDenoiser(network, schedule, (SIDE, SIDE))
     diffusion = DiffusionModel(denoiser, likelihood).to(args.device)
     diffusion = fit(diffusion, train, args)
     fitted = time.perf_counter()
+    ends = [end.item() for end in (diffusion.schedule.log_snr_max, diffusion.schedule.log_snr_min)]
+    print(f"log-SNR at x_1 and x_T, learned: {ends[0]:.2f} and {ends[1]:.2f}")
 
     terms = elbo_terms(
         diffusion.model, diffusion.posterior_guide, held_out, num_particles=4, analytic_kl=False
@@ -218,13 +222,13 @@ def parse_arguments():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--log-snr-max", type=float, default=math.log(30), help="where the chain starts"
+        "--log-snr-max", type=float, default=2.5, help="the start, before it is learned"
     )
     parser.add_argument("--smoke", action="store_true", help="a minute's work in seconds")
     parser.add_argument("--output", type=Path, default=Path("outputs/poisson"))
     args = parser.parse_args()
     args.num_timesteps = 20 if args.smoke else 500
-    args.num_steps = 20 if args.smoke else 10_000
+    args.num_steps = 20 if args.smoke else 5_000
     args.num_train = 500 if args.smoke else 100_000
     args.num_held_out = 20 if args.smoke else 500
     args.num_samples = 50 if args.smoke else 4000

@@ -237,7 +237,9 @@ class PoissonLikelihood(Likelihood):
 
     which is :math:`n` again to one per cent for :math:`n \ge 1`, and positive everywhere. Poisson
     noise has standard deviation :math:`1/\sqrt m` on that scale, as much as the chain at
-    :math:`\lambda = \log m`: a ``log_snr_max`` near it leaves counting noise to the likelihood.
+    :math:`\lambda = \log m`: a ``log_snr_max`` of that size or a little below leaves counting noise
+    to the likelihood. ``LogSNRSchedule(learnable=True)`` finds where the bound is best
+    (``examples/poisson_counts.py``).
 
     Args:
         max_count: Count :math:`m > 0` that embeds at 1; larger ones lie beyond it.
