@@ -26,13 +26,6 @@ from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
 from pyro_diffusion.training import SVIModule  # noqa: E402
 
-# Lightning's advice on loaders with few workers and batches, and torch's to it
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 
 
