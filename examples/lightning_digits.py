@@ -61,7 +61,7 @@ def main():
     diffusion = DiffusionModel(denoiser)
 
     pair = diffusion.subsampled(num_timesteps=1)
-    optimizer = functools.partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.99), weight_decay=2.0)
+    optimizer = functools.partial(decaying_adam, num_epochs=args.num_epochs)
     module = SVIModule(pair.model, pair.guide, TraceMeanField_ELBO(), optimizer)
     keep = ModelCheckpoint(
         args.output, monitor="val_bits_per_dim", filename="best", save_last=True,
@@ -100,6 +100,12 @@ def main():
     paths = write(args.output, diffusion, module, terms, held_out[:4])
     print("\nwrote " + "\n      ".join(map(str, paths)))
     print(f"{fitted - start:.0f} s to fit, {time.perf_counter() - fitted:.0f} s to evaluate")
+
+
+def decaying_adam(parameters, num_epochs):
+    """What Lightning's configure_optimizers may return: an optimiser and a schedule by epoch."""
+    adam = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), weight_decay=2.0)
+    return [adam], [torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=num_epochs)]
 
 
 def write(folder, diffusion, module, terms, x_0):
@@ -148,7 +154,7 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=Path("outputs/lightning_digits"))
     args = parser.parse_args()
     args.num_timesteps = 20 if args.smoke else 1000
-    args.num_epochs = 4 if args.smoke else 500
+    args.num_epochs = 4 if args.smoke else 450
     args.check_every = 2 if args.smoke else 50
     return args
 

@@ -236,7 +236,7 @@ def plot_training(
     ax.stackplot(steps, *layers.values(), labels=list(layers), alpha=0.8, lw=0)
     ax.plot(steps, terms[1:].sum(0) + loss, "k-", lw=1, label="$-$ELBO")
     ax.set(xlabel="step", ylabel="nats per datum", xlim=(steps[0], steps[-1]))
-    ax.legend(fontsize="small", reverse=True)
+    ax.legend(fontsize="small", reverse=True, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax
 
 
