@@ -32,11 +32,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import TransformedDistribution, kl_divergence
 from tqdm.auto import tqdm
 
 from pyro_diffusion.chains import SubsampledProgram, check_data, evaluating
@@ -360,7 +361,8 @@ class _Score(Messenger):
             self.event_size += value.numel() // self.rows
         else:
             _, q, mask = self.drawn.pop(name)
-            if not (mask is msg["mask"] or (mask is not None and torch.equal(*_masks(mask, msg)))):
+            alike = mask is msg["mask"] or (mask is not None and torch.equal(*_masks(mask, msg)))
+            if not alike or not _same(_entry_mask(q), _entry_mask(p)):
                 raise ValueError(
                     f"site {name!r}: got another mask in the guide than in the model; expected the "
                     "same in both, so that a term has one set of entries. Mask both programs alike."
@@ -411,11 +413,26 @@ def _masks(mask: Any, msg: Any) -> tuple[Tensor, Tensor]:
     return ours.expand(shape), theirs.expand(shape)
 
 
+def _entry_mask(distribution: Any) -> Any:
+    """The mask of entries inside a distribution, or ``None``."""
+    while not isinstance(distribution, MaskedDistribution):
+        if not hasattr(distribution, "base_dist"):
+            return None
+        distribution = distribution.base_dist
+    return distribution._mask
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (ours, theirs))))
+
+
 def _log_prob(distribution: Any, value: Tensor) -> Tensor:
-    """log-density in float64; a Gaussian's entries are in float64 before they are summed."""
+    """log-density as float64; a Gaussian's entries are in float64 before they are summed."""
     base = distribution
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
+    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
+        base = base.base_dist  # a transform may have parameters, and wants the dtype of those
     if isinstance(base, torch.distributions.Normal):
         value = value.double()
     return distribution.log_prob(value).double()

@@ -497,8 +497,9 @@ def _zeroed(x_t: Tensor, mask: Tensor | None) -> Tensor:
 def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
     """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
 
-    Unobserved entries, which may be NaN, become the first observed value: one that the likelihood
-    and the transform can take, and that no term depends on.
+    Unobserved entries, which may be NaN, become the first value that was observed of the same entry (of
+    any, if none was): one that the likelihood and the transform can take, and that no term depends on.
+    The tensor is a new object, for transforms remember the last one they saw by its identity.
     """
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
@@ -508,14 +509,19 @@ def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
             "that the model observes."
         )
     if mask is not None:
-        x_0 = torch.where(_check_mask(mask, x_0), x_0, x_0[mask][0])
+        x_0 = torch.where(_check_mask(mask, x_0), x_0, _first_observed(x_0, mask))
     if not x_0.isfinite().all():
         raise ValueError(
             f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
             f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "
             "mask=x_0.isfinite() for the bound of the observed part."
         )
-    return x_0
+    return x_0.view_as(x_0)
+
+
+def _first_observed(x_0: Tensor, mask: Tensor) -> Tensor:
+    first = mask.byte().argmax(0, keepdim=True)
+    return torch.where(mask.any(0), x_0.gather(0, first), x_0[mask][0])
 
 
 def _check_mask(mask: Tensor, x_0: Tensor) -> Tensor:

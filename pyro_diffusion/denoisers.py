@@ -20,6 +20,7 @@ References:
     https://arxiv.org/abs/2006.11239
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -237,7 +238,9 @@ class LearnedVariance(ReverseVariance):
         lower = torch.where(step.noise_prev == 0, upper.square(), posterior_variance(step))
         weight = (1 + output) / 2
         log_upper, log_lower = (end.log().to(output.dtype) for end in (upper, lower))
-        return torch.lerp(log_lower, log_upper, weight).exp()
+        log_variance = torch.lerp(log_lower, log_upper, weight)
+        # Beyond any variance of use, and within what float32 can square.
+        return log_variance.clamp(math.log(1e-20), math.log(1e20)).exp()
 
 
 class NeuralDenoiser(Denoiser):
@@ -521,12 +524,19 @@ class GaussianMixtureDenoiser(Denoiser):
         weights, stds = (
             torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in (weights, stds)
         )
-        fit = means.dim() > 0 and weights.shape == means.shape[:1]
-        if not fit or not (weights > 0).all() or not means.isfinite().all():
+        fit = means.dim() > 0 and weights.shape == means.shape[:1] and len(means) > 0
+        proper = ((weights > 0) & weights.isfinite()).all() and means.isfinite().all()
+        if not fit or not proper:
             raise ValueError(
                 f"arguments 'weights' and 'means': got shapes {tuple(weights.shape)} and "
                 f"{tuple(means.shape)}; expected K positive weights and finite means of shape (K,) + "
                 "event_shape. Leave out components of weight zero."
+            )
+        if stds.shape == weights.shape and means.dim() > 1:
+            raise ValueError(
+                f"argument 'stds': got shape {tuple(stds.shape)}, one for each component or for each entry; "
+                f"expected a shape that says which, to broadcast to {tuple(means.shape)}. Give one for each "
+                "component a last axis (stds[:, None]), or expand to the means' shape."
             )
         super().__init__(schedule, means.shape[1:])
         self.register_buffer("log_weights", (weights / weights.sum()).log())

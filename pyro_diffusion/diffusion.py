@@ -17,7 +17,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import (
@@ -38,7 +38,7 @@ from pyro_diffusion.kernels import (
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.store import ParamScope
 from pyro_diffusion.timesteps import Timesteps
-from pyro_diffusion.transforms import check_transform, transformed
+from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
 
 __all__ = ["DiffusionModel"]
 
@@ -85,6 +85,9 @@ class DiffusionModel(ParamScope):
     ) -> None:
         super().__init__(name)
         self.transform = check_transform(transform)
+        if not isinstance(transform, nn.Module):  # modules inside one that is none, to be found
+            modules = [part for part in parts(transform) if isinstance(part, nn.Module)]
+            self.transform_modules = nn.ModuleList(modules)
         self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
         if isinstance(likelihood, type) or not (likelihood is None or hasattr(likelihood, "embed")):
             got = getattr(likelihood, "__name__", type(likelihood).__name__)
@@ -105,6 +108,10 @@ class DiffusionModel(ParamScope):
         """Shape of a state, and of a datum after embedding."""
         return self.denoiser.event_shape
 
+    def __getstate__(self) -> dict[str, Any]:
+        forget(self.transform)
+        return super().__getstate__()
+
     @property
     def description(self) -> dict[str, str]:
         """What the numbers of a ``state_dict`` mean: everything but the network."""
@@ -113,7 +120,7 @@ class DiffusionModel(ParamScope):
             "schedule": repr(self.schedule),
             "denoiser": denoiser,
             "likelihood": _describe(self.likelihood),
-            "transform": _describe(self.transform),
+            "transform": describe(self.transform),
         }
 
     @property
@@ -233,13 +240,13 @@ class DiffusionModel(ParamScope):
 
     def embed_mask(self, mask: Tensor) -> Tensor:
         """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
-        missing_dims = 1 + self.denoiser.event_dim - mask.dim()
-        if missing_dims < 0:
+        if mask.shape[1:] != self.event_shape[: mask.dim() - 1]:
             raise ValueError(
-                f"argument 'mask': got shape {tuple(mask.shape)}; expected (N,) + "
-                f"{tuple(self.event_shape)} or fewer axes. Give one value for each entry of a datum."
+                f"argument 'mask': got shape {tuple(mask.shape)} for states of shape (N,) + "
+                f"{tuple(self.event_shape)}; expected an entry of the data to be an entry of the state, "
+                "because unobserved ones are left out of both. Use a transform that acts entry by entry."
             )
-        mask = mask.reshape(mask.shape + (1,) * missing_dims)
+        mask = mask.reshape(mask.shape + (1,) * (1 + self.denoiser.event_dim - mask.dim()))
         return mask.expand(len(mask), *self.event_shape)
 
     def log_volume(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -67,9 +67,9 @@ class _ScaledLikelihood(Likelihood):
 
     def __init__(self, scale: float, learnable: bool) -> None:
         super().__init__()
-        if not (0 < scale < math.inf):
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
             raise ValueError(
-                f"argument 'scale': got {scale}; expected a positive number, the standard deviation "
+                f"argument 'scale': got {scale!r}; expected a positive number, the standard deviation "
                 "of a datum around its estimate. Pass learnable=True to have it fitted."
             )
         log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
@@ -255,12 +255,16 @@ class PoissonLikelihood(Likelihood):
 
     def __init__(self, max_count: float) -> None:
         super().__init__()
+        try:
+            max_count = float(max_count)
+        except (TypeError, ValueError):
+            max_count = math.nan
         if not 0 < max_count < math.inf:
             raise ValueError(
                 f"argument 'max_count': got {max_count}; expected a positive number, a large count of "
                 "the data, which embeds at 1. Take x_0.max()."
             )
-        self.max_count = float(max_count)
+        self.max_count = max_count
 
     def embed(self, x_0: Tensor) -> Tensor:
         counts = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())

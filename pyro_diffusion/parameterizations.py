@@ -140,7 +140,9 @@ class LevelPrediction(Parameterization):
 
     def mean(self, logits: Tensor) -> Tensor:
         r""":math:`\sum_k P(k) e_k` for given logits."""
-        return logits.softmax(-1) @ self._levels(logits)
+        return (logits.softmax(-1) * self._levels(logits)).sum(
+            -1
+        )  # no matmul: autocast rounds those
 
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         r"""Logits of 0 at ``x_0``'s level and :math:`-\infty` at the others."""

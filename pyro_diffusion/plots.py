@@ -124,10 +124,10 @@ def plot_trajectory(
     timesteps: Sequence[int] | None = None,
     axes: Any = None,
 ) -> Any:
-    """States of the two chains: data on their way to noise, and noise on its way to data.
+    r"""States of the two chains: data on their way to noise, and noise on its way to data.
 
-    States of shape ``(height, width)`` are drawn as grey images, of shape ``(2,)`` as points, others as
-    lines over their entries.
+    States of shape ``(height, width)`` are drawn as grey images, of shape ``(2,)`` as points, single
+    numbers as histograms, others as lines over their entries.
 
     Args:
         diffusion: The model.
@@ -136,7 +136,7 @@ def plot_trajectory(
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
-        The axes: forward chain on top, reverse chain below.
+        The axes: forward chain on top, reverse chain below, which ends in :math:`\hat x_0(x_1)`.
 
     Raises:
         ValueError: A timestep outside ``0 … T``.
@@ -145,15 +145,17 @@ def plot_trajectory(
     with evaluating(diffusion):
         forward = poutine.trace(diffusion.guide).get_trace(x_0)
         reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
-    chains = {
-        "forward, $q$": (forward, x_0),
-        "reverse, $p$": (reverse, reverse.nodes["_RETURN"]["value"]),
-    }
+        x_1 = reverse.nodes["x_1"]["value"]
+        ends = {
+            "forward, $q$": (forward, diffusion.embed(x_0)),
+            "reverse, $p$": (
+                reverse,
+                diffusion.denoiser.x_0_hat(x_1, diffusion.schedule.log_snr(1)),
+            ),
+        }
     rows = {
-        name: [
-            diffusion.embed(data) if t == 0 else trace.nodes[f"x_{t}"]["value"] for t in timesteps
-        ]
-        for name, (trace, data) in chains.items()
+        name: [end if t == 0 else trace.nodes[f"x_{t}"]["value"] for t in timesteps]
+        for name, (trace, end) in ends.items()
     }
     return _grid(rows, _titles(diffusion, timesteps), axes)
 
@@ -246,7 +248,7 @@ def _columns(
     last = diffusion.schedule.num_timesteps
     if timesteps is None:
         return sorted({round(first + (last - first) * k / 5) for k in range(6)})
-    wrong = [t for t in timesteps if not first <= t <= last]
+    wrong = [t for t in timesteps if not isinstance(t, int) or not first <= t <= last]
     if wrong or not len(timesteps):
         raise ValueError(
             f"argument 'timesteps': got {wrong[0] if wrong else 'none'}; expected timesteps in {first} … "
@@ -288,6 +290,8 @@ def _draw_states(ax: "Axes", x: Tensor) -> None:
     elif x.shape[1:] == (2,):
         ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=2, lw=0)
         ax.set_aspect("equal", adjustable="datalim")
+    elif x.dim() == 1:
+        ax.hist(x.numpy(), bins=min(50, len(x)))
     else:
         ax.plot(x.flatten(1).T.numpy(), lw=0.7, alpha=0.7)
 

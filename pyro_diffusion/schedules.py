@@ -70,7 +70,11 @@ class NoiseSchedule(nn.Module, ABC):
     def with_num_timesteps(self, num_timesteps: int) -> Self:
         """The same curve, learned parameters included, on another grid."""
         schedule = copy.copy(self)
-        schedule._buffers = dict(self._buffers)  # moving one grid leaves the other where it is
+        # Moving or loading one grid leaves the other as it is; learned parameters they share.
+        schedule._buffers = {
+            name: None if buffer is None else buffer.clone()
+            for name, buffer in self._buffers.items()
+        }
         schedule.num_timesteps = _check_num_timesteps(num_timesteps)
         return schedule
 

@@ -52,16 +52,17 @@ def free_name(name: str) -> str:
     return candidate
 
 
-def check_state(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if the numbers have other names or shapes than the module's own."""
-    own = module.state_dict()
-    wrong = [f"no {key!r}" for key in own if key not in state_dict]
-    wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
+def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """Raise a ``ValueError`` if the numbers have other shapes than the module's, or other names."""
+    own, wrong = module.state_dict(), []
+    if strict:
+        wrong += [f"no {key!r}" for key in own if key not in state_dict]
+        wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
     wrong += [
-        f"{key!r} of shape {tuple(state_dict[key].shape)} and not {tuple(value.shape)}"
+        f"{key!r} of shape {tuple(getattr(state_dict[key], 'shape', ()))} and not {tuple(value.shape)}"
         for key, value in own.items()
         if isinstance(value, Tensor) and key in state_dict and not key.endswith("_extra_state")
-        and state_dict[key].shape != value.shape
+        and getattr(state_dict[key], "shape", None) != value.shape
     ]  # fmt: skip
     if wrong:
         raise ValueError(
@@ -156,7 +157,13 @@ class ParamScope(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the numbers of a model with another description, before any is copied."""
-        theirs = json.loads(bytes(state.tolist()))
+        try:
+            theirs = dict(json.loads(bytes(state.tolist())))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "argument 'state_dict': got an '_extra_state' that is no description of a model; expected "
+                "what state_dict() put there. Use another copy of the file."
+            ) from error
         for part, ours in self.description.items():
             if theirs.get(part) != ours:
                 raise ValueError(
@@ -173,10 +180,9 @@ class ParamScope(nn.Module):
         Raises:
             ValueError: Numbers of another model: other arguments, names or shapes. Nothing is copied.
         """
-        if strict:
-            if "_extra_state" in state_dict:
-                self.set_extra_state(state_dict["_extra_state"])
-            check_state(self, state_dict)
+        if "_extra_state" in state_dict:
+            self.set_extra_state(state_dict["_extra_state"])
+        check_state(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -169,8 +169,7 @@ class SVIModule(lightning.LightningModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As ``torch.nn.Module`` does, but names and shapes are compared before anything is copied."""
-        if strict:
-            check_state(self, state_dict)
+        check_state(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
 
@@ -179,6 +178,11 @@ def _whole(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callab
     if not isinstance(model, SubsampledProgram):
         return model, guide
     family: Any = model.owner
+    if not hasattr(family, "posterior_guide"):
+        raise ValueError(
+            "argument 'validation': got none for a subsampled pair that stands alone; expected the model "
+            "and guide with every site, whose bound validation reads. Pass validation=(model, guide)."
+        )
     return family.model, family.posterior_guide
 
 

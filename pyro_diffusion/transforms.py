@@ -6,14 +6,16 @@ will do, ``SigmoidTransform().inv`` (the logit) or a normalising flow of Pyro's 
 :class:`Standardize` is the one that data of any scale want.
 """
 
-from typing import ClassVar, Self
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions.torch_transform import TransformModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
-__all__ = ["Standardize", "check_transform", "transformed"]
+__all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
 
 class Standardize(TransformModule):
@@ -63,13 +65,34 @@ class Standardize(TransformModule):
         Args:
             x_0: Data, of at least two rows.
             mask: Observed entries, of the data's shape; ``None`` for all of them.
+
+        Raises:
+            ValueError: An entry that is constant, or observed less than twice.
         """
+        x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
         observed = torch.ones_like(x_0, dtype=torch.bool) if mask is None else mask
+        if observed.shape != x_0.shape or observed.dtype != torch.bool:
+            raise ValueError(
+                f"argument 'mask': got {observed.dtype} of shape {tuple(observed.shape)}; expected "
+                f"torch.bool of the data's shape {tuple(x_0.shape)}. Pass mask.bool()."
+            )
         count = observed.sum(0)
+        if (count < 2).any():
+            raise ValueError(
+                f"argument 'x_0': got an entry that was observed {int(count.min())} time(s); expected "
+                "each at least twice, to have a standard deviation. Drop it, or give Standardize its own "
+                "loc and scale."
+            )
         values = x_0.double().where(observed, 0.0)
         mean = values.sum(0) / count
         squares = (values - mean).square().where(observed, 0.0).sum(0)
-        return cls(mean.to(x_0.dtype), (squares / (count - 1)).sqrt().to(x_0.dtype))
+        scale = (squares / (count - 1)).sqrt()
+        if (scale <= 1e-12 * values.abs().amax(0)).any():
+            raise ValueError(
+                f"argument 'x_0': got an entry that is constant in the data (standard deviation "
+                f"{scale.min().item():g}); expected entries that vary. Drop it: it has no density."
+            )
+        return cls(mean.to(x_0.dtype), scale.to(x_0.dtype))
 
     def _call(self, x: Tensor) -> Tensor:
         return (x - self.loc) / self.scale
@@ -111,10 +134,17 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
     base = getattr(domain, "base_constraint", domain)
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     inside = domain.check(x_0).all() and all(e is None or (x_0 != e).all() for e in edges)
-    y = transform(x_0)
-    if inside and y.isfinite().all() and not isinstance(transform, torch.nn.Module):
-        # A clamped or saturated transform moves the datum by about its own size.
-        tolerance = torch.finfo(y.dtype).eps ** 0.5 * x_0.abs().max()
+    try:
+        y = transform(x_0)
+    except RuntimeError as error:
+        raise ValueError(
+            f"argument 'transform': got {transform}, which does not take data of shape "
+            f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
+        ) from error
+    if inside and y.isfinite().all() and not isinstance(transform, nn.Module):
+        # A clamped or saturated transform moves a datum by about the size of its entry.
+        eps, size = torch.finfo(y.dtype).eps, x_0.abs()
+        tolerance = eps**0.5 * size.amax(0) + eps * size.amax()
         inside = ((transform.inv(y) - x_0).abs() <= tolerance).all()
     if not inside or not y.isfinite().all():
         low, high = x_0.aminmax()
@@ -124,3 +154,34 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             "that come back under its inverse. Choose another transform, or move the data off the edges."
         )
     return y
+
+
+def parts(transform: Any) -> Iterator[Transform]:
+    """A transform and all that it is made of, inverses as what they invert."""
+    if isinstance(transform, _InverseTransform):
+        yield from parts(transform.inv)
+    elif isinstance(transform, Transform):
+        yield transform
+        for inner in (*getattr(transform, "parts", ()), *getattr(transform, "transforms", ())):
+            yield from parts(inner)
+
+
+def describe(transform: Transform | None) -> str:
+    """The classes that a transform is made of, with the numbers of those that are no modules."""
+    words = []
+    for part in parts(transform):
+        numbers = {} if isinstance(part, nn.Module) else vars(part)
+        numbers = {
+            name: torch.as_tensor(value).tolist()
+            for name, value in numbers.items()
+            if not name.startswith("_") and isinstance(value, Tensor | float | int)
+        }
+        words.append(type(part).__name__ + (str(numbers) if numbers else ""))
+    return " ".join(words)
+
+
+def forget(transform: Transform | None) -> None:
+    """Drop what the parts of a transform remember of the last data: it is no state, and not copied."""
+    for part in parts(transform):
+        for name in [name for name in vars(part) if name.startswith("_cached_")]:
+            setattr(part, name, (None, None) if name == "_cached_x_y" else None)

@@ -18,6 +18,7 @@ from pyro_diffusion.denoisers import (
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.kernels import chain_step, forward_marginal
+from pyro_diffusion.likelihoods import GaussianLikelihood
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.parameterizations import (
     DataPrediction,
@@ -412,6 +413,21 @@ def test_learned_variance_can_be_exact_and_beats_both_ends(std, double):
         assert std == 1.0 or (expected * weight).sum() > 0
 
 
+@pytest.mark.parametrize("output", [-30.0, 30.0])
+def test_a_learned_variance_that_drifts_stays_finite(output):
+    """In float32, at small noise, on rows that are masked: a far-off output has a finite gradient."""
+    schedule = LogSNRSchedule(50, log_snr_max=14.0)
+    network = Affine(0.0, 1.0, schedule, torch.full((10, 1), output))
+    network.log_snr = schedule.log_snr(torch.arange(1, 11))
+    diffusion = DiffusionModel(
+        NeuralDenoiser(network, schedule, (1,), variance=LearnedVariance()), GaussianLikelihood(0.1)
+    )
+    pair = diffusion.subsampled(2)
+    loss = TraceMeanField_ELBO()(pair.model, pair.guide)
+    loss(torch.randn(256, 1)).backward()
+    assert network.table.grad.isfinite().all()
+
+
 def test_svi_finds_the_exact_variance(double):
     """From the midpoint of the logarithms, on data of standard deviation 0.5."""
     network = Affine(0.5, 0.5, COARSE, torch.zeros(10, 1))
@@ -481,6 +497,10 @@ def test_a_network_of_half_precision_leaves_the_chain_in_float32():
          "'stds'.*smallest value of 0"),
         (lambda: GaussianMixtureDenoiser([1.0], torch.zeros(1, 2), torch.ones(3), SCHEDULE),
          r"'stds': got shape \(3,\)"),
+        (lambda: GaussianMixtureDenoiser([0.5] * 2, torch.zeros(2, 2), torch.ones(2), SCHEDULE),
+         r"'stds': got shape \(2,\), one for each component or for each entry"),
+        (lambda: GaussianMixtureDenoiser([float("inf")], torch.zeros(1, 2), 1.0, SCHEDULE),
+         "positive weights"),
         (lambda: GaussianDenoiser(torch.zeros(2), torch.ones(3), SCHEDULE),
          r"'std': got shape \(3,\)"),
         (lambda: GaussianDenoiser(torch.tensor([float("nan")]), 1.0, SCHEDULE), "'mean': got 1 NaN"),

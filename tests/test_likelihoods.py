@@ -286,6 +286,8 @@ def test_base_class_is_abstract():
         (lambda: DiscretizedGaussianLikelihood(1), "'num_levels'.*got 1"),
         (lambda: CategoricalLikelihood(1), "'num_categories'.*got 1"),
         (lambda: PoissonLikelihood(0), "'max_count'.*got 0"),
+        (lambda: PoissonLikelihood(None), "'max_count'.*got nan"),
+        (lambda: BernoulliLikelihood("a"), "'scale'.*got 'a'"),
         (
             lambda: PoissonLikelihood(9).embed(torch.tensor([3, -2])),
             "got the value -2;.*at least 0",

@@ -1,6 +1,7 @@
 """Missing data: the bound of the observed part."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -178,6 +179,20 @@ def test_a_chain_that_stands_alone_masks_only_the_data(double):
     entries = dist.Normal(latent["value"].repeat(1, 2), 1.0).log_prob(x)
     expected = torch.where(mask, entries, 0.0).sum(1)
     torch.testing.assert_close(trace.nodes["x_0"]["log_prob"], expected)
+
+
+def test_masks_that_differ_between_the_programs_are_refused(double):
+    """A bound with the terms of one set of entries and the guide of another is none."""
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
+    diffusion, x, mask = DiffusionModel(denoiser), torch.randn(6, 2), random_mask(6, 2)
+    mask[0, 1] = False
+    for guide in GUIDES:
+        model, guide = diffusion.model, getattr(diffusion, guide)
+        for pair in ((model, partial(guide, mask=mask)), (partial(model, mask=mask), guide)):
+            with pytest.raises(ValueError, match="got another mask in the guide"):
+                elbo_terms(*pair, x, num_particles=1)
+        both = (partial(model, mask=mask), partial(guide, mask=mask))
+        assert elbo_terms(*both, x, num_particles=1).elbo.isfinite().all()
 
 
 def test_bad_masks_are_refused_in_words():

@@ -78,6 +78,14 @@ def test_levels_far_apart_in_float32():
     torch.testing.assert_close(x_0_hat, level)
 
 
+def test_autocast_does_not_round_the_estimate():
+    """Under bf16-mixed the network is rounded, the posterior of the levels is not."""
+    logits = torch.randn(64, 256)
+    exact = LevelPrediction(256).mean(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LevelPrediction(256).mean(logits), exact)
+
+
 def test_networks_return_as_many_numbers_as_are_asked_for():
     schedule, x = LogSNRSchedule(10), torch.randn(7, 2, 3)
     for count, arguments in [

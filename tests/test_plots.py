@@ -69,7 +69,7 @@ def test_plot_samples(device):
     assert plot_samples(images, axes=ax)[0] is ax
 
 
-@pytest.mark.parametrize("event_shape", [(2,), (4, 3), (7,), (2, 2, 2)])
+@pytest.mark.parametrize("event_shape", [(), (2,), (4, 3), (7,), (2, 2, 2)])
 @pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
 def test_plots_of_states(plot, event_shape, device):
     denoiser = GaussianDenoiser(torch.zeros(event_shape), 0.5, LogSNRSchedule(20))
@@ -84,7 +84,7 @@ def test_plots_of_states(plot, event_shape, device):
     if event_shape == (4, 3) and plot is plot_denoised:  # little noise: the estimate is the datum
         sheet = np.asarray(given[1, 0].get_images()[0].get_array())
         np.testing.assert_allclose(sheet[:4, :3], x_0[0].cpu(), atol=0.2)
-    for wrong in ([21], [-1, 3], []):
+    for wrong in ([21], [-1, 3], [], [1.5]):
         with pytest.raises(ValueError, match="'timesteps': got"):
             plot(diffusion, x_0, timesteps=wrong)
 

@@ -140,6 +140,17 @@ def test_names_and_shapes_are_compared_without_a_description(trained):
     state = trained.state_dict() | {"surplus": torch.zeros(1)}
     with pytest.raises(ValueError, match="'surplus', which this model has not"):
         build(transform=standardize()).load_state_dict(state)
+    target = build(transform=standardize())
+    before = target.denoiser.network.decode.bias.clone()
+    name = "denoiser.network.encode.weight"
+    for broken in (
+        {name: torch.zeros(1)}, {name: 3}, {"_extra_state": torch.tensor([1.0])},
+        {"_extra_state": torch.tensor([65, 66], dtype=torch.uint8)},
+    ):  # fmt: skip
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="'state_dict': got"):
+                target.load_state_dict(trained.state_dict() | broken, strict=strict)
+    assert torch.equal(target.denoiser.network.decode.bias, before)
     missing = build(transform=standardize()).load_state_dict({}, strict=False)
     assert missing.missing_keys  # torch's own way out
 

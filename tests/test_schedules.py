@@ -207,6 +207,9 @@ def test_svi_moves_the_ends_and_improves_the_bound():
     assert f"{diffusion.name}.denoiser.schedule.log_range" in pyro.get_param_store()
     other = schedule.with_num_timesteps(7)
     assert other.log_snr_min is schedule.log_snr_min
+    fixed = LogSNRSchedule(7, log_snr_max=3.0)
+    fixed.with_num_timesteps(8).load_state_dict(LogSNRSchedule(8, log_snr_max=9.0).state_dict())
+    assert fixed.log_snr_max.item() == pytest.approx(3.0)
 
 
 def test_exploding_schedules():

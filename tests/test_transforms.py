@@ -7,6 +7,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch.distributions import AbsTransform, AffineTransform, ExpTransform, SigmoidTransform
@@ -181,6 +182,98 @@ def test_a_learned_transform_is_trained():
     assert any(name.startswith("transform.") for name in diffusion.state_dict())
 
 
+def flow_model(transform):
+    network = MLP((2,), hidden_size=8, num_blocks=1)
+    return DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(5), (2,)), transform=transform)
+
+
+@pytest.mark.parametrize("pair", ["guide", "posterior_guide", "subsampled"])
+def test_a_flow_sees_the_same_batch_again(pair):
+    """Pyro's flows remember the last tensor by its identity; a full batch is the same tensor."""
+    x, diffusion = torch.randn(16, 2), flow_model(dist.transforms.affine_coupling(2, [8]))
+    model, guide = diffusion.model, getattr(diffusion, pair, None)
+    if pair == "subsampled":
+        model, guide = (getattr(diffusion.subsampled(), name) for name in ("model", "guide"))
+    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x)
+    for program in (model, guide):
+        torch.manual_seed(0)
+        again = poutine.trace(program).get_trace(x)
+        torch.manual_seed(0)
+        fresh = poutine.trace(program).get_trace(x.clone())
+        assert again.log_prob_sum() == fresh.log_prob_sum()
+    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, x)  # in the flow's own float32
+    assert terms.elbo.isfinite().all()
+    copied = copy.deepcopy(diffusion)
+    assert copied.transform is not diffusion.transform
+    pickle.loads(pickle.dumps(diffusion))
+
+
+@pytest.mark.parametrize("kind", ["composed", "inverse"])
+def test_modules_inside_a_transform_are_the_models(kind, tmp_path):
+    """Trained, moved and saved, wherever in a composition they stand."""
+
+    def build(loc):
+        if kind == "inverse":
+            return flow_model(dist.transforms.affine_coupling(2, [8]).inv)
+        parts = [AffineTransform(2.0, 1.0), Standardize(torch.tensor([loc, 1.0]), 2.0)]
+        return flow_model(dist.transforms.ComposeTransform(parts))
+
+    diffusion, other = build(3.0), build(0.0)
+    x = torch.randn(8, 2)
+    if kind == "inverse":
+        before = [p.clone() for p in diffusion.transform_modules.parameters()]
+        svi = SVI(diffusion.model, diffusion.guide, Adam({"lr": 0.1}), Trace_ELBO())
+        svi.step(x)
+        after = list(diffusion.transform_modules.parameters())
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    diffusion.save(tmp_path / "model.pt")
+    assert not torch.equal(other.embed(x), diffusion.embed(x.clone()))
+    other.load(tmp_path / "model.pt")
+    torch.testing.assert_close(other.embed(x.clone()), diffusion.embed(x.clone()))
+    copied = copy.deepcopy(diffusion)
+    assert all(
+        a is not b
+        for a, b in zip(
+            copied.transform_modules.children(), diffusion.transform_modules.children(), strict=True
+        )
+    )
+
+
+def test_the_numbers_of_plain_transforms_are_compared(tmp_path):
+    flow_model(AffineTransform(3.0, 7.0)).save(tmp_path / "model.pt")
+    flow_model(AffineTransform(3.0, 7.0)).load(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"transform AffineTransform.*3.0.*expected .*0.0"):
+        flow_model(AffineTransform(0.0, 1.0)).load(tmp_path / "model.pt")
+
+
+def test_a_transform_that_couples_entries():
+    """Three shares that sum to one are two coordinates; a mask of shares cannot be one of those."""
+    x = torch.distributions.Dirichlet(torch.ones(3)).sample((16,))
+    diffusion = flow_model(dist.transforms.StickBreakingTransform().inv)
+    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, x)
+    assert terms.elbo.isfinite().all()
+    torch.testing.assert_close(diffusion.sample(4).sum(-1), torch.ones(4))
+    with pytest.raises(ValueError, match="'mask': got shape .*entry by entry"):
+        diffusion.model(x, mask=torch.ones(16, 3, dtype=torch.bool))
+
+
+def test_columns_with_domains_of_their_own(double):
+    """A gap is filled with what was seen in the same column, and compared on that column's scale."""
+    transform = dist.transforms.CatTransform(
+        [AffineTransform(0.0, 1e-6), SigmoidTransform().inv], dim=-1, lengths=[1, 1]
+    )
+    diffusion = flow_model(transform)
+    diffusion.denoiser.double()
+    x = torch.stack([1e6 * (5 + torch.rand(6)), torch.rand(6)], -1)
+    mask = torch.tensor([[True, False], [True, True], [False, True]]).repeat(2, 1)
+    x_missing = torch.where(mask, x, float("nan"))
+    for program in (diffusion.guide, diffusion.posterior_guide):
+        terms = elbo_terms(diffusion.model, program, x_missing, mask=mask)
+        assert terms.elbo.isfinite().all()
+
+
 def test_exact_density_through_a_transform(double):
     """Log-normal data with the exact denoiser of their logarithms."""
     schedule = LogSNRSchedule(10, log_snr_min=-60.0)
@@ -222,6 +315,22 @@ def test_other_bad_transforms():
         ValueError, match="'transform': got Standardize; expected a torch transform"
     ):
         DiffusionModel(denoiser, transform=Standardize)
+    whole_numbers = Standardize.from_data(torch.tensor([[0, 10], [1, 13], [5, 15]]))
+    torch.testing.assert_close(whole_numbers.loc, torch.tensor([2.0, 38 / 3]))
+    for x, mask, says in [
+        (
+            torch.stack([torch.randn(9), torch.full((9,), 0.1)], 1).double(),
+            None,
+            "'x_0': .*constant",
+        ),
+        (torch.randn(1, 2), None, r"'x_0': .*observed 1 time"),
+        (torch.randn(3, 2), torch.tensor([[1, 0]] * 3).bool(), r"'x_0': .*observed 0 time"),
+        (torch.randn(3, 2), torch.ones(3, 2), "'mask': got torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            Standardize.from_data(x, mask=mask)
+    with pytest.raises(ValueError, match="'transform': .*does not take data of shape"):
+        flow_model(Standardize(torch.zeros(3), 1.0)).guide(torch.randn(4, 2))
     with pytest.raises(ValueError, match="'loc' and 'scale'.*smallest scale of 0"):
         Standardize(0.0, torch.tensor([1.0, 0.0]))
     levels = DiffusionModel(denoiser, DiscretizedGaussianLikelihood(5), AffineTransform(0.0, 2.0))
