@@ -11,12 +11,9 @@ from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate,
 from pyro_diffusion.denoisers import (
     Denoised,
     Denoiser,
-    ForwardVariance,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
-    LearnedVariance,
     NeuralDenoiser,
-    PosteriorVariance,
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.kernels import (
@@ -59,6 +56,7 @@ from pyro_diffusion.schedules import (
 )
 from pyro_diffusion.timesteps import StratifiedTimesteps
 from pyro_diffusion.transforms import Standardize
+from pyro_diffusion.variances import ForwardVariance, LearnedVariance, PosteriorVariance
 
 __version__ = "0.1.0"
 

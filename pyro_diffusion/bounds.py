@@ -40,8 +40,9 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution, kl_divergence
 from tqdm.auto import tqdm
 
-from pyro_diffusion.chains import SubsampledProgram, check_data, evaluating
+from pyro_diffusion.chains import SubsampledProgram, evaluating
 from pyro_diffusion.kernels import check_timestep
+from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:

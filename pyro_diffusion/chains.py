@@ -31,11 +31,19 @@ from typing import Any, ClassVar, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, constraints
+from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
 
+from pyro_diffusion.observations import (
+    as_real,
+    check_data,
+    check_event_shape,
+    check_observed,
+    observed_part,
+    zeroed,
+)
 from pyro_diffusion.store import ParamScope, free_name, snake_case
 from pyro_diffusion.timesteps import StratifiedTimesteps, TimestepDistribution, Timesteps
 
@@ -147,17 +155,17 @@ class GenerativeChain(Program):
         Returns:
             ``x_0``, given or drawn.
         """
-        x_0, states = _check_observed(x_0, mask), self.mask_of_states(mask)
+        x_0, states = check_observed(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data, num_samples):
             x_t = pyro.sample(f"x_{self.num_timesteps}", observed_part(self.prior(), states))
             for t in range(self.num_timesteps, 1, -1):
                 with naming(f"x_{t - 1}"):
-                    kernel = observed_part(self.transition(_zeroed(x_t, states), t), states)
+                    kernel = observed_part(self.transition(zeroed(x_t, states), t), states)
                 x_t = pyro.sample(f"x_{t - 1}", kernel)
             with naming("x_0"):
-                kernel = _check_event_shape(self.likelihood(_zeroed(x_t, states)), x_0)
+                kernel = check_event_shape(self.likelihood(zeroed(x_t, states)), x_0)
                 kernel = observed_part(kernel, mask)
-            return pyro.sample("x_0", kernel, obs=_as_real(x_0))
+            return pyro.sample("x_0", kernel, obs=as_real(x_0))
 
 
 class BottomUpGuide(Program):
@@ -349,7 +357,7 @@ class _SubsampledModel(SubsampledProgram):
         num_data: int | None = None,
         num_samples: int = 1,
     ) -> None:
-        x_0, states = _check_observed(x_0, mask), self.mask_of_states(mask)
+        x_0, states = check_observed(x_0, mask), self.mask_of_states(mask)
         prior = observed_part(self.prior(), states)
         with self.data_plate(x_0, num_data, num_samples):
             x_T = pyro.sample(f"x_{self.num_timesteps}", prior)
@@ -358,15 +366,15 @@ class _SubsampledModel(SubsampledProgram):
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", prior)
                 with naming("x_{t-1}"):
-                    transition, likelihood = self.reverse(_zeroed(x_t, states), t)
+                    transition, likelihood = self.reverse(zeroed(x_t, states), t)
                     transition = observed_part(transition, states)
                 with naming("x_0"):
-                    likelihood = observed_part(_check_event_shape(likelihood, x_0), mask)
+                    likelihood = observed_part(check_event_shape(likelihood, x_0), mask)
                 with poutine.scale(scale=weight):
                     with poutine.mask(mask=t > 1):
                         pyro.sample("x_{t-1}", transition)
                     with poutine.mask(mask=t == 1):
-                        pyro.sample("x_0", likelihood, obs=_as_real(x_0))
+                        pyro.sample("x_0", likelihood, obs=as_real(x_0))
             if x_0 is not None and self.log_volume is not None:
                 there = (weight * (t == 1)).sum(-2, keepdim=True)
                 pyro.factor("log_volume", (1 - there) * self.log_volume(x_0, mask))
@@ -472,94 +480,6 @@ def naming(site: str) -> Iterator[None]:
         raise ValueError(f"site {site!r}: {error}") from error
 
 
-def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistribution:
-    """A kernel over entries that are independent, with the terms of the observed entries only."""
-    if mask is None:
-        return kernel
-    event_dim = mask.dim() - 1
-    if event_dim == 0:
-        return kernel.mask(mask)
-    if not isinstance(kernel, Independent) or kernel.reinterpreted_batch_ndims < event_dim:
-        raise ValueError(
-            f"argument 'mask': got one for a {type(kernel).__name__}, whose entries depend on one "
-            "another; expected a kernel with independent entries, from which unobserved ones can be "
-            "left out. Use a NeuralDenoiser or GaussianDenoiser, and transforms that act entry by entry."
-        )
-    masked = MaskedDistribution(kernel.base_dist, mask)
-    return masked.to_event(kernel.reinterpreted_batch_ndims)
-
-
-def _zeroed(x_t: Tensor, mask: Tensor | None) -> Tensor:
-    """The state as a kernel of the model sees it: nothing where nothing was observed."""
-    return x_t if mask is None else torch.where(mask, x_t, 0.0)
-
-
-def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
-
-    Unobserved entries, which may be NaN, become the first value that was observed of the same entry (of
-    any, if none was): one that the likelihood and the transform can take, and that no term depends on.
-    The tensor is a new object, for transforms remember the last one they saw by its identity.
-    """
-    if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
-        got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
-        raise ValueError(
-            f"argument 'x_0': got {got}; expected a tensor of shape (N,) + event_shape with N ≥ 1. "
-            "Convert arrays with torch.as_tensor, skip empty batches, and give the guide the data "
-            "that the model observes."
-        )
-    if mask is not None:
-        x_0 = torch.where(_check_mask(mask, x_0), x_0, _first_observed(x_0, mask))
-    if not x_0.isfinite().all():
-        raise ValueError(
-            f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
-            f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "
-            "mask=x_0.isfinite() for the bound of the observed part."
-        )
-    return x_0.view_as(x_0)
-
-
-def _first_observed(x_0: Tensor, mask: Tensor) -> Tensor:
-    first = mask.byte().argmax(0, keepdim=True)
-    return torch.where(mask.any(0), x_0.gather(0, first), x_0[mask][0])
-
-
-def _check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x_0.shape:
-        got = type(mask).__name__
-        if isinstance(mask, Tensor):
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        raise ValueError(
-            f"argument 'mask': got {got}; expected torch.bool of the data's shape {tuple(x_0.shape)}, "
-            "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
-        )
-    observed = mask.flatten(1).any(1) if mask.dim() > 1 else mask
-    if not observed.all():
-        raise ValueError(
-            f"argument 'mask': got {int((~observed).sum())} of {len(mask)} data without any observed "
-            f"entry, the first at row {int((~observed).nonzero()[0])}; expected at least one for each. "
-            "Drop those rows: they say nothing."
-        )
-    return mask
-
-
-def _check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Data for a model, which may be run without any."""
-    if x_0 is None and mask is not None:
-        raise ValueError(
-            "argument 'mask': got a mask without data; expected x_0 as well. Leave out the mask to "
-            "draw complete data."
-        )
-    return None if x_0 is None else check_data(x_0, mask)
-
-
-def _as_real(x_0: Tensor | None) -> Tensor | None:
-    """Whole numbers and bits as the floating numbers that torch's distributions take."""
-    if x_0 is None or x_0.is_floating_point():
-        return x_0
-    return x_0.to(torch.get_default_dtype())
-
-
 def _check_count(argument: str, number: int) -> int:
     if not isinstance(number, int) or number < 1:
         raise ValueError(
@@ -567,16 +487,6 @@ def _check_count(argument: str, number: int) -> int:
             "num_samples is how many data to draw, num_data how many the whole data set has."
         )
     return number
-
-
-def _check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDistribution:
-    if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
-        raise ValueError(
-            f"got data of shape {tuple(x_0.shape)}; expected (N,) + "
-            f"{tuple(kernel.event_shape)}. Reshape the data, or build the model with their event "
-            "shape."
-        )
-    return kernel
 
 
 def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:

@@ -14,8 +14,10 @@ PACKAGE = Path(pyro_diffusion.__file__).parent
 #: Bottom-up: a module imports only from those before it.
 ORDER = [
     "store",
+    "observations",
     "schedules",
     "kernels",
+    "variances",
     "parameterizations",
     "networks",
     "transforms",
