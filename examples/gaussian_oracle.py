@@ -1,7 +1,8 @@
 r"""The bound where the answer is known: Gaussian data.
 
-First the zero-variance identity: with the exact reverse chain every draw of the one-sample
-``Trace_ELBO`` *is* log p(x_0). Then what the usual reverse variances cost when the mean is exact.
+First the zero-variance identity: with the exact reverse chain of Gaussian data, or of a mixture, every
+draw of the one-sample ``Trace_ELBO`` *is* log p(x_0). Then what the usual reverse variances cost when the
+mean is exact.
 Averaged over the data, q(x_{0:T}) is the exact chain, so that the price of a variance is
 
     -ELBO = H(x_0) + KL(q(x_T) ‖ p(x_T)) + Σ_t ½ (r_t − 1 − log r_t),   r_t = exact_t / used_t,
@@ -27,6 +28,7 @@ from pyro_diffusion import (
     DiffusionModel,
     ForwardVariance,
     GaussianDenoiser,
+    GaussianMixtureDenoiser,
     LinearSchedule,
     NeuralDenoiser,
     PosteriorVariance,
@@ -47,18 +49,27 @@ def main():
 
 def zero_variance_identity():
     print("one-sample Trace_ELBO against log p(x_0), five data, three draws each")
-    print("   T  guide            log p(x_0)         largest relative error")
+    print("data        T  guide            log p(x_0)         largest relative error")
     mean, std = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.1, 1.0, 3.0])
+    modes = torch.stack([mean, -mean, 3 * mean])
     x_0 = torch.randn(5, 3).exp()
     for num_timesteps in (1, 2, 10, 50):
         alpha = torch.linspace(0.99, 0.7, num_timesteps)
         alpha[-1] = 1e-24  # the identity holds up to √ᾱ_T times the mean
-        diffusion = DiffusionModel(GaussianDenoiser(mean, std, AlphaSchedule(alpha)))
-        exact = diffusion.denoiser.data_distribution.log_prob(x_0).sum().item()
-        for guide in (diffusion.guide, diffusion.posterior_guide):
-            draws = [-Trace_ELBO().loss(diffusion.model, guide, x_0) for _ in range(3)]
-            error = max(abs(draw / exact - 1) for draw in draws)
-            print(f"{num_timesteps:4d}  {type(guide).__name__:15s}  {exact:.10f}     {error:.1e}")
+        schedule = AlphaSchedule(alpha)
+        for name, denoiser in {
+            "Gaussian": GaussianDenoiser(mean, std, schedule),
+            "mixture": GaussianMixtureDenoiser([0.2, 0.5, 0.3], modes, std.expand(3, 3), schedule),
+        }.items():
+            diffusion = DiffusionModel(denoiser)
+            exact = denoiser.data_distribution.log_prob(x_0).sum().item()
+            for guide in (diffusion.guide, diffusion.posterior_guide):
+                draws = [-Trace_ELBO().loss(diffusion.model, guide, x_0) for _ in range(3)]
+                error = max(abs(draw / exact - 1) for draw in draws)
+                print(
+                    f"{name:9s} {num_timesteps:3d}  {type(guide).__name__:15s}  {exact:.10f}     "
+                    f"{error:.1e}"
+                )
 
 
 def price_of_a_variance(num_particles):
