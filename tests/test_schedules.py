@@ -5,6 +5,7 @@ import pyro
 import pytest
 import torch
 from oracles import GaussianReverseChain
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
@@ -210,6 +211,20 @@ def test_svi_moves_the_ends_and_improves_the_bound():
     fixed = LogSNRSchedule(7, log_snr_max=3.0)
     fixed.with_num_timesteps(8).load_state_dict(LogSNRSchedule(8, log_snr_max=9.0).state_dict())
     assert fixed.log_snr_max.item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("pair", ["guide", "posterior_guide", "subsampled"])
+def test_guides_state_the_schedules_parameters_and_no_others(pair):
+    """So that the forward chain trains its ends and, blocked or alone, leaves the network be."""
+    schedule = LogSNRSchedule(5, learnable=True)
+    diffusion = DiffusionModel(NeuralDenoiser(MLP((2,), hidden_size=8), schedule, (2,)))
+    guide = diffusion.subsampled().guide if pair == "subsampled" else getattr(diffusion, pair)
+    trace = poutine.trace(guide, param_only=True).get_trace(torch.randn(3, 2))
+    prefix = f"{diffusion.name}.denoiser.schedule."
+    assert set(trace.nodes) - {"_INPUT", "_RETURN"} == {
+        prefix + "log_snr_min",
+        prefix + "log_range",
+    }
 
 
 def test_exploding_schedules():
