@@ -68,11 +68,18 @@ class Estimate(NamedTuple):
     def __float__(self) -> float:
         return self.value
 
+    def __format__(self, spec: str) -> str:
+        """The value alone if a format is given, as in ``f"{estimate:.3f}"``."""
+        return format(self.value, spec) if spec else str(self)
+
     def __str__(self) -> str:
         errors = [error for error in self[1:] if math.isfinite(error) and error > 0]
         decimals = max(0, 1 - math.floor(math.log10(min(errors)))) if errors else 4
+        value = f"{self.value:.{min(decimals, 8)}f}"
+        if math.isnan(self.monte_carlo_error):
+            return f"{value} ± {self.sampling_error:.2g} (Monte Carlo and sampling)"
         return (
-            f"{self.value:.{min(decimals, 8)}f} ± {self.monte_carlo_error:.2g} (Monte Carlo) "
+            f"{value} ± {self.monte_carlo_error:.2g} (Monte Carlo) "
             f"± {self.sampling_error:.2g} (sampling)"
         )
 

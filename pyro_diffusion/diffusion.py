@@ -89,7 +89,8 @@ class DiffusionModel(ParamScope):
             modules = [part for part in parts(transform) if isinstance(part, nn.Module)]
             self.transform_modules = nn.ModuleList(modules)
         self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
-        if isinstance(likelihood, type) or not (likelihood is None or hasattr(likelihood, "embed")):
+        proper = hasattr(likelihood, "embed") and callable(likelihood)
+        if likelihood is not None and (isinstance(likelihood, type) or not proper):
             got = getattr(likelihood, "__name__", type(likelihood).__name__)
             raise ValueError(
                 f"argument 'likelihood': got {got}; expected an object with embed(x_0) "
@@ -115,10 +116,9 @@ class DiffusionModel(ParamScope):
     @property
     def description(self) -> dict[str, str]:
         """What the numbers of a ``state_dict`` mean: everything but the network."""
-        denoiser = f"{type(self.denoiser).__name__}({self.denoiser.extra_repr()})"
         return super().description | {
-            "schedule": repr(self.schedule),
-            "denoiser": denoiser,
+            "schedule": _describe(self.schedule),
+            "denoiser": _describe(self.denoiser),
             "likelihood": _describe(self.likelihood),
             "transform": describe(self.transform),
         }
@@ -226,9 +226,9 @@ class DiffusionModel(ParamScope):
         )
         if embedded.shape[1:] != self.event_shape:
             raise ValueError(
-                f"argument 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
-                f"{tuple(self.event_shape)}. Reshape the data, or build the denoiser with their "
-                "event shape."
+                f"argument 'x_0': got data of shape {tuple(x_0.shape)}, which are states of shape "
+                f"{tuple(embedded.shape)} in the chain; expected (N,) + {tuple(self.event_shape)}. Reshape "
+                f"the data, or build network and denoiser with event_shape {tuple(embedded.shape[1:])}."
             )
         if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
             raise ValueError(
@@ -303,9 +303,16 @@ class DiffusionModel(ParamScope):
                 )
             kernel = dist.TransformedDistribution(kernel, self.transform.inv)
         batch_dim = x_1.dim() - self.denoiser.event_dim
+        if kernel.batch_shape[:batch_dim] != x_1.shape[:batch_dim]:
+            raise ValueError(
+                f"argument 'likelihood': got a distribution of batch shape {tuple(kernel.batch_shape)} for "
+                f"x̂_0 of shape {tuple(x_1.shape)}; expected batch dimensions that begin with "
+                f"{tuple(x_1.shape[:batch_dim])}. Let the likelihood act entry by entry on x̂_0."
+            )
         return dist.Independent(kernel, len(kernel.batch_shape) - batch_dim)
 
 
 def _describe(part: Any) -> str:
-    """A part's own words, or its class's name if it has none (and an address would stand there)."""
-    return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)
+    """A part's class, with what a module says of its arguments (and not of learned numbers)."""
+    arguments = part.extra_repr() if isinstance(part, nn.Module) else ""
+    return type(part).__name__ + (f"({arguments})" if arguments else "")

@@ -17,7 +17,8 @@ counts                      ``PoissonLikelihood``             :math:`2\sqrt{n/m}
 =========================== ================================= =====================================
 
 The likelihood takes over where the chain starts: ``log_snr_max`` of the schedule belongs near the
-data's own resolution.
+data's own resolution, 2 to 4 for bits, categories and a few grey levels. For those
+:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood and usually bounds better.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
@@ -49,7 +50,11 @@ __all__ = [
 
 
 class Likelihood(nn.Module, ABC):
-    """What a datum is, given the denoiser's estimate of it."""
+    """What a datum is, given the denoiser's estimate of it.
+
+    Parameters of a likelihood that is a module are trained with the model, and saved with its buffers; what
+    its ``extra_repr`` says is compared when a file is loaded.
+    """
 
     @abstractmethod
     def embed(self, x_0: Tensor) -> Tensor:
@@ -83,12 +88,17 @@ class _ScaledLikelihood(Likelihood):
         """Standard deviation in embedded space, a positive float64 scalar."""
         return self.log_scale.exp()
 
+    def __repr__(self) -> str:
+        arguments = [self.extra_repr()] if self.extra_repr() else []
+        return f"{type(self).__name__}({', '.join([*arguments, f'scale={self.scale.item():.4g}'])})"
+
 
 class GaussianLikelihood(_ScaledLikelihood):
     r"""Real data with Gaussian noise: :math:`p(x_0 \mid x_1) = N(\hat x_0, s^2 I)`.
 
     Args:
-        scale: Standard deviation :math:`s`, in the data's units.
+        scale: Standard deviation :math:`s` in the chain's units, which a ``transform`` leads to: under
+            ``Standardize`` that is the data's noise divided by their standard deviation.
         learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
 
     Raises:

@@ -57,7 +57,7 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     if terms.is_kl and len(value) and bool((value > 0).all()):
         ax.set_yscale("log")
     ax.set(xlabel="timestep $t$", ylabel="nats per datum")
-    ax.set_title(f"bound {terms.mean()} nats per datum", fontsize="medium")
+    ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
     ax.legend(fontsize="small")
     return ax
 
@@ -127,7 +127,7 @@ def plot_trajectory(
     r"""States of the two chains: data on their way to noise, and noise on its way to data.
 
     States of shape ``(height, width)`` are drawn as grey images, of shape ``(2,)`` as points, single
-    numbers as histograms, others as lines over their entries.
+    numbers as histograms, others as lines over their entries; all but images on one scale.
 
     Args:
         diffusion: The model.
@@ -274,26 +274,33 @@ def _grid(rows: Mapping[str, list[Tensor]], titles: list[str], axes: Any) -> Any
         _, axes = plt.subplots(
             len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
         )
+    everything = torch.cat([x.flatten() for states in rows.values() for x in states]).cpu().double()
+    # One scale for all, in which a few wild states do not hide the others.
+    low, high = np.quantile(everything.numpy(), [0.002, 0.998])
     for row, (name, states) in zip(axes, rows.items(), strict=True):
         for ax, x in zip(row, states, strict=True):
-            _draw_states(ax, x.cpu())
-            ax.set(xticks=[], yticks=[])
+            _draw_states(ax, x.cpu(), (low - 0.1 * (high - low), high + 0.1 * (high - low)))
         row[0].set_ylabel(name)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize="small")
     return axes
 
 
-def _draw_states(ax: "Axes", x: Tensor) -> None:
+def _draw_states(ax: "Axes", x: Tensor, limits: tuple[float, float]) -> None:
     if x.dim() == 3:
         ax.imshow(_tile(x, float(x.min())).numpy(), cmap="gray_r")
-    elif x.shape[1:] == (2,):
+        ax.set(xticks=[], yticks=[])
+        return
+    if x.shape[1:] == (2,):
         ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=2, lw=0)
-        ax.set_aspect("equal", adjustable="datalim")
-    elif x.dim() == 1:
-        ax.hist(x.numpy(), bins=min(50, len(x)))
+        ax.set(xlim=limits, ylim=limits, aspect="equal")
+    elif x[0].numel() == 1:
+        ax.hist(x.flatten().numpy(), bins=min(50, len(x)), range=limits)
+        ax.set(xlim=limits, yticks=[])
     else:
         ax.plot(x.flatten(1).T.numpy(), lw=0.7, alpha=0.7)
+        ax.set(ylim=limits, xticks=[])
+    ax.tick_params(labelsize="x-small")
 
 
 def _tile(images: Tensor, background: float) -> Tensor:

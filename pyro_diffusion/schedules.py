@@ -316,6 +316,10 @@ class LogSNRSchedule(NoiseSchedule):
     def log_snr_at(self, u: Tensor) -> Tensor:
         return torch.lerp(self.log_snr_max, self.log_snr_min, u.double())
 
+    def __repr__(self) -> str:
+        high, low = (end.item() for end in (self.log_snr_max, self.log_snr_min))
+        return f"{type(self).__name__}({self.extra_repr()}, log_snr_max={high:.4g}, log_snr_min={low:.4g})"
+
 
 class VarianceExploding(NoiseSchedule):
     r"""A schedule's curve with the signal kept as it is: :math:`a = 1`, :math:`\sigma = e^{-\lambda/2}`.
@@ -354,6 +358,9 @@ class VarianceExploding(NoiseSchedule):
 
     def log_snr_at(self, u: Tensor) -> Tensor:
         return self.schedule.log_snr_at(u)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.schedule).__name__}({self.schedule.extra_repr()})"
 
     def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`(1, e^{-\lambda/2})`."""

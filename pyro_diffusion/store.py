@@ -221,8 +221,8 @@ class ParamScope(nn.Module):
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(
                 f"argument 'path': got {str(path)!r}, which holds {_brief(state)}; expected the "
-                "numbers of a model, by name. A checkpoint of Lightning's is read by "
-                "Trainer.fit(…, ckpt_path=…)."
+                "numbers of a model, by name. A checkpoint of Lightning's goes into an SVIModule around this "
+                "model: module.load_state_dict(torch.load(path)['state_dict'])."
             )
         self.load_state_dict(state)
         return self

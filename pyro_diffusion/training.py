@@ -37,9 +37,10 @@ class SVIModule(lightning.LightningModule):
 
     A batch is data of shape ``(N,) + event_shape``, alone, as the only tensor of a ``TensorDataset``, or
     in a dictionary of the programs' arguments (``{"x_0": …, "mask": …}``). Logged are ``train_loss``
-    (nats per datum); from validation data, with every timestep, ``val_bits_per_dim``, ``val_elbo`` and
-    the terms: ``val_x_0`` (reconstruction), ``val_x_T`` and blocks of timesteps between;
-    from ``Trainer.test`` the same as ``test_…``.
+    (nats per datum); from validation data, with every timestep, ``val_bits_per_dim``, ``val_elbo`` with
+    ``val_elbo_error`` (one standard error of the mean, particles and data together) and the terms:
+    ``val_x_0`` (reconstruction), ``val_x_T`` and blocks of timesteps between; from ``Trainer.test`` the
+    same as ``test_…``. Noise is the same at every validation, so that what changes is the model.
 
     Args:
         model: Program for :math:`p`; a module, like all of this package's.
@@ -133,9 +134,11 @@ class SVIModule(lightning.LightningModule):
     def _read(self, stage: str, batch: Any) -> None:
         x_0, given = _arguments(batch)
         model, guide = self.validation
-        terms = elbo_terms(
-            model, guide, x_0, num_particles=self.num_particles, progress=False, **given
-        )
+        with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
+            torch.manual_seed(len(self._sums))
+            terms = elbo_terms(
+                model, guide, x_0, num_particles=self.num_particles, progress=False, **given
+            )
         self._sums.append(_sums(terms))
         for name, value in (
             ("bits_per_dim", terms.bits_per_dim().value), ("elbo", terms.mean().value)
@@ -144,11 +147,13 @@ class SVIModule(lightning.LightningModule):
 
     def _mean_terms(self, stage: str) -> Tensor:
         """Terms by timestep, averaged over the data of all processes, and logged in blocks."""
-        sums = torch.stack(self._sums).sum(0).to(self.device, torch.float32)
+        sums = torch.stack(self._sums).sum(0).to(self.device)
         self._sums.clear()
-        sums = self.all_gather(sums).reshape(-1, len(sums)).sum(0).double().cpu()
-        terms = sums[:-1] / sums[-1]
-        last = len(terms) - 1
+        *sums, squares, count = self.all_gather(sums).reshape(-1, len(sums)).sum(0).cpu()
+        terms = torch.stack(sums) / count
+        elbo, last = terms[0] - terms[1:].sum(), len(terms) - 1
+        error = ((squares / count - elbo**2).clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
+        self.log(f"{stage}_elbo_error", error.float(), rank_zero_only=True)
         self.log(f"{stage}_x_0", terms[0].float(), rank_zero_only=True)
         self.log(f"{stage}_x_{last}", terms[-1].float(), rank_zero_only=True)
         for block in torch.arange(1, last).tensor_split(_NUM_BLOCKS):
@@ -204,9 +209,10 @@ def _arguments(batch: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _sums(terms: ELBOTerms) -> Tensor:
-    """Terms by timestep summed over data, with the number of data behind them."""
+    """Sums over data: terms by timestep, the square of the bound, one."""
     rows = torch.cat([terms.reconstruction[None], terms.transition, terms.prior[None]])
-    return torch.cat([rows.sum(1), rows.new_tensor([rows.shape[1]])])
+    rows = torch.cat([rows, terms.elbo.square()[None], torch.ones_like(rows[:1])])
+    return rows.sum(1)
 
 
 def _first_that_is_not_finite(elbo: nn.Module, x_0: Tensor, given: dict[str, Any]) -> str:

@@ -70,6 +70,11 @@ class Standardize(TransformModule):
             ValueError: An entry that is constant, or observed less than twice.
         """
         x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+        if mask is None and not x_0.isfinite().all():
+            raise ValueError(
+                f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values; expected "
+                "finite numbers. Pass mask=x_0.isfinite() to leave them out."
+            )
         observed = torch.ones_like(x_0, dtype=torch.bool) if mask is None else mask
         if observed.shape != x_0.shape or observed.dtype != torch.bool:
             raise ValueError(
@@ -177,7 +182,7 @@ def describe(transform: Transform | None) -> str:
             if not name.startswith("_") and isinstance(value, Tensor | float | int)
         }
         words.append(type(part).__name__ + (str(numbers) if numbers else ""))
-    return " ".join(words)
+    return " ".join(words) or "None"
 
 
 def forget(transform: Transform | None) -> None:

@@ -275,10 +275,17 @@ def test_a_spread_hidden_by_noise_is_not_reported_as_none():
     assert terms.mean().sampling_error == pytest.approx(terms.elbo.std().item() / 20, rel=0.05)
 
 
+def test_an_estimate_formats_as_its_value_and_tells_one_particle():
+    estimate = Estimate(-1.2345, 0.01, 0.02)
+    assert f"{estimate:.2f}" == "-1.23"
+    assert f"{estimate}" == str(estimate)
+    alone = Estimate(-1.2345, float("nan"), 0.14)
+    assert str(alone) == "-1.23 ± 0.14 (Monte Carlo and sampling)"
+
+
 def test_printing_is_short_and_shows_digits_that_mean_something():
     assert str(Estimate(1.23456, 0.012, 0.2)) == "1.235 ± 0.012 (Monte Carlo) ± 0.2 (sampling)"
     assert "± 5e-05 (Monte Carlo)" in str(Estimate(0.00471, 5e-5, 2e-4))
-    assert "± nan (Monte Carlo)" in str(Estimate(1.0, math.nan, 0.1))
     terms = elbo_terms(misfit().model, misfit().posterior_guide, torch.tensor(X_0))
     assert repr(terms).startswith("ELBOTerms(3 data, 5 KLs, elbo=-")
 

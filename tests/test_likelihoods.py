@@ -249,6 +249,38 @@ def test_every_likelihood_trains(case):
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
 
+def test_likelihoods_that_do_not_fit_are_refused_in_words():
+    """By their own names: data that embed as another shape, a wrong distribution, no call at all."""
+    denoiser = NeuralDenoiser(MLP((5,), hidden_size=8, num_blocks=1), LogSNRSchedule(4), (5,))
+    categories = DiffusionModel(denoiser, CategoricalLikelihood(3))
+    with pytest.raises(
+        ValueError, match=r"\(7, 5\), which are states of shape \(7, 5, 3\).*\(5, 3\)"
+    ):
+        categories.guide(torch.randint(0, 3, (7, 5)))
+
+    class Sum(StudentTLikelihood):
+        def __call__(self, x_0_hat):
+            return super().__call__(x_0_hat.sum())
+
+    with pytest.raises(ValueError, match=r"'likelihood': got a distribution of batch shape \(\)"):
+        DiffusionModel(denoiser, Sum(3.0, 1.0)).model(torch.randn(7, 5))
+
+    class Mute:
+        def embed(self, x_0):
+            return x_0
+
+    with pytest.raises(ValueError, match="'likelihood': got Mute.*can be called"):
+        DiffusionModel(denoiser, Mute())
+
+
+def test_what_was_learned_can_be_read():
+    schedule = LogSNRSchedule(5, log_snr_max=3.0, log_snr_min=-4.0, learnable=True)
+    assert repr(schedule) == "LogSNRSchedule(num_timesteps=5, log_snr_max=3, log_snr_min=-4)"
+    assert repr(GaussianLikelihood(0.25)) == "GaussianLikelihood(scale=0.25)"
+    likelihood = DiscretizedGaussianLikelihood(17, 0.5)
+    assert repr(likelihood) == "DiscretizedGaussianLikelihood(num_levels=17, scale=0.5)"
+
+
 def test_levels_need_no_likelihood(double):
     """LevelPrediction's own p(x_0 | x_1) is its posterior: exact for independent entries."""
     prior = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])

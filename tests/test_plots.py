@@ -69,7 +69,7 @@ def test_plot_samples(device):
     assert plot_samples(images, axes=ax)[0] is ax
 
 
-@pytest.mark.parametrize("event_shape", [(), (2,), (4, 3), (7,), (2, 2, 2)])
+@pytest.mark.parametrize("event_shape", [(), (1,), (2,), (4, 3), (7,), (2, 2, 2)])
 @pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
 def test_plots_of_states(plot, event_shape, device):
     denoiser = GaussianDenoiser(torch.zeros(event_shape), 0.5, LogSNRSchedule(20))
@@ -79,6 +79,10 @@ def test_plots_of_states(plot, event_shape, device):
     assert axes.shape == (2, 6)
     assert "$t = 20$" in axes[0, -1].get_title()
     axes[0, 0].figure.canvas.draw()
+    if event_shape == (1,):
+        assert any(bar.get_height() > 0 for bar in axes[0, 0].patches)
+    if event_shape in [(1,), (2,)]:
+        assert len({ax.get_xlim() for ax in axes.flat}) == 1
     _, given = plt.subplots(2, 2, squeeze=False)
     assert plot(diffusion, x_0, timesteps=[1, 20], axes=given) is given
     if event_shape == (4, 3) and plot is plot_denoised:  # little noise: the estimate is the datum

@@ -80,6 +80,24 @@ def test_training_moves_the_model_itself_and_logs_the_bound(tmp_path):
     assert not torch.equal(weights(diffusion), before)
     logged = engine.logged_metrics
     assert {"train_loss", "val_bits_per_dim", "val_elbo", "val_x_0", "val_x_8"} <= set(logged)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = elbo_terms(
+            diffusion.model,
+            diffusion.posterior_guide,
+            loader.dataset.tensors[0][:32],
+            num_particles=1,
+        ).elbo
+        torch.manual_seed(1)
+        second = elbo_terms(
+            diffusion.model,
+            diffusion.posterior_guide,
+            loader.dataset.tensors[0][32:],
+            num_particles=1,
+        ).elbo
+    bound = torch.cat([first, second])  # the same noise at every validation
+    assert logged["val_elbo"].item() == pytest.approx(bound.mean().item(), rel=1e-5)
+    assert logged["val_elbo_error"].item() == pytest.approx(bound.std().item() / 8, rel=1e-4)
     blocks = [name for name in logged if "_to_" in name]
     assert len(blocks) == 5
     assert blocks[0] == "val_x_1_to_x_2"

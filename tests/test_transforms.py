@@ -326,6 +326,7 @@ def test_other_bad_transforms():
         (torch.randn(1, 2), None, r"'x_0': .*observed 1 time"),
         (torch.randn(3, 2), torch.tensor([[1, 0]] * 3).bool(), r"'x_0': .*observed 0 time"),
         (torch.randn(3, 2), torch.ones(3, 2), "'mask': got torch.float32"),
+        (torch.tensor([[1.0], [float("nan")], [2.0]]), None, "'x_0': got 1 NaN.*mask=x_0.isfinite"),
     ]:
         with pytest.raises(ValueError, match=says):
             Standardize.from_data(x, mask=mask)
