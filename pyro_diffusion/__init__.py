@@ -16,6 +16,7 @@ from pyro_diffusion.denoisers import (
     NeuralDenoiser,
 )
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import Evidence, importance_evidence
 from pyro_diffusion.kernels import (
     forward_marginal,
     forward_posterior,
@@ -74,6 +75,7 @@ __all__ = [
     "DiscretizedGaussianLikelihood",
     "ELBOTerms",
     "Estimate",
+    "Evidence",
     "ForwardVariance",
     "GaussianDenoiser",
     "GaussianLikelihood",
@@ -100,6 +102,7 @@ __all__ = [
     "forward_marginal",
     "forward_posterior",
     "forward_transition",
+    "importance_evidence",
     "plot_bound",
     "plot_denoised",
     "plot_samples",

@@ -27,9 +27,10 @@ References:
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
@@ -48,7 +49,7 @@ from pyro_diffusion.schedules import NoiseSchedule
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "snr_weight"]
+__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "snr_weight", "trajectory_terms"]
 
 _CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
 
@@ -64,6 +65,18 @@ class Estimate(NamedTuple):
     value: float  #: the estimate
     monte_carlo_error: float  #: what more particles would change; NaN for a single particle
     sampling_error: float  #: what more data would change; NaN for a single datum
+
+    @classmethod
+    def of(cls, values: Tensor, standard_error: Tensor) -> Self:
+        """Mean over data of estimates with Monte Carlo errors, both of shape ``(N,)``."""
+        n = len(values)
+        noise = standard_error.square()
+        spread = math.nan
+        if n > 1:
+            variance = values.var().item()
+            resolution = variance * math.sqrt(2 / (n - 1))  # one standard error of a variance
+            spread = max(variance - noise.mean().nan_to_num(0.0).item(), resolution)
+        return cls(values.mean().item(), noise.sum().sqrt().item() / n, math.sqrt(spread / n))
 
     def __float__(self) -> float:
         return self.value
@@ -119,12 +132,12 @@ class ELBOTerms(NamedTuple):
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
-        return _mean(self.elbo, self.standard_error)
+        return Estimate.of(self.elbo, self.standard_error)
 
     def term_means(self) -> list[Estimate]:
         """Mean over data of the term at each site ``x_0 … x_T`` (``x_0``: the reconstruction)."""
         terms = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
-        return [_mean(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
+        return [Estimate.of(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
 
     def bits_per_dim(self) -> Estimate:
         r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors.
@@ -226,6 +239,44 @@ def elbo_terms(
         >>> terms.transition.shape, terms.is_kl
         (torch.Size([4, 3]), True)
     """
+    totals: dict[int, _Moments] = defaultdict(_Moments)
+    terms: dict[int, _Moments] = defaultdict(_Moments)
+    for start, sites in trajectory_terms(
+        model, guide, x_0, num_particles=num_particles, mask=mask, analytic_kl=analytic_kl,
+        batch_size=batch_size, progress=progress,
+    ):  # fmt: skip
+        terms[start].update(sites.values.movedim(1, 0))
+        totals[start].update(sites.values[0] - sites.values[1:].sum(0))
+    mean = torch.cat([moments.mean for moments in terms.values()], dim=-1)
+    return ELBOTerms(
+        reconstruction=mean[0],
+        transition=mean[1:-1],
+        prior=mean[-1],
+        standard_error=_errors(totals),
+        term_standard_error=_errors(terms),
+        kinds=sites.kinds,
+        site_names=sites.names,
+        event_size=sites.event_size if mask is None else int(mask.sum()) / len(x_0),
+    )
+
+
+def trajectory_terms(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    *,
+    num_particles: int,
+    mask: Tensor | None = None,
+    analytic_kl: bool | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    description: str = "bound",
+) -> "Iterator[tuple[int, _Sites]]":
+    """The terms of every trajectory, chunk by chunk; the arguments are those of :func:`elbo_terms`.
+
+    Yields the row of the chunk's first datum, and its terms of shape ``(T + 1, particles, data)``. A
+    datum's particles may come in several chunks.
+    """
     _check_arguments(model, guide, num_particles, batch_size)
     check_data(x_0, mask)
     if batch_size is None:
@@ -233,16 +284,13 @@ def elbo_terms(
     chunk_data = min(len(x_0), batch_size)
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
-    totals: list[_Moments] = []
-    terms: list[_Moments] = []
+    settings = {"unit": "site", "delay": 5, "disable": not progress, "leave": False}
     with (
-        torch.no_grad(),
-        evaluating(model, guide),
-        tqdm(total=0, desc="bound", unit="site", delay=5, disable=not progress, leave=False) as bar,
-    ):
+        torch.no_grad(), evaluating(model, guide),
+        tqdm(total=0, desc=description, **settings) as bar,
+    ):  # fmt: skip
         for start in range(0, len(x_0), chunk_data):
             data, *observed = (x[start : start + chunk_data] for x in (x_0, mask) if x is not None)
-            total, term = _Moments(), _Moments()
             for particles in _parts(num_particles, chunk_particles):
                 rows, *masks = (
                     x.repeat(particles, *(1,) * (x.dim() - 1)) for x in (data, *observed)
@@ -250,21 +298,7 @@ def elbo_terms(
                 given = {"mask": masks[0]} if masks else {}
                 sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks)
                 values = sites.values.reshape(len(sites.names), particles, len(data))
-                term.update(values.movedim(1, 0))
-                total.update(values[0] - values[1:].sum(0))
-            terms.append(term)
-            totals.append(total)
-    mean = torch.cat([moments.mean for moments in terms], dim=-1)
-    return ELBOTerms(
-        reconstruction=mean[0],
-        transition=mean[1:-1],
-        prior=mean[-1],
-        standard_error=torch.cat([moments.standard_error() for moments in totals], dim=-1),
-        term_standard_error=torch.cat([moments.standard_error() for moments in terms], dim=-1),
-        kinds=sites.kinds,
-        site_names=sites.names,
-        event_size=sites.event_size if mask is None else int(mask.sum()) / len(x_0),
-    )
+                yield start, sites._replace(values=values)
 
 
 def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
@@ -295,7 +329,7 @@ def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
 class _Sites(NamedTuple):
     """Terms of one chunk, ordered by timestep: ``x_0`` first."""
 
-    values: Tensor  # (T + 1, rows)
+    values: Tensor  # (T + 1, rows), or (T + 1, particles, data)
     kinds: tuple[str, ...]
     names: tuple[str, ...]
     event_size: int
@@ -323,6 +357,10 @@ class _Moments:
         if self.count == 1:
             return torch.full_like(self.mean, math.nan)
         return (self.squares / (self.count - 1) / self.count).sqrt()
+
+
+def _errors(moments: dict[int, _Moments]) -> Tensor:
+    return torch.cat([part.standard_error() for part in moments.values()], dim=-1)
 
 
 class _Draw(Messenger):
@@ -526,15 +564,3 @@ def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
 def _parts(total: int, size: int) -> Iterator[int]:
     for start in range(0, total, size):
         yield min(size, total - start)
-
-
-def _mean(values: Tensor, standard_error: Tensor) -> Estimate:
-    """Mean over data with its errors; see :class:`Estimate` for what is taken out of which."""
-    n = len(values)
-    noise = standard_error.square()
-    spread = math.nan
-    if n > 1:
-        variance = values.var().item()
-        resolution = variance * math.sqrt(2 / (n - 1))  # one standard error of a variance
-        spread = max(variance - noise.mean().nan_to_num(0.0).item(), resolution)
-    return Estimate(values.mean().item(), noise.sum().sqrt().item() / n, math.sqrt(spread / n))

@@ -121,3 +121,28 @@ class GaussianReverseChain:
 
     def elbo(self, x_0):
         return self.reconstruction(x_0) - self.transition_kl(x_0).sum(0) - self.prior_kl(x_0)
+
+    def gap(self, x_0):
+        """E9: KL(q(x_{1:T} | x_0) ‖ p(x_{1:T} | x_0)) between joint Gaussians, for a number x_0."""
+        T, bar = self.num_timesteps, alpha_bar(self.alpha)
+        mean_q = np.sqrt(bar[1:]) * x_0
+        cov_q = np.array(
+            [
+                [np.sqrt(bar[max(s, t)] / bar[min(s, t)]) * (1 - bar[min(s, t)]) for s in range(1, T + 1)]
+                for t in range(1, T + 1)
+            ]
+        )  # fmt: skip
+        # p as an affine map of T + 1 standard normals, states x_0 … x_T
+        noise, shift = np.zeros((T + 1, T + 1)), np.zeros(T + 1)
+        noise[T, T] = 1.0
+        for t in range(T, 0, -1):
+            noise[t - 1] = self.slope[t - 1] * noise[t]
+            noise[t - 1, t - 1] = np.sqrt(self.variance[t - 1])
+            shift[t - 1] = self.slope[t - 1] * shift[t] + self.intercept[t - 1]
+        cov = noise @ noise.T
+        gain = cov[1:, 0] / cov[0, 0]
+        mean_p = shift[1:] + gain * (x_0 - shift[0])
+        cov_p = cov[1:, 1:] - np.outer(gain, cov[0, 1:])
+        precision, error = np.linalg.inv(cov_p), mean_p - mean_q
+        log_dets = np.linalg.slogdet(cov_p)[1] - np.linalg.slogdet(cov_q)[1]
+        return 0.5 * (np.trace(precision @ cov_q) + error @ precision @ error - T + log_dets)

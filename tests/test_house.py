@@ -27,6 +27,7 @@ ORDER = [
     "chains",
     "diffusion",
     "bounds",
+    "evidence",
     "training",
     "plots",
     "__init__",

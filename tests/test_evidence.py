@@ -1,0 +1,176 @@
+"""Evidence above the bound: exact where the weights are constant, the model's own log p elsewhere."""
+
+import math
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import GaussianReverseChain, log_normal
+from pyro import poutine
+
+from pyro_diffusion.bounds import elbo_terms
+from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import Evidence, importance_evidence, pareto_k
+from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
+
+GUIDES = ["guide", "posterior_guide"]
+ALPHA = np.array([0.95, 0.8, 0.6, 0.5, 0.3])
+MEAN, STD = 0.3, 0.6
+X_0 = np.array([0.7, -1.1, 2.0])
+
+
+def misfit():
+    """The exact chain of N(0.3, 0.6²), cut short: x_T is not yet N(0, 1), so that it fits nothing."""
+    schedule = AlphaSchedule(ALPHA.tolist())
+    return DiffusionModel(GaussianDenoiser(torch.tensor([MEAN]), torch.tensor([STD]), schedule))
+
+
+@pytest.mark.parametrize("x_0", X_0)
+def test_E9_the_gap_is_the_kl_of_the_joints(x_0):
+    """In closed form on both sides: log p(x_0) − ELBO, and KL(q(x_{1:T} | x_0) ‖ p(x_{1:T} | x_0))."""
+    oracle = GaussianReverseChain.exact(ALPHA, MEAN, STD)
+    assert oracle.gap(x_0) == pytest.approx(oracle.log_evidence(x_0) - oracle.elbo(x_0), rel=1e-10)
+    other = GaussianReverseChain.exact(ALPHA, MEAN, STD, 1 - ALPHA)
+    assert other.gap(x_0) == pytest.approx(other.log_evidence(x_0) - other.elbo(x_0), rel=1e-10)
+    assert other.gap(x_0) > oracle.gap(x_0) > 0
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_E9_measured(guide, double):
+    """Evidence and bound of one model differ by that KL, within five errors of both."""
+    diffusion, x_0 = misfit(), torch.tensor(X_0)[:, None]
+    guide = getattr(diffusion, guide)
+    evidence = importance_evidence(diffusion.model, guide, x_0, num_particles=4000)
+    terms = elbo_terms(diffusion.model, guide, x_0, num_particles=4000, analytic_kl=False)
+    oracle = GaussianReverseChain.exact(ALPHA, MEAN, STD)
+    expected = np.array([oracle.gap(x) for x in X_0])
+    error = torch.hypot(evidence.standard_error, terms.standard_error).numpy()
+    gap = (evidence.log_evidence - terms.elbo).numpy()
+    assert (np.abs(gap - expected) < 5 * error).all()
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_misfit_has_its_own_log_p(guide, double):
+    diffusion, x_0 = misfit(), torch.tensor(X_0)[:, None]
+    evidence = importance_evidence(
+        diffusion.model, getattr(diffusion, guide), x_0, num_particles=4000
+    )
+    expected = GaussianReverseChain.exact(ALPHA, MEAN, STD).log_evidence(X_0)
+    error = evidence.standard_error.numpy()
+    assert (np.abs(evidence.log_evidence.numpy() - expected) < 5 * error).all()
+    assert (error < 0.05).all()
+    # the law of the data is another number, which the estimate must not be mistaken for
+    law = log_normal(X_0, MEAN, STD**2)
+    assert (np.abs(evidence.log_evidence.numpy() - law) > 5 * error).any()
+
+
+def test_the_error_is_that_of_repetitions(double):
+    diffusion, x_0 = misfit(), torch.tensor(X_0)[:, None].repeat(200, 1)
+    evidence = importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=100)
+    spread = evidence.log_evidence.reshape(200, 3).std(0)
+    claimed = evidence.standard_error.reshape(200, 3).square().mean(0).sqrt()
+    torch.testing.assert_close(claimed, spread, rtol=0.25, atol=0.0)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("kind", ["Gaussian", "mixture"])
+def test_constant_weights_are_exact(kind, guide, double):
+    schedule = LogSNRSchedule(20, log_snr_min=-60.0)
+    denoiser = GaussianDenoiser(torch.randn(3), torch.tensor([0.3, 1.0, 2.0]), schedule)
+    if kind == "mixture":
+        denoiser = GaussianMixtureDenoiser([0.4, 0.6], torch.randn(2, 3), 0.5, schedule)
+    diffusion, x_0 = DiffusionModel(denoiser), torch.randn(5, 3)
+    evidence = importance_evidence(
+        diffusion.model, getattr(diffusion, guide), x_0, num_particles=30
+    )
+    expected = denoiser.data_distribution.log_prob(x_0)
+    torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(evidence.ess, torch.full((5,), 30.0))
+    assert evidence.standard_error.max() < 1e-10
+    assert (evidence.pareto_k == -math.inf).all()
+
+
+def test_the_observed_part_under_a_mask(double):
+    schedule = LogSNRSchedule(8, log_snr_min=-60.0)
+    diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(3), torch.ones(3), schedule))
+    x_0, mask = torch.randn(6, 3), torch.rand(6, 3) < 0.5
+    mask[:, 0] = True
+    evidence = importance_evidence(
+        diffusion.model, diffusion.posterior_guide, x_0, num_particles=5, mask=mask
+    )
+    expected = torch.where(mask, dist.Normal(0.0, 1.0).log_prob(x_0), 0.0).sum(1)
+    torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_chunks_and_scales_change_nothing_but_the_draws(double):
+    diffusion, x_0 = misfit(), torch.tensor(X_0)[:, None]
+    whole = importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=3000)
+    parts = importance_evidence(
+        diffusion.model, diffusion.guide, x_0, num_particles=3000, batch_size=700
+    )
+    model, guide = (poutine.scale(p, scale=7.0) for p in (diffusion.model, diffusion.guide))
+    scaled = importance_evidence(model, guide, x_0, num_particles=3000)
+    for other in (parts, scaled):
+        error = torch.hypot(whole.standard_error, other.standard_error)
+        assert ((whole.log_evidence - other.log_evidence).abs() < 5 * error).all()
+        assert other.ess.max() <= 3000
+
+
+def test_a_plain_vae(double):
+    """z ~ N(0, 1), x | z ~ N(z, 1), guide N(x/2 + 0.3, 1): log p(x) is that of N(0, 2)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.3, 1.0))
+
+    x = torch.linspace(-2.0, 2.0, 5)
+    evidence = importance_evidence(model, guide, x, num_particles=20_000)
+    expected = log_normal(x.numpy(), 0.0, 2.0)
+    assert (
+        np.abs(evidence.log_evidence.numpy() - expected) < 5 * evidence.standard_error.numpy()
+    ).all()
+    assert (evidence.pareto_k < 0.5).all()
+
+
+def test_pareto_k_is_the_tails(double):
+    """Weights of a known Pareto tail: k̂ is its shape, and too few or constant weights are told."""
+    uniform = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0))
+    shape = torch.tensor([0.2, 0.5, 0.9])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        k = pareto_k(-shape * uniform.log())
+    torch.testing.assert_close(k, shape, rtol=0.0, atol=0.15)
+    assert (pareto_k(torch.full((100, 2), -3.0)) == -math.inf).all()
+    assert pareto_k(torch.randn(10, 2)).isnan().all()
+    mixed = pareto_k(torch.stack([torch.zeros(100), torch.randn(100)], 1))
+    assert mixed[0] == -math.inf
+    assert mixed[1].isfinite()
+
+
+def test_one_particle_and_printing():
+    diffusion, x_0 = misfit(), torch.tensor(X_0, dtype=torch.float32)[:, None]
+    evidence = importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=1)
+    assert evidence.standard_error.isnan().all()
+    assert evidence.log_evidence.dtype == torch.float64
+    assert (evidence.ess == 1).all()
+    heavy = Evidence(*torch.zeros(3, 2), torch.tensor([0.9, 0.1]))
+    assert "k > 0.7 for 1" in repr(heavy)
+    assert heavy.mean().value == 0
+
+
+def test_bad_programs_are_refused_in_words():
+    diffusion, x_0 = misfit(), torch.tensor(X_0, dtype=torch.float32)[:, None]
+    pair = diffusion.subsampled()
+    with pytest.raises(ValueError, match="subsampled pair"):
+        importance_evidence(pair.model, pair.guide, x_0, num_particles=2)
+    with pytest.raises(ValueError, match="'num_particles': got 0"):
+        importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=0)
