@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import Evidence, importance_evidence, pareto_k
+from pyro_diffusion.evidence import Evidence, _average, importance_evidence, pareto_k
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
 
 GUIDES = ["guide", "posterior_guide"]
@@ -104,6 +104,20 @@ def test_the_observed_part_under_a_mask(double):
     )
     expected = torch.where(mask, dist.Normal(0.0, 1.0).log_prob(x_0), 0.0).sum(1)
     torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("loc", [0.0, -2000.0])
+def test_the_average_of_given_weights(loc, double):
+    """log of the mean, its error, and (Σ w)² / Σ w², for weights far below one as well."""
+    log_weights = loc + torch.randn(50, 3)
+    evidence = _average(log_weights)
+    weights = np.exp(log_weights.numpy() - loc)
+    mean = weights.mean(0)
+    np.testing.assert_allclose(evidence.log_evidence, loc + np.log(mean), rtol=1e-12)
+    error = weights.std(0, ddof=1) / 50**0.5 / mean
+    np.testing.assert_allclose(evidence.standard_error, error, rtol=1e-9)
+    ess = weights.sum(0) ** 2 / (weights**2).sum(0)
+    np.testing.assert_allclose(evidence.ess, ess, rtol=1e-9)
 
 
 def test_chunks_and_scales_change_nothing_but_the_draws(double):
