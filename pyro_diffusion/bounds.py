@@ -45,6 +45,7 @@ from pyro_diffusion.chains import SubsampledProgram, evaluating
 from pyro_diffusion.kernels import check_timestep
 from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.store import ParamScope
 
 if TYPE_CHECKING:
     import xarray
@@ -546,6 +547,12 @@ def _check_arguments(
 ) -> None:
     if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
         raise ValueError(_SUBSAMPLED)
+    for name, program in (("model", model), ("guide", guide)):
+        if isinstance(program, ParamScope):
+            raise ValueError(
+                f"argument {name!r}: got a {type(program).__name__}; expected one of its programs. Pass "
+                "diffusion.model and diffusion.posterior_guide."
+            )
     for name, number in (("num_particles", num_particles), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ValueError(

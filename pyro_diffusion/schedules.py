@@ -121,7 +121,7 @@ class NoiseSchedule(nn.Module, ABC):
 
     def _check_timestep(self, t: int | Tensor) -> Tensor:
         if not isinstance(t, Tensor):
-            inside = isinstance(t, int) and 0 <= t <= self.num_timesteps
+            inside = isinstance(t, int) and not isinstance(t, bool) and 0 <= t <= self.num_timesteps
             got = repr(t)
             t = torch.tensor(t if inside else 0, device=self.device)
         elif t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:

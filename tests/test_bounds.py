@@ -563,6 +563,13 @@ def test_a_nan_is_refused_with_its_site():
         elbo_terms(nan_model, vae_guide, torch.randn(4, 3))
 
 
+def test_a_model_in_place_of_its_programs_is_refused():
+    diffusion, x_0 = misfit(), torch.tensor(X_0)
+    for pair in ((diffusion, diffusion.guide), (diffusion.model, diffusion)):
+        with pytest.raises(ValueError, match="got a DiffusionModel; expected one of its programs"):
+            elbo_terms(*pair, x_0)
+
+
 def test_a_subsampled_pair_is_refused():
     pair = misfit().subsampled(2)
     with pytest.raises(ValueError, match=r"subsampled pair.*posterior_guide"):

@@ -259,6 +259,7 @@ def test_exploding_schedules():
         (lambda: LinearSchedule(10).alpha_bar(torch.tensor([3, 12])), "values from 3 to 12"),
         (lambda: LinearSchedule(10).signal(torch.tensor([0.5])), "a tensor of torch.float32"),
         (lambda: LinearSchedule(10).signal(0.5), "got 0.5"),
+        (lambda: LinearSchedule(10).signal(True), "got True"),
     ],
 )
 def test_bad_input_is_refused_in_words(build, says):
