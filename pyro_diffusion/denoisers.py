@@ -29,7 +29,7 @@ from pyro_diffusion.kernels import (
     pad,
     posterior_mean,
 )
-from pyro_diffusion.parameterizations import LevelPrediction, NoisePrediction, Parameterization
+from pyro_diffusion.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.variances import (
     ForwardVariance,
@@ -56,9 +56,7 @@ class Denoised(NamedTuple):
     r"""What a denoiser says of :math:`x_0` when it sees a state; one call of the network."""
 
     x_0_hat: Tensor  #: the estimate, ``batch_shape + event_shape``
-    logits: Tensor | None = (
-        None  #: of each level, ``batch_shape + event_shape + (K,)``, if predicted
-    )
+    logits: Tensor | None = None  #: of each level, ``batch_shape + event_shape + (K,)``
     variance: Tensor | None = None  #: the output that :class:`LearnedVariance` interpolates by
 
 
@@ -235,10 +233,7 @@ class NeuralDenoiser(Denoiser):
         if self.variance.num_outputs:
             output, variance = output[..., :-1], output[..., -1]
             output = output.squeeze(-1) if self.prediction.num_outputs == 1 else output
-        if isinstance(self.prediction, LevelPrediction):
-            logits = self.prediction.logits(output, state, signal, noise)
-            return Denoised(self.prediction.mean(logits), logits, variance)
-        return Denoised(self.prediction.x_0_hat(output, state, signal, noise), None, variance)
+        return Denoised(*self.prediction.estimate(output, state, signal, noise), variance)
 
     def _call_network(self, state: Tensor, log_snr: Tensor) -> Tensor:
         """The network's output, with batch and event dimensions as the state has them."""
@@ -267,12 +262,12 @@ class NeuralDenoiser(Denoiser):
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
         mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
-        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        step = step.padded(self.event_dim)
         scale = self.variance(step, denoised.variance).sqrt().to(x_t.dtype)
         return dist.Normal(mean, scale).to_event(self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:
-        return self.prediction.embed(x_0) if isinstance(self.prediction, LevelPrediction) else x_0
+        return self.prediction.embed(x_0)
 
     def decode(self, x_1: Tensor, denoised: Denoised) -> dist.TorchDistribution:
         if denoised.logits is None:
@@ -384,7 +379,7 @@ class GaussianDenoiser(Denoiser):
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
         mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
-        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        step = step.padded(self.event_dim)
         _, x_0_variance = _wiener(self.variance.double(), step.signal, step.noise)
         return self._gaussian(mean, exact_variance(step, x_0_variance).to(x_t.dtype))
 
@@ -478,7 +473,8 @@ class GaussianMixtureDenoiser(Denoiser):
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         self._batch_shape(x_t)
         log_r, x_0_hats = self._components(x_t, *self.schedule.scales(log_snr))
-        return Denoised((self._per_component(log_r.exp()) * x_0_hats).sum(-self.event_dim - 1))
+        r = pad(log_r.exp(), self.event_dim, x_t.dtype)
+        return Denoised((r * x_0_hats).sum(-self.event_dim - 1))
 
     def reverse_kernel(
         self, x_t: Tensor, t: int | Tensor, denoised: Denoised
@@ -489,7 +485,7 @@ class GaussianMixtureDenoiser(Denoiser):
         means = posterior_mean(
             x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, event_dim=self.event_dim
         )
-        step = ChainStep(*(pad(c, self.event_dim, c.dtype) for c in step))
+        step = step.padded(self.event_dim)
         _, x_0_variances = _wiener(self.variances.double(), step.signal, step.noise)
         return self._mixture(log_r, means, exact_variance(step, x_0_variances).to(x_t.dtype))
 
@@ -503,9 +499,6 @@ class GaussianMixtureDenoiser(Denoiser):
         component = dist.Normal(torch.zeros_like(spread), spread).to_event(self.event_dim)
         log_r = (self.log_weights + component.log_prob(errors)).log_softmax(-1)
         return log_r, self.means + gains.to(x_t.dtype) * errors
-
-    def _per_component(self, values: Tensor) -> Tensor:
-        return values.reshape(values.shape + (1,) * self.event_dim)
 
     def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> dist.TorchDistribution:
         components = dist.Normal(means, variances.sqrt()).to_event(self.event_dim)

@@ -163,6 +163,10 @@ class ChainStep(NamedTuple):
         Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
     )
 
+    def padded(self, event_dim: int) -> "ChainStep":
+        """The coefficients with the event dimensions of a state; still float64."""
+        return ChainStep(*(pad(c, event_dim, c.dtype) for c in self))
+
 
 def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
     """The coefficients of step ``t`` in ``{1, …, T}``; see :class:`ChainStep`."""

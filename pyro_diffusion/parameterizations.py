@@ -50,6 +50,16 @@ class Parameterization(ABC):
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         r"""The output that would mean ``x_0``: the target of a regression, inverse of ``x_0_hat``."""
 
+    def estimate(
+        self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        r""":math:`\hat x_0`, and logits over the values of each entry if the network predicts those."""
+        return self.x_0_hat(output, x_t, signal, noise), None
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data as points of the chain, where the model has no likelihood of its own: as they are."""
+        return x_0
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -138,11 +148,17 @@ class LevelPrediction(Parameterization):
     def x_0_hat(self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         return self.mean(self.logits(output, x_t, signal, noise))
 
+    def estimate(
+        self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        r""":math:`\hat x_0` and the posterior's logits that it is the mean of."""
+        logits = self.logits(output, x_t, signal, noise)
+        return self.mean(logits), logits
+
     def mean(self, logits: Tensor) -> Tensor:
         r""":math:`\sum_k P(k) e_k` for given logits."""
-        return (logits.softmax(-1) * self._levels(logits)).sum(
-            -1
-        )  # no matmul: autocast rounds those
+        # no matmul, which autocast would round
+        return (logits.softmax(-1) * self._levels(logits)).sum(-1)
 
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         r"""Logits of 0 at ``x_0``'s level and :math:`-\infty` at the others."""
