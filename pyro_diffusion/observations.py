@@ -18,6 +18,7 @@ __all__ = [
     "as_real",
     "check_data",
     "check_event_shape",
+    "check_mask",
     "check_observed",
     "observed_part",
     "zeroed",
@@ -61,7 +62,8 @@ def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
             "that the model observes."
         )
     if mask is not None:
-        x_0 = torch.where(_check_mask(mask, x_0), x_0, _first_observed(x_0, mask))
+        mask = _check_rows(check_mask(mask, x_0))
+        x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
     if not x_0.isfinite().all():
         raise ValueError(
             f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
@@ -76,7 +78,8 @@ def _first_observed(x_0: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(0), x_0.gather(0, first), x_0[mask][0])
 
 
-def _check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
+def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
+    """``mask``, if it is boolean and has the data's shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x_0.shape:
         got = type(mask).__name__
         if isinstance(mask, Tensor):
@@ -85,6 +88,10 @@ def _check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
             f"argument 'mask': got {got}; expected torch.bool of the data's shape {tuple(x_0.shape)}, "
             "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
         )
+    return mask
+
+
+def _check_rows(mask: Tensor) -> Tensor:
     observed = mask.flatten(1).any(1) if mask.dim() > 1 else mask
     if not observed.all():
         raise ValueError(

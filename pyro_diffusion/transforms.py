@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
+from pyro_diffusion.observations import check_data, check_mask
+
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
 
@@ -70,17 +72,10 @@ class Standardize(TransformModule):
             ValueError: An entry that is constant, or observed less than twice.
         """
         x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
-        if mask is None and not x_0.isfinite().all():
-            raise ValueError(
-                f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values; expected "
-                "finite numbers. Pass mask=x_0.isfinite() to leave them out."
-            )
-        observed = torch.ones_like(x_0, dtype=torch.bool) if mask is None else mask
-        if observed.shape != x_0.shape or observed.dtype != torch.bool:
-            raise ValueError(
-                f"argument 'mask': got {observed.dtype} of shape {tuple(observed.shape)}; expected "
-                f"torch.bool of the data's shape {tuple(x_0.shape)}. Pass mask.bool()."
-            )
+        if mask is None:
+            observed = torch.ones_like(check_data(x_0), dtype=torch.bool)
+        else:
+            observed = check_mask(mask, x_0)
         count = observed.sum(0)
         if (count < 2).any():
             raise ValueError(
