@@ -140,10 +140,8 @@ class SVIModule(lightning.LightningModule):
                 model, guide, x_0, num_particles=self.num_particles, progress=False, **given
             )
         self._sums.append(_sums(terms))
-        for name, value in (
-            ("bits_per_dim", terms.bits_per_dim().value), ("elbo", terms.mean().value)
-        ):  # fmt: skip
-            self.log(f"{stage}_{name}", value, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+        bits = terms.bits_per_dim().value
+        self.log(f"{stage}_bits_per_dim", bits, prog_bar=True, batch_size=len(x_0), sync_dist=True)
 
     def _mean_terms(self, stage: str) -> Tensor:
         """Terms by timestep, averaged over the data of all processes, and logged in blocks."""
@@ -153,6 +151,7 @@ class SVIModule(lightning.LightningModule):
         terms = torch.stack(sums) / count
         elbo, last = terms[0] - terms[1:].sum(), len(terms) - 1
         error = ((squares / count - elbo**2).clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
+        self.log(f"{stage}_elbo", elbo.float(), prog_bar=True, sync_dist=True)
         self.log(f"{stage}_elbo_error", error.float(), rank_zero_only=True)
         self.log(f"{stage}_x_0", terms[0].float(), rank_zero_only=True)
         self.log(f"{stage}_x_{last}", terms[-1].float(), rank_zero_only=True)
