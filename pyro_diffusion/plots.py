@@ -260,7 +260,7 @@ def _columns(
 def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
     log_snr = diffusion.schedule.log_snr(torch.tensor(timesteps)).tolist()
     return [
-        f"$t = {t}$\n" + ("data" if t == 0 else f"$\\lambda = {value:.1f}$")
+        f"$t = {t}$\n" + ("data; $\\hat x_0(x_1)$" if t == 0 else f"$\\lambda = {value:.1f}$")
         for t, value in zip(timesteps, log_snr, strict=True)
     ]
 
