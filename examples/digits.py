@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -138,14 +139,8 @@ def report(terms, histogram):
     print("\nheld-out bits/dim")
     print(f"  diffusion, {len(terms.transition) + 1} steps   {terms.bits_per_dim()}")
     print(f"  per-pixel histogram     {histogram[0]:.4f} ± {histogram[1]:.4f} (sampling)")
-    reconstruction, *transition, prior = terms.term_means()
     print("\nterms, nats per datum")
-    print(f"  E log p(x_0 | x_1)                       {reconstruction}")
-    print(f"  sum of {len(transition)} KLs at x_1 … x_{len(transition)}".ljust(43), end="")
-    print(f"{sum(term.value for term in transition):.4f}")
-    for t in sorted({1, *(round(len(transition) * k / 5) for k in range(1, 6))} - {0}):
-        print(f"    of which KL at x_{t}".ljust(43) + str(transition[t - 1]))
-    print(f"  KL(q(x_T | x_0) ‖ p(x_T))                {prior}")
+    print(textwrap.indent(terms.table(), "  "))
 
 
 def histogram_bits_per_dim(train, held_out):

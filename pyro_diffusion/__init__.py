@@ -17,6 +17,13 @@ from pyro_diffusion.denoisers import (
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, importance_evidence
+from pyro_diffusion.hvae import (
+    BottomUpEncoder,
+    GaussianLayer,
+    HierarchicalVAE,
+    LadderEncoder,
+    TopDownEncoder,
+)
 from pyro_diffusion.kernels import (
     forward_marginal,
     forward_posterior,
@@ -31,7 +38,8 @@ from pyro_diffusion.likelihoods import (
     Likelihood,
     PoissonLikelihood,
 )
-from pyro_diffusion.networks import MLP
+from pyro_diffusion.networks import MLP, FeedForward
+from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup
 from pyro_diffusion.parameterizations import (
     DataPrediction,
     LevelPrediction,
@@ -65,6 +73,7 @@ __all__ = [
     "MLP",
     "AlphaSchedule",
     "BernoulliLikelihood",
+    "BottomUpEncoder",
     "BottomUpGuide",
     "CategoricalLikelihood",
     "CosineSchedule",
@@ -76,11 +85,17 @@ __all__ = [
     "ELBOTerms",
     "Estimate",
     "Evidence",
+    "FeedForward",
     "ForwardVariance",
+    "FreeBitsELBO",
     "GaussianDenoiser",
+    "GaussianLayer",
     "GaussianLikelihood",
     "GaussianMixtureDenoiser",
     "GenerativeChain",
+    "HierarchicalVAE",
+    "KLWarmup",
+    "LadderEncoder",
     "LearnedVariance",
     "LevelPrediction",
     "Likelihood",
@@ -95,6 +110,7 @@ __all__ = [
     "Standardize",
     "StratifiedTimesteps",
     "TimestepPlate",
+    "TopDownEncoder",
     "TopDownGuide",
     "VarianceExploding",
     "VelocityPrediction",

@@ -9,7 +9,8 @@ The bound is a sum over sites, one term for each timestep, and the guide's order
 With the posterior-ordered guide the terms are KLs (E10),
 :math:`L_t = E\,\mathrm{KL}(q(x_t \mid x_{t+1}, x_0) \| p(x_t \mid x_{t+1}))`; with the forward guide
 they are expected log-ratios (E11), :math:`L_t = E \log q(x_t \mid x_{t-1}) / p(x_t \mid x_{t+1})`,
-with the same sum. Lecture notes print the latter as
+with the same sum. (:math:`L_T` is a mean KL in either: :math:`p(x_T)` has no parents.) Lecture notes
+print the log-ratios as
 :math:`E\,\mathrm{KL}(q(x_t \mid x_{t-1}) \| p(x_t \mid x_{t+1}))`. That is another number for
 :math:`t < T`, because given both neighbours :math:`x_t` does not follow
 :math:`q(x_t \mid x_{t-1})`; it is not used here.
@@ -115,11 +116,25 @@ class ELBOTerms(NamedTuple):
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
 
     def __repr__(self) -> str:
-        kind = "KLs" if self.is_kl else "log-ratios"
-        return (
-            f"ELBOTerms({len(self.prior)} data, {len(self.kinds) - 1} {kind}, "
-            f"elbo={self.mean()} nats per datum)"
-        )
+        counts = {kind: self.kinds[1:].count(kind) for kind in ("KL", "log-ratio")}
+        terms = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n)
+        return f"ELBOTerms({len(self.prior)} data, {terms}, elbo={self.mean()} nats per datum)"
+
+    def table(self, max_levels: int = 8) -> str:
+        """Mean terms in nats per datum, a line each: what it is, where it lives, its value and errors.
+
+        Args:
+            max_levels: Latent sites to show; of a longer chain as many, evenly spaced.
+        """
+        terms, last = self.term_means(), len(self.kinds) - 1
+        evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
+        levels = sorted({1 + round((last - 1) * share) for share in evenly})
+        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in (0, *levels)]
+        total = sum(term.value for term in terms[1:])
+        lines.insert(1, (f"sum over {last} latent sites", f"{total:.4f}"))
+        lines.append(("ELBO", str(self.mean())))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
 
     @property
     def elbo(self) -> Tensor:
@@ -154,7 +169,9 @@ class ELBOTerms(NamedTuple):
         """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
         import xarray
 
-        latent = "mean KL" if self.is_kl else "mean log-ratio"
+        latent = (
+            "mean KL" if self.is_kl else "mean log-ratio"
+        )  # but at x_T, where it always is a KL
         fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
             "elbo": (("data",), self.elbo, "evidence lower bound"),
             "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
@@ -165,7 +182,7 @@ class ELBOTerms(NamedTuple):
                 self.term_standard_error[1:-1],
                 "Monte Carlo error of transition",
             ),
-            "prior": (("data",), self.prior, f"{latent} at site x_T"),
+            "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
         }
         bits = self.bits_per_dim()
         return xarray.Dataset(
@@ -520,7 +537,12 @@ def _score(
     reconstruction = torch.stack(list(score.observed.values())).sum(0)
     return _Sites(
         values=torch.stack([reconstruction, *terms]),
-        kinds=("log-likelihood", *("KL" if score.in_order else "log-ratio" for _ in latents)),
+        # Whatever the guide's order: p(x_T) has no parents, and E log q(x_T | ·)/p(x_T) is a mean KL.
+        kinds=(
+            "log-likelihood",
+            *["KL" if score.in_order else "log-ratio"] * (len(latents) - 1),
+            "KL",
+        ),
         names=("+".join(score.observed), *latents),
         event_size=score.event_size,
     )

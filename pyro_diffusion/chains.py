@@ -177,21 +177,22 @@ class BottomUpGuide(Program):
     Args:
         transition: ``transition(x_{t-1}, t)`` gives :math:`q(x_t \mid x_{t-1})` for ``t = 1 … T``.
         num_timesteps: Number of latent states :math:`T`.
-        embed: ``embed(x_0)`` is the state where the chain starts; the data itself by default.
+        embed: ``embed(x_0)``, under a mask ``embed(x_0, mask=mask)``, is the state where the chain
+            starts; the data itself by default.
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
         below: Path below the owner to the guide's own parameters.
         state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
     transition: Kernel
-    embed: Callable[[Tensor], Tensor]
+    embed: Callable[..., Tensor]
 
     def __init__(
         self,
         transition: Kernel,
         *,
         num_timesteps: int,
-        embed: Callable[[Tensor], Tensor] | None = None,
+        embed: Callable[..., Tensor] | None = None,
         owner: ParamScope | None = None,
         below: str = "",
         state_mask: Callable[[Tensor], Tensor] | None = None,
@@ -205,7 +206,7 @@ class BottomUpGuide(Program):
         """Sample sites ``x_1 … x_T`` for data, and their mask, of shape ``(N,) + event_shape``."""
         x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data):
-            x_t = self.embed(x_0)
+            x_t = _enter(self.embed, x_0, mask)
             for t in range(1, self.num_timesteps + 1):
                 with naming(f"x_{t}"):
                     kernel = observed_part(self.transition(x_t, t), states)
@@ -218,7 +219,8 @@ class TopDownGuide(Program):
     r"""The encoder in the model's order, :math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` (E4).
 
     Args:
-        encode: ``encode(x_0)`` gives the context ``c``, computed once.
+        encode: ``encode(x_0)``, under a mask ``encode(x_0, mask=mask)``, gives the context ``c``,
+            computed once.
         initial: ``initial(c)`` gives :math:`q(x_T \mid x_0)`.
         transition: ``transition(x_t, c, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t = T … 2``.
         num_timesteps: Number of latent states :math:`T`.
@@ -227,13 +229,13 @@ class TopDownGuide(Program):
         state_mask: Mask of a state, given that of the data; see :class:`Program`.
     """
 
-    encode: Callable[[Tensor], Any]
+    encode: Callable[..., Any]
     initial: Kernel
     transition: Kernel
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Any],
+        encode: Callable[..., Any],
         initial: Kernel,
         transition: Kernel,
         *,
@@ -251,7 +253,7 @@ class TopDownGuide(Program):
         """Sample sites ``x_T … x_1`` for data, and their mask, of shape ``(N,) + event_shape``."""
         x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data):
-            context = self.encode(x_0)
+            context = _enter(self.encode, x_0, mask)
             with naming(f"x_{self.num_timesteps}"):
                 kernel = observed_part(self.initial(context), states)
             x_t = pyro.sample(f"x_{self.num_timesteps}", kernel)
@@ -298,7 +300,7 @@ class TimestepPlate:
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[..., Tensor],
         marginal: Kernel,
         posterior: Kernel,
         prior: Kernel,
@@ -381,7 +383,7 @@ class _SubsampledModel(SubsampledProgram):
 
 
 class _SubsampledGuide(SubsampledProgram):
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[..., Tensor]
     marginal: Kernel
     posterior: Kernel
 
@@ -390,7 +392,7 @@ class _SubsampledGuide(SubsampledProgram):
     ) -> None:
         x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data):
-            context = self.encode(x_0)
+            context = _enter(self.encode, x_0, mask)
             marginal = observed_part(self.marginal(context, self.num_timesteps), states)
             pyro.sample(f"x_{self.num_timesteps}", marginal)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
@@ -444,10 +446,10 @@ class BottomUpSite(TorchDistribution):
 @register_kl(BottomUpSite, Distribution)
 def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
     raise ValueError(
-        "sites of the forward-ordered guide: got a request for their analytic KL (TraceMeanField_ELBO "
-        "or kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant "
-        "in this guide and the terms are log-ratios, not KLs. Use posterior_guide, the same joint "
-        "distribution in the model's order, or Trace_ELBO."
+        "sites of a bottom-up guide: got a request for their analytic KL (TraceMeanField_ELBO or "
+        "kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant in this "
+        "guide and the terms are log-ratios, not KLs. Use posterior_guide, in the model's order (a "
+        "hierarchical VAE has one with encoder=LadderEncoder(…)), or Trace_ELBO."
     )
 
 
@@ -499,5 +501,10 @@ def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:
     return owner
 
 
-def _identity(x: Tensor) -> Tensor:
+def _identity(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return x
+
+
+def _enter(embed: Callable[..., Any], x_0: Tensor, mask: Tensor | None) -> Any:
+    """Data on their way into a chain; an embedding hears of a mask only where there is one."""
+    return embed(x_0) if mask is None else embed(x_0, mask=mask)

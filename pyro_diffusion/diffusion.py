@@ -14,11 +14,10 @@ References:
 
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
-from torch import Tensor, nn
-from torch.distributions import Independent, Transform
+from torch import Tensor
+from torch.distributions import Transform
 
 from pyro_diffusion.chains import (
     BottomUpGuide,
@@ -26,9 +25,9 @@ from pyro_diffusion.chains import (
     ProgramPair,
     TimestepPlate,
     TopDownGuide,
-    evaluating,
 )
 from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
+from pyro_diffusion.families import Family, describe_part
 from pyro_diffusion.kernels import (
     forward_marginal,
     forward_posterior,
@@ -36,14 +35,12 @@ from pyro_diffusion.kernels import (
     terminal_prior,
 )
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import ParamScope
 from pyro_diffusion.timesteps import Timesteps
-from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
 
 __all__ = ["DiffusionModel"]
 
 
-class DiffusionModel(ParamScope):
+class DiffusionModel(Family):
     r"""One model, its programs and its reference sampler.
 
     ``model`` with ``guide`` under ``Trace_ELBO`` is the hierarchical bound (E8), term by term the
@@ -83,21 +80,9 @@ class DiffusionModel(ParamScope):
         *,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
-        self.transform = check_transform(transform)
-        if not isinstance(transform, nn.Module):  # modules inside one that is none, to be found
-            modules = [part for part in parts(transform) if isinstance(part, nn.Module)]
-            self.transform_modules = nn.ModuleList(modules)
-        self.denoiser = check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
-        proper = hasattr(likelihood, "embed") and callable(likelihood)
-        if likelihood is not None and (isinstance(likelihood, type) or not proper):
-            got = getattr(likelihood, "__name__", type(likelihood).__name__)
-            raise ValueError(
-                f"argument 'likelihood': got {got}; expected an object with embed(x_0) "
-                "that can be called with x_0_hat, or None. Pass an object, such as "
-                "DiscretizedGaussianLikelihood(num_levels=17)."
-            )
-        self.likelihood = likelihood
+        check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
+        super().__init__(denoiser.event_shape, likelihood, transform, name)
+        self.denoiser = denoiser
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -105,22 +90,21 @@ class DiffusionModel(ParamScope):
         return self.denoiser.schedule
 
     @property
-    def event_shape(self) -> torch.Size:
-        """Shape of a state, and of a datum after embedding."""
-        return self.denoiser.event_shape
+    def dtype(self) -> torch.dtype:
+        """Floating dtype in which the chain runs: the denoiser's."""
+        return self.denoiser.dtype
 
-    def __getstate__(self) -> dict[str, Any]:
-        forget(self.transform)
-        return super().__getstate__()
+    @property
+    def device(self) -> torch.device:
+        """Device that the model is on: the schedule's."""
+        return self.schedule.device
 
     @property
     def description(self) -> dict[str, str]:
         """What the numbers of a ``state_dict`` mean: everything but the network."""
         return super().description | {
-            "schedule": _describe(self.schedule),
-            "denoiser": _describe(self.denoiser),
-            "likelihood": _describe(self.likelihood),
-            "transform": describe(self.transform),
+            "schedule": describe_part(self.schedule),
+            "denoiser": describe_part(self.denoiser),
         }
 
     @property
@@ -198,68 +182,15 @@ class DiffusionModel(ParamScope):
             log_volume=None if self.transform is None else self.log_volume,
         )
 
-    @torch.no_grad()
-    def sample(self, num_samples: int = 1) -> Tensor:
-        """Draw data by running the model without any; layers such as dropout are switched off.
-
-        Args:
-            num_samples: Number of data ``n``.
-
-        Returns:
-            Data in the user's units, shape ``(n,)`` + the datum's shape.
-        """
-        with evaluating(self):
-            return self.model(num_samples=num_samples)
-
     # The kernels that the programs are made of.
 
-    def embed(self, x_0: Tensor) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in the chain's dtype."""
-        if x_0.device != self.schedule.device:
-            raise ValueError(
-                f"argument 'x_0': got data on {x_0.device}; expected {self.schedule.device}, where "
-                f"the model is. Call x_0.to({str(self.schedule.device)!r}), or move the model."
-            )
-        entrance = self.denoiser if self.likelihood is None else self.likelihood
-        embedded = entrance.embed(
-            x_0 if self.transform is None else transformed(self.transform, x_0)
-        )
-        if embedded.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"argument 'x_0': got data of shape {tuple(x_0.shape)}, which are states of shape "
-                f"{tuple(embedded.shape)} in the chain; expected (N,) + {tuple(self.event_shape)}. Reshape "
-                f"the data, or build network and denoiser with event_shape {tuple(embedded.shape[1:])}."
-            )
-        if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
-            raise ValueError(
-                f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
-                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…) for whole "
-                "numbers, or x_0.float() if they are measurements."
-            )
-        return embedded.to(self.denoiser.dtype)
-
-    def embed_mask(self, mask: Tensor) -> Tensor:
-        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
-        if mask.shape[1:] != self.event_shape[: mask.dim() - 1]:
-            raise ValueError(
-                f"argument 'mask': got shape {tuple(mask.shape)} for states of shape (N,) + "
-                f"{tuple(self.event_shape)}; expected an entry of the data to be an entry of the state, "
-                "because unobserved ones are left out of both. Use a transform that acts entry by entry."
-            )
-        mask = mask.reshape(mask.shape + (1,) * (1 + self.denoiser.event_dim - mask.dim()))
-        return mask.expand(len(mask), *self.event_shape)
-
-    def log_volume(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        r""":math:`\log |\det \partial f / \partial x_0|` of the transform, for observed entries, ``(N,)``."""
-        assert self.transform is not None
-        log_jacobian = self.transform.log_abs_det_jacobian(x_0, self.transform(x_0))
-        if mask is not None:
-            log_jacobian = torch.where(mask, log_jacobian, 0.0)
-        return log_jacobian.reshape(len(x_0), -1).sum(1)
+    @property
+    def _entrance(self) -> Any:
+        return self.denoiser if self.likelihood is None else self.likelihood
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""
-        return terminal_prior(self.schedule, self.event_shape, dtype=self.denoiser.dtype)
+        return terminal_prior(self.schedule, self.event_shape, dtype=self.dtype)
 
     def decode(self, x_1: Tensor) -> TorchDistribution:
         r""":math:`p_\theta(x_0 \mid x_1)`, the term that a VAE calls its decoder."""
@@ -287,32 +218,8 @@ class DiffusionModel(ParamScope):
         return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
 
     def _data_kernel(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
-        """Likelihood and transform, with everything but the batch dimensions as event dimensions."""
         if self.likelihood is None:
             kernel = self.denoiser.decode(x_1, denoised)
         else:
             kernel = self.likelihood(denoised.x_0_hat)
-        if isinstance(kernel, Independent):
-            kernel = kernel.base_dist
-        if self.transform is not None:
-            if kernel.support.is_discrete:
-                raise ValueError(
-                    f"argument 'transform': got {self.transform} with a likelihood over whole numbers; "
-                    "expected a density, because a mass has no Jacobian. Leave the rescaling to the "
-                    "likelihood's embed."
-                )
-            kernel = dist.TransformedDistribution(kernel, self.transform.inv)
-        batch_dim = x_1.dim() - self.denoiser.event_dim
-        if kernel.batch_shape[:batch_dim] != x_1.shape[:batch_dim]:
-            raise ValueError(
-                f"argument 'likelihood': got a distribution of batch shape {tuple(kernel.batch_shape)} for "
-                f"x̂_0 of shape {tuple(x_1.shape)}; expected batch dimensions that begin with "
-                f"{tuple(x_1.shape[:batch_dim])}. Let the likelihood act entry by entry on x̂_0."
-            )
-        return dist.Independent(kernel, len(kernel.batch_shape) - batch_dim)
-
-
-def _describe(part: Any) -> str:
-    """A part's class, with what a module says of its arguments (and not of learned numbers)."""
-    arguments = part.extra_repr() if isinstance(part, nn.Module) else ""
-    return type(part).__name__ + (f"({arguments})" if arguments else "")
+        return self.data_kernel(kernel, x_1.shape[: x_1.dim() - self.denoiser.event_dim])

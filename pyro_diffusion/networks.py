@@ -1,6 +1,6 @@
-r"""A small default backbone: a residual MLP that knows how noisy its input is.
+r"""Small default backbones: a residual MLP that knows how noisy its input is, and a plain one.
 
-A network is any module called ``network(x_t, log_snr)`` with one batch axis in front: ``x_t`` of
+A denoiser's network is any module called ``network(x_t, log_snr)`` with one batch axis in front: ``x_t`` of
 shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``, output of ``x_t``'s shape, or with
 ``num_outputs`` numbers for each entry on a last axis.
 
@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "FeedForward"]
 
 
 class MLP(nn.Module):
@@ -97,6 +97,59 @@ class MLP(nn.Module):
         for block, gain, shift in zip(self.blocks, conditions[::2], conditions[1::2], strict=True):
             h = block(h, gain, shift)
         return self.decode(_normalise(h)).reshape(len(x_t), *self.output_shape)
+
+
+class FeedForward(nn.Module):
+    r"""A plain perceptron from states of one shape to states of another, for layers of a hierarchy.
+
+    Hidden layers are :math:`h \leftarrow \mathrm{drop}\, \phi(\mathrm{norm}(W h + b))`, :math:`\phi` the
+    SiLU.
+
+    Args:
+        input_shape: Shape of an input; batch dimensions, any number, stand in front.
+        output_shape: Shape of an output.
+        hidden_size: Width of the hidden layers.
+        num_hidden: Number of hidden layers; none is an affine map.
+        dropout: Probability with which a hidden unit is dropped while training.
+
+    Example:
+        >>> FeedForward((8, 8), (16,))(torch.randn(5, 8, 8)).shape
+        torch.Size([5, 16])
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        *,
+        hidden_size: int = 256,
+        num_hidden: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.input_shape, self.output_shape = torch.Size(input_shape), torch.Size(output_shape)
+        layers: list[nn.Module] = []
+        size = self.input_shape.numel()
+        for _ in range(num_hidden):
+            layers += [
+                nn.Linear(size, hidden_size),
+                nn.LayerNorm(hidden_size),
+                nn.SiLU(),
+                nn.Dropout(dropout),
+            ]
+            size = hidden_size
+        self.layers = nn.Sequential(*layers, nn.Linear(size, self.output_shape.numel()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Output of shape ``batch_shape + output_shape``."""
+        batch_shape = h.shape[: h.dim() - len(self.input_shape)]
+        if h.shape != batch_shape + self.input_shape:
+            raise ValueError(
+                f"argument 'h': got shape {tuple(h.shape)}; expected batch_shape + "
+                f"{tuple(self.input_shape)}. Build the layer with the shape of what it reads."
+            )
+        output = self.layers(h.reshape(*batch_shape, -1))
+        return output.reshape(*batch_shape, *self.output_shape)
 
 
 _WAVES = (torch.sin, torch.cos)

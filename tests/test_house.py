@@ -25,7 +25,10 @@ ORDER = [
     "denoisers",
     "timesteps",
     "chains",
+    "families",
     "diffusion",
+    "hvae",
+    "objectives",
     "bounds",
     "evidence",
     "training",
@@ -78,6 +81,7 @@ def test_docstrings_and_annotations(module):
                 "scales",
             }
             inherited |= {"with_num_timesteps", "load_state_dict", "configure_optimizers"}
+            inherited |= {"initial", "transition", "encode", "guide", "dtype"}
             inherited |= {"training_step", "validation_step", "test_step"}
             assert node.name in inherited or ast.get_docstring(node), (module, node.name)
         if isinstance(node, ast.FunctionDef):

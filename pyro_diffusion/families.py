@@ -1,0 +1,184 @@
+r"""What every family of models here shares: the door between a user's data and a chain of states.
+
+Diffusion models (:mod:`~pyro_diffusion.diffusion`) and hierarchical VAEs (:mod:`~pyro_diffusion.hvae`)
+differ in the kernels of their chains, and in nothing else. A datum enters either through the
+transform and the likelihood's ``embed``, and leaves it through
+
+.. math::
+    p(x_0 \mid x_1) = \mathrm{likelihood}(f(x_0) \mid \hat x_0(x_1))
+        \left| \det \frac{\partial f}{\partial x_0} \right|,
+
+:math:`f` the transform from the user's units to the model's. So two families with one likelihood and
+one transform have bounds in the same units, which can be compared.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Independent, Transform
+
+from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide, evaluating
+from pyro_diffusion.observations import zeroed
+from pyro_diffusion.store import ParamScope
+from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
+
+__all__ = ["Family"]
+
+
+class Family(ParamScope, ABC):
+    r"""A chain of latent states over data: its programs, its sampler, and what its numbers mean.
+
+    Args:
+        event_shape: Shape of a datum after embedding.
+        likelihood: :math:`p(x_0 \mid x_1)` given an estimate in embedded space, and the embedding;
+            ``None`` where the chain's last kernel is over the data themselves.
+        transform: Torch transform from the user's units to the model's, or ``None``.
+        name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        likelihood: Any,
+        transform: Transform | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(name)
+        self.event_shape = torch.Size(event_shape)
+        self.transform = check_transform(transform)
+        if not isinstance(transform, nn.Module):  # modules inside one that is none, to be found
+            modules = [part for part in parts(transform) if isinstance(part, nn.Module)]
+            self.transform_modules = nn.ModuleList(modules)
+        proper = hasattr(likelihood, "embed") and callable(likelihood)
+        if likelihood is not None and (isinstance(likelihood, type) or not proper):
+            got = getattr(likelihood, "__name__", type(likelihood).__name__)
+            raise ValueError(
+                f"argument 'likelihood': got {got}; expected an object with embed(x_0) "
+                "that can be called with x_0_hat, or None. Pass an object, such as "
+                "DiscretizedGaussianLikelihood(num_levels=17)."
+            )
+        self.likelihood = likelihood
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating dtype in which the chain runs."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device that the model is on."""
+
+    @property
+    @abstractmethod
+    def model(self) -> GenerativeChain:
+        r""":math:`p_\theta(x_{0:T})` as a Pyro program (E7); sites ``x_T … x_0``."""
+
+    @property
+    @abstractmethod
+    def guide(self) -> BottomUpGuide | TopDownGuide:
+        r""":math:`q(x_{1:T} \mid x_0)` as a Pyro program."""
+
+    @torch.no_grad()
+    def sample(self, num_samples: int = 1) -> Tensor:
+        """Draw data by running the model without any; layers such as dropout are switched off.
+
+        Args:
+            num_samples: Number of data ``n``.
+
+        Returns:
+            Data in the user's units, shape ``(n,)`` + the datum's shape.
+        """
+        with evaluating(self):
+            return self.model(num_samples=num_samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget(self.transform)
+        return super().__getstate__()
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What the numbers of a ``state_dict`` mean: everything but the networks."""
+        return super().description | {
+            "likelihood": describe_part(self.likelihood),
+            "transform": describe(self.transform),
+        }
+
+    @property
+    def _entrance(self) -> Any:
+        """Whose ``embed`` it is by which data enter."""
+        return self.likelihood
+
+    def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; zero where unobserved."""
+        if x_0.device != self.device:
+            raise ValueError(
+                f"argument 'x_0': got data on {x_0.device}; expected {self.device}, where "
+                f"the model is. Call x_0.to({str(self.device)!r}), or move the model."
+            )
+        inside = x_0 if self.transform is None else transformed(self.transform, x_0)
+        embedded = inside if self._entrance is None else self._entrance.embed(inside)
+        if embedded.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"argument 'x_0': got data of shape {tuple(x_0.shape)}, which are states of shape "
+                f"{tuple(embedded.shape)} in the chain; expected (N,) + {tuple(self.event_shape)}. Reshape "
+                f"the data, or build the model with event_shape {tuple(embedded.shape[1:])}."
+            )
+        if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
+            raise ValueError(
+                f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
+                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…) for whole "
+                "numbers, or x_0.float() if they are measurements."
+            )
+        embedded = embedded.to(self.dtype)
+        return embedded if mask is None else zeroed(embedded, self.embed_mask(mask))
+
+    def embed_mask(self, mask: Tensor) -> Tensor:
+        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
+        if mask.shape[1:] != self.event_shape[: mask.dim() - 1]:
+            raise ValueError(
+                f"argument 'mask': got shape {tuple(mask.shape)} for states of shape (N,) + "
+                f"{tuple(self.event_shape)}; expected an entry of the data to be an entry of the state, "
+                "because unobserved ones are left out of both. Use a transform that acts entry by entry."
+            )
+        mask = mask.reshape(mask.shape + (1,) * (1 + len(self.event_shape) - mask.dim()))
+        return mask.expand(len(mask), *self.event_shape)
+
+    def log_volume(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+        r""":math:`\log |\det \partial f / \partial x_0|` of the transform, for observed entries, ``(N,)``."""
+        assert self.transform is not None
+        log_jacobian = self.transform.log_abs_det_jacobian(x_0, self.transform(x_0))
+        if mask is not None:
+            log_jacobian = torch.where(mask, log_jacobian, 0.0)
+        return log_jacobian.reshape(len(x_0), -1).sum(1)
+
+    def data_kernel(self, kernel: TorchDistribution, batch_shape: torch.Size) -> TorchDistribution:
+        """The last kernel in the user's units, everything but the batch as event dimensions."""
+        if isinstance(kernel, Independent):
+            kernel = kernel.base_dist
+        if self.transform is not None:
+            if kernel.support.is_discrete:
+                raise ValueError(
+                    f"argument 'transform': got {self.transform} with a likelihood over whole numbers; "
+                    "expected a density, because a mass has no Jacobian. Leave the rescaling to the "
+                    "likelihood's embed."
+                )
+            kernel = dist.TransformedDistribution(kernel, self.transform.inv)
+        batch_dim = len(batch_shape)
+        if kernel.batch_shape[:batch_dim] != batch_shape:
+            raise ValueError(
+                f"argument 'likelihood': got a distribution of batch shape {tuple(kernel.batch_shape)} for "
+                f"states of batch shape {tuple(batch_shape)}; expected batch dimensions that begin with "
+                "those. Let the likelihood act entry by entry on x̂_0."
+            )
+        return dist.Independent(kernel, len(kernel.batch_shape) - batch_dim)
+
+
+def describe_part(part: Any) -> str:
+    """A part's class, with what a module says of its arguments (and not of learned numbers)."""
+    arguments = part.extra_repr() if isinstance(part, nn.Module) else ""
+    return type(part).__name__ + (f"({arguments})" if arguments else "")

@@ -1,0 +1,124 @@
+r"""What to train a hierarchy on besides the bound itself: KL warm-up and free bits.
+
+Left alone, upper levels of a hierarchy tend to fall silent early in training, their KL at zero, and stay
+so. Two usual remedies change the *objective*, never the bound that is reported:
+:func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do.
+
+References:
+    Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.3. https://arxiv.org/abs/1602.02282
+    Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), appendix C.8.
+    https://arxiv.org/abs/1606.04934
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+__all__ = ["FreeBitsELBO", "KLWarmup"]
+
+
+class KLWarmup(Messenger):
+    r"""Scale the terms of latent sites: :math:`E \log p(x_0 \mid x_1) - \sum_t \beta_t L_t`.
+
+    A handler, for any model and guide, any ELBO; it goes around a step of training::
+
+        for step in range(10_000):
+            with KLWarmup(min(1.0, step / 2_000)):
+                svi.step(x_0)
+
+    Args:
+        scale: :math:`\beta`, one for all latent sites, or one for each by name (a site that is not named
+            keeps its own); a zero leaves its term out.
+
+    Raises:
+        ValueError: A scale that is negative or not a number, or the name of a site that is not there.
+    """
+
+    def __init__(self, scale: float | Mapping[str, float]) -> None:
+        super().__init__()
+        scales = scale if isinstance(scale, Mapping) else {"every latent site": scale}
+        for site, value in scales.items():
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"argument 'scale': got {value!r} for {site}; expected a number of at least 0. Pass "
+                    "min(1.0, step / num_steps) for a linear warm-up."
+                )
+        self.scale = scale
+        self._seen: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        self._seen.add(msg["name"])
+        scale = self.scale
+        if isinstance(scale, Mapping):
+            scale = scale.get(msg["name"], 1.0)
+        msg["scale"] = msg["scale"] * scale
+
+    def __exit__(self, *exception: Any) -> Any:
+        super().__exit__(*exception)
+        unknown = set(self.scale) - self._seen if isinstance(self.scale, Mapping) else set()
+        if unknown and exception[0] is None:
+            raise ValueError(
+                f"argument 'scale': got the site {min(unknown)!r}; expected latent sites of the programs, "
+                f"{', '.join(sorted(self._seen)) or 'of which none ran'}. Take names from "
+                "model.site_names."
+            )
+
+
+class FreeBitsELBO(TraceMeanField_ELBO):
+    r"""The bound with a floor under the KL of every latent site, for guides in the model's order:
+
+    .. math::
+        E \log p(x_0 \mid x_1) - \sum_t \max\Big(\lambda,\;
+            \frac1N \sum_{n=1}^N \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big)\Big),
+
+    the mean being over the batch. A level whose KL is below :math:`\lambda` is not pushed further down.
+
+    Args:
+        free_nats: :math:`\lambda`, nats for each level and datum.
+        arguments: Of ``TraceMeanField_ELBO``.
+
+    Raises:
+        ValueError: A negative :math:`\lambda`; from a step, a site without an analytic KL, as those of a
+            bottom-up guide are.
+    """
+
+    def __init__(self, free_nats: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if not isinstance(free_nats, int | float) or not 0 <= free_nats < float("inf"):
+            raise ValueError(
+                f"argument 'free_nats': got {free_nats!r}; expected a number of at least 0, the nats of KL "
+                "that each level has for nothing. Multiply bits by ln 2."
+            )
+        self.free_nats = free_nats
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        for name, p in model_trace.nodes.items():
+            if p["type"] == "sample" and not p["is_observed"] and not site_is_subsample(p):
+                shortfall = self._shortfall(name, p["fn"], guide_trace.nodes[name])
+                surrogate = surrogate + shortfall
+                loss = loss + shortfall.item()
+        return loss, surrogate
+
+    def _shortfall(self, name: str, p: Any, q: Any) -> Tensor:
+        r""":math:`\max(\lambda, \mathrm{KL}) - \mathrm{KL}`, summed over the batch."""
+        try:
+            kl = kl_divergence(q["fn"], p)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"site {name!r}: got no formula for the KL of {type(q['fn']).__name__} and "
+                f"{type(p).__name__}; expected one, for free bits are a floor under it. Use Gaussian layers, "
+                "or KLWarmup."
+            ) from error
+        floor = torch.full_like(kl, self.free_nats)
+        kl, floor = (scale_and_mask(x, scale=q["scale"], mask=q["mask"]) for x in (kl, floor))
+        return (floor.sum() - kl.sum()).clamp(min=0)

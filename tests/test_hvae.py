@@ -1,0 +1,485 @@
+"""Hierarchical VAEs against closed forms, and against the diffusion model that they contain."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch import nn
+from torch.distributions.transforms import ExpTransform
+
+from pyro_diffusion import (
+    MLP,
+    AlphaSchedule,
+    BernoulliLikelihood,
+    BottomUpEncoder,
+    CategoricalLikelihood,
+    DiffusionModel,
+    DiscretizedGaussianLikelihood,
+    GaussianDenoiser,
+    GaussianLayer,
+    GaussianLikelihood,
+    HierarchicalVAE,
+    LadderEncoder,
+    LogSNRSchedule,
+    NeuralDenoiser,
+    PoissonLikelihood,
+    Standardize,
+    TopDownEncoder,
+    elbo_terms,
+    importance_evidence,
+)
+
+# ---------------------------------------------------------------- pinned to a diffusion model
+
+
+class Step(nn.Module):
+    """One kernel of a chain as a layer."""
+
+    def __init__(self, kernel, *t):
+        super().__init__()
+        self.kernel, self.t = kernel, t
+
+    def forward(self, h):
+        return self.kernel(h, *self.t)
+
+
+class ForwardPosterior(TopDownEncoder):
+    """q(x_T | x_0) and q(x_{t-1} | x_t, x_0) of a diffusion model."""
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.kernels = [diffusion]  # in a list: its parameters are not the encoder's
+
+    def encode(self, x):
+        return x
+
+    def initial(self, c):
+        return self.kernels[0].terminal_marginal(c)
+
+    def transition(self, h, c, t, decoder):
+        return self.kernels[0].forward_posterior(h, c, t)
+
+
+def estimate(diffusion):
+    """x̂_0(x_1), which a likelihood takes."""
+    log_snr = diffusion.schedule.log_snr(1)
+    return lambda x_1: diffusion.denoiser.x_0_hat(x_1, log_snr)
+
+
+def pinned(diffusion, guide):
+    """The hierarchical VAE whose layers are √α_t h, (1−α_t) I and the denoiser's reverse kernels."""
+    num_timesteps = diffusion.schedule.num_timesteps
+    if guide == "guide":
+        steps = [Step(diffusion.forward_transition, t + 1) for t in range(num_timesteps)]
+        encoder = BottomUpEncoder.from_layers(steps)
+    else:
+        encoder = ForwardPosterior(diffusion)
+    first = diffusion.decode if diffusion.likelihood is None else estimate(diffusion)
+    decoder = [Step(first)] + [Step(diffusion.denoiser, t) for t in range(2, num_timesteps + 1)]
+    return HierarchicalVAE(
+        tuple(diffusion.event_shape),
+        latent_sizes=(tuple(diffusion.event_shape),) * num_timesteps,
+        likelihood=diffusion.likelihood,
+        encoder=encoder,
+        decoder=decoder,
+    )
+
+
+def misfit(num_timesteps):
+    """Exact kernels of another law than the data's: a bound with a gap."""
+    schedule = AlphaSchedule(torch.linspace(0.95, 0.3, num_timesteps))
+    denoiser = GaussianDenoiser(torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.5, 1, 2]), schedule)
+    return DiffusionModel(denoiser), torch.randn(6, 3)
+
+
+def images(num_timesteps):
+    """A network over grey levels with a discretised likelihood."""
+    network = MLP((2, 2), hidden_size=16, num_blocks=1)
+    nn.init.normal_(network.decode.weight, std=0.3)
+    denoiser = NeuralDenoiser(network, LogSNRSchedule(num_timesteps, log_snr_max=3.0), (2, 2))
+    likelihood = DiscretizedGaussianLikelihood(5, scale=0.3)
+    return DiffusionModel(denoiser, likelihood), torch.randint(5, (6, 2, 2)).float()
+
+
+@pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
+@pytest.mark.parametrize("num_timesteps", [1, 2, 5])
+@pytest.mark.parametrize("family", [misfit, images])
+def test_pinned_layers_give_the_diffusion_models_bound(double, family, num_timesteps, guide):
+    """The assertion that carries the argument: same noise, same numbers, term by term."""
+    diffusion, x_0 = family(num_timesteps)
+    vae = pinned(diffusion, guide)
+    for analytic_kl in (None, False):
+        found = []
+        for model, q in ((diffusion.model, getattr(diffusion, guide)), (vae.model, vae.guide)):
+            pyro.set_rng_seed(1)
+            found.append(elbo_terms(model, q, x_0, num_particles=3, analytic_kl=analytic_kl))
+        ours, theirs = found
+        for field in ("reconstruction", "transition", "prior", "standard_error"):
+            torch.testing.assert_close(
+                getattr(theirs, field), getattr(ours, field), rtol=1e-10, atol=1e-10
+            )
+        assert ours.kinds == theirs.kinds
+        assert ours.site_names == theirs.site_names
+    for elbo in [Trace_ELBO] + [TraceMeanField_ELBO] * (guide == "posterior_guide"):
+        losses = []
+        for model, q in ((diffusion.model, getattr(diffusion, guide)), (vae.model, vae.guide)):
+            pyro.set_rng_seed(2)
+            losses.append(elbo().loss(model, q, x_0, num_data=60))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+def test_pinned_layers_sample_what_the_diffusion_model_samples(double):
+    diffusion, _ = images(4)
+    draws = []
+    for family in (diffusion, pinned(diffusion, "guide")):
+        pyro.set_rng_seed(3)
+        draws.append(family.sample(5))
+    torch.testing.assert_close(*draws)
+
+
+# ---------------------------------------------------------------- linear-Gaussian hierarchies
+
+
+class Linear(nn.Module):
+    """N(A h + b, C)."""
+
+    def __init__(self, matrix, shift, covariance):
+        super().__init__()
+        self.matrix, self.shift, self.covariance = matrix, shift, covariance
+
+    def forward(self, h):
+        return dist.MultivariateNormal(h @ self.matrix.T + self.shift, self.covariance)
+
+
+class LinearGaussian:
+    """x = h_0 ← h_1 ← … ← h_T with h_{t-1} = W_t h_t + b_t + noise; everything by conditioning."""
+
+    def __init__(self, sizes, seed=0):
+        rng = np.random.default_rng(seed)
+        self.sizes = sizes
+        self.W = [rng.normal(size=pair) for pair in pairwise(sizes)]
+        self.b = [rng.normal(size=size) for size in sizes[:-1]]
+        self.noise = [rng.uniform(0.3, 1.0, size=size) for size in sizes[:-1]]
+        self.mean, self.covariance = [np.zeros(sizes[-1])], [np.eye(sizes[-1])]
+        for W, b, noise in zip(self.W[::-1], self.b[::-1], self.noise[::-1], strict=True):
+            self.mean.insert(0, W @ self.mean[0] + b)
+            self.covariance.insert(0, W @ self.covariance[0] @ W.T + np.diag(noise**2))
+
+    def decoder(self):
+        return [
+            Linear(*map(torch.tensor, (W, b, np.diag(noise**2))))
+            for W, b, noise in zip(self.W, self.b, self.noise, strict=True)
+        ]
+
+    def encoder(self):
+        """p(h_t | h_{t-1}) by Bayes' rule: the exact Markovian encoder."""
+        layers = []
+        for t, W in enumerate(self.W, start=1):
+            gain = self.covariance[t] @ W.T @ np.linalg.inv(self.covariance[t - 1])
+            shift = self.mean[t] - gain @ self.mean[t - 1]
+            covariance = self.covariance[t] - gain @ W @ self.covariance[t]
+            layers.append(
+                Linear(*map(torch.tensor, (gain, shift, (covariance + covariance.T) / 2)))
+            )
+        return layers
+
+    def log_evidence(self, x):
+        law = dist.MultivariateNormal(*map(torch.tensor, (self.mean[0], self.covariance[0])))
+        return law.log_prob(x)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3), (4, 3, 2), (3, 5, 2, 1)])
+def test_an_exact_encoder_has_no_variance_and_no_gap(double, sizes):
+    """Every draw of the one-sample bound is log p(x), at any number of levels and any size of each."""
+    truth = LinearGaussian(sizes)
+    vae = HierarchicalVAE(
+        (sizes[0],),
+        latent_sizes=sizes[1:],
+        encoder=BottomUpEncoder.from_layers(truth.encoder()),
+        decoder=truth.decoder(),
+    )
+    x_0 = torch.randn(5, sizes[0])
+    expected = truth.log_evidence(x_0)
+    terms = elbo_terms(vae.model, vae.guide, x_0, num_particles=4, analytic_kl=False)
+    torch.testing.assert_close(terms.elbo, expected, rtol=1e-10, atol=1e-10)
+    assert terms.standard_error.max() < 1e-10
+    assert Trace_ELBO().loss(vae.model, vae.guide, x_0) == pytest.approx(-expected.sum().item())
+    evidence = importance_evidence(vae.model, vae.guide, x_0, num_particles=30)
+    assert (evidence.pareto_k == -torch.inf).all()
+
+
+class Diagonal(nn.Module):
+    """N(w h + b, s²) for one number."""
+
+    def __init__(self, weight, shift, scale):
+        super().__init__()
+        self.weight, self.shift, self.scale = weight, shift, scale
+
+    def forward(self, h):
+        scale = torch.full_like(h, self.scale)
+        return dist.Normal(self.weight * h + self.shift, scale).to_event(1)
+
+
+def test_a_ladder_is_exact_where_merging_is_bayes_rule(double):
+    """One number a level: what x says of h_1 is its likelihood N(x; w h_1 + b, s²), read as a law of h_1."""
+    truth = LinearGaussian((1, 1, 1), seed=3)
+    (w1, w2), (b1, b2), (s1, s2) = (np.ravel(x) for x in (truth.W, truth.b, truth.noise))
+    gain = truth.covariance[2] * w2 * w1 / truth.covariance[0]  # p(h_2 | x)
+    spread = 1 - gain * w2 * w1
+    top = Diagonal(gain.item(), (-gain * truth.mean[0]).item(), np.sqrt(spread).item())
+    first = Diagonal(1 / w1, -b1 / w1, s1 / abs(w1))
+    path = [nn.Identity(), nn.Identity()]
+    vae = HierarchicalVAE(
+        (1,),
+        latent_sizes=(1, 1),
+        encoder=LadderEncoder.from_layers(path, [first, top]),
+        decoder=[Diagonal(w1, b1, s1), Diagonal(w2, b2, s2)],
+    )
+    x_0 = torch.randn(6, 1)
+    terms = elbo_terms(vae.model, vae.guide, x_0, analytic_kl=False)
+    torch.testing.assert_close(terms.elbo, truth.log_evidence(x_0), rtol=1e-10, atol=1e-10)
+    assert terms.standard_error.max() < 1e-10
+    assert terms.is_kl
+
+
+def test_a_bound_below_the_evidence_by_the_kl(double):
+    """A plain VAE with the wrong encoder: the gap is the closed-form KL, the evidence is the same."""
+    truth = LinearGaussian((2, 2))
+    exact, wrong = truth.encoder()[0], copy.deepcopy(truth.encoder()[0])
+    wrong.shift, wrong.covariance = wrong.shift + 0.2, 1.5 * wrong.covariance
+    vae = HierarchicalVAE(
+        (2,), (2,), encoder=BottomUpEncoder.from_layers([wrong]), decoder=truth.decoder()
+    )
+    x_0 = torch.randn(4, 2)
+    gap = torch.distributions.kl_divergence(wrong(x_0), exact(x_0))
+    terms = elbo_terms(vae.model, vae.guide, x_0, num_particles=2000)
+    assert ((terms.elbo + gap - truth.log_evidence(x_0)).abs() < 5 * terms.standard_error).all()
+    evidence = importance_evidence(vae.model, vae.guide, x_0, num_particles=2000)
+    error = (evidence.log_evidence - truth.log_evidence(x_0)).abs()
+    assert (error < 5 * evidence.standard_error).all()
+    assert (error < gap).all()
+
+
+# ---------------------------------------------------------------- terms, guards, errors
+
+
+def small(encoder=None, latent_sizes=(4, 3, 2), likelihood=None, event_shape=(2,), **arguments):
+    if encoder is LadderEncoder:
+        encoder = LadderEncoder(event_shape, latent_sizes, hidden_size=16)
+    return HierarchicalVAE(
+        event_shape, latent_sizes, likelihood, encoder=encoder, hidden_size=16, **arguments
+    )
+
+
+def test_only_the_top_of_a_bottom_up_encoder_is_a_kl():
+    x_0 = torch.randn(8, 2)
+    bottom_up, ladder = small(), small(LadderEncoder)
+    terms = elbo_terms(bottom_up.model, bottom_up.guide, x_0)
+    assert terms.kinds == ("log-likelihood", "log-ratio", "log-ratio", "KL")
+    assert "log-ratio at x_1" in terms.table()
+    assert "KL at x_3" in terms.table()
+    assert "2 log-ratios" in repr(terms)
+    terms = elbo_terms(ladder.model, ladder.guide, x_0)
+    assert terms.kinds == ("log-likelihood", "KL", "KL", "KL")
+    assert (terms.transition >= 0).all()
+
+
+def test_bottom_up_log_ratios_can_be_negative(double):
+    truth = LinearGaussian((4, 3, 2), seed=1)
+    vae = HierarchicalVAE(
+        (4,),
+        (3, 2),
+        encoder=BottomUpEncoder.from_layers(truth.encoder()),
+        decoder=truth.decoder(),
+    )
+    x_0 = dist.MultivariateNormal(*map(torch.tensor, (truth.mean[0], truth.covariance[0]))).sample(
+        (50,)
+    )
+    terms = elbo_terms(vae.model, vae.guide, x_0)
+    assert (terms.transition < 0).any()
+
+
+def test_mean_field_elbo_is_refused_for_learned_bottom_up_layers():
+    vae, x_0 = small(), torch.randn(4, 2)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    with (
+        pytest.warns(UserWarning, match="mean field"),
+        pytest.raises(ValueError, match=r"posterior_guide.*LadderEncoder"),
+    ):
+        svi.step(x_0)
+    one = small(latent_sizes=(3,))  # a single site has no order
+    assert elbo_terms(one.model, one.guide, x_0).is_kl
+    assert np.isfinite(TraceMeanField_ELBO().loss(one.model, one.guide, x_0))
+
+
+def test_posterior_guide_is_there_for_ladders_only():
+    assert hasattr(small(LadderEncoder), "posterior_guide")
+    assert not hasattr(small(), "posterior_guide")
+    with pytest.raises(AttributeError, match="LadderEncoder"):
+        _ = small().posterior_guide
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = small().nothing_of_the_kind
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+def test_svi_trains_every_parameter(encoder):
+    x_0 = torch.randn(64, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.3]])
+    vae = small(encoder)
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 3e-3}), Trace_ELBO())
+    losses = [svi.step(x_0) for _ in range(150)]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+    for name, parameter in vae.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_vectorized_particles_estimate_the_same_bound(double, elbo):
+    vae, x_0 = small(LadderEncoder), torch.randn(5, 2)
+    terms = elbo_terms(vae.model, vae.guide, x_0, num_particles=2000)
+    loss = elbo(num_particles=2000, vectorize_particles=True).loss(vae.model, vae.guide, x_0)
+    error = 5 * terms.standard_error.square().sum().sqrt().item() * 2**0.5
+    assert -loss == pytest.approx(terms.elbo.sum().item(), abs=2 * error)
+
+
+DATA = {
+    "measurements": (None, lambda: torch.randn(6, 2), (2,), None),
+    "noise": (GaussianLikelihood(0.5), lambda: torch.randn(6, 2), (2,), None),
+    "levels": (DiscretizedGaussianLikelihood(5), lambda: torch.randint(5, (6, 2)), (2,), None),
+    "bits": (BernoulliLikelihood(), lambda: torch.randint(2, (6, 4, 4)), (4, 4), None),
+    "categories": (CategoricalLikelihood(3), lambda: torch.randint(3, (6, 2)), (2, 3), None),
+    "counts": (PoissonLikelihood(20.0), lambda: torch.randint(20, (6, 2)), (2,), None),
+    "positive": (None, lambda: torch.randn(6, 2).exp(), (2,), ExpTransform().inv),
+    "scaled": (None, lambda: 7 + torch.randn(6, 2), (2,), Standardize(torch.full((2,), 7.0), torch.ones(2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+@pytest.mark.parametrize("kind", DATA)
+def test_every_likelihood_and_transform(kind, encoder):
+    likelihood, draw, event_shape, transform = DATA[kind]
+    x_0 = draw()
+    vae = small(encoder, (3, 2), likelihood, event_shape, transform=transform)
+    terms = elbo_terms(vae.model, vae.guide, x_0, num_particles=2)
+    assert terms.event_size == x_0[0].numel()
+    assert vae.sample(4).shape == (4, *x_0.shape[1:])
+    mask = torch.rand(x_0.shape) < 0.7
+    mask[:, 0] = True
+    pyro.set_rng_seed(0)
+    masked = elbo_terms(vae.model, vae.guide, x_0, mask=mask, num_particles=2)
+    assert masked.elbo.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+def test_unobserved_entries_and_other_data_do_not_matter(double, encoder):
+    """The encoder sees zero in a gap: not what stands there, nor what other rows of the batch hold."""
+    vae = small(encoder, latent_sizes=(3, 2))
+    x_0, mask = (
+        torch.randn(4, 2),
+        torch.tensor([[True, False], [True, True], [False, True], [True, True]]),
+    )
+    other = torch.where(mask, x_0, 100.0)
+    other[3] = 5.0
+    bounds = []
+    for data in (x_0, other):
+        pyro.set_rng_seed(0)
+        bounds.append(elbo_terms(vae.model, vae.guide, data, mask=mask).elbo[:3])
+    torch.testing.assert_close(*bounds)
+
+
+class Convolution(nn.Module):
+    """N over feature maps, or their mean alone."""
+
+    def __init__(self, network, channels, distribution=True):
+        super().__init__()
+        self.network, self.channels, self.distribution = network, channels, distribution
+
+    def forward(self, h):
+        output = self.network(h.reshape(-1, *h.shape[-3:]))
+        output = output.reshape(*h.shape[:-3], *output.shape[1:])
+        if not self.distribution:
+            return output
+        mean, log_scale = output.chunk(2, dim=-3)
+        return dist.Normal(mean, log_scale.exp()).to_event(3)
+
+
+def test_convolutional_layers_of_ones_own():
+    encoder = BottomUpEncoder.from_layers(
+        [
+            Convolution(nn.Conv2d(1, 8, 3, stride=2, padding=1), 4),
+            GaussianLayer((4, 4, 4), (6,), hidden_size=16),
+        ]
+    )
+    up = nn.ConvTranspose2d(4, 1, 4, stride=2, padding=1)
+    decoder = [
+        Convolution(up, 1, distribution=False),
+        GaussianLayer((6,), (4, 4, 4), hidden_size=16),
+    ]
+    vae = HierarchicalVAE(
+        (1, 8, 8), ((4, 4, 4), 6), BernoulliLikelihood(), encoder=encoder, decoder=decoder
+    )
+    x_0 = torch.randint(2, (5, 1, 8, 8)).float()
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO(2, vectorize_particles=True))
+    assert np.isfinite(svi.step(x_0))
+    assert vae.sample(3).shape == (3, 1, 8, 8)
+
+
+def test_families_in_one_process_share_nothing(tmp_path):
+    one, two = small(LadderEncoder), small(LadderEncoder)
+    three = copy.deepcopy(one)
+    x_0 = torch.randn(8, 2)
+    for vae in (one, two, three):
+        before = [p.detach().clone() for p in vae.parameters()]
+        SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), Trace_ELBO()).step(x_0)
+        assert any(not torch.equal(p, q) for p, q in zip(vae.parameters(), before, strict=True))
+    one.save(tmp_path / "vae.pt")
+    two.load(tmp_path / "vae.pt")
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match="encoder"):
+        small().load(tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match="latent_sizes"):
+        small(latent_sizes=(4, 2, 3)).load(tmp_path / "vae.pt")
+
+
+def test_arguments_that_do_not_fit():
+    for sizes in ((), 3, (4, 0)):
+        with pytest.raises(ValueError, match="argument 'latent_sizes'"):
+            HierarchicalVAE((2,), sizes)
+    with pytest.raises(ValueError, match="argument 'event_shape'"):
+        HierarchicalVAE(2, (3,))
+    with pytest.raises(ValueError, match="argument 'encoder'.*BottomUpEncoder"):
+        HierarchicalVAE((2,), (3,), encoder=nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="argument 'encoder': got 2 layers for 1 levels"):
+        HierarchicalVAE((2,), (3,), encoder=LadderEncoder((2,), (3, 3)))
+    with pytest.raises(ValueError, match="argument 'decoder': got 1 layers for 2 levels"):
+        HierarchicalVAE((2,), (3, 3), decoder=[GaussianLayer((3,), (2,))])
+    with pytest.raises(ValueError, match="argument 'hidden_size'"):
+        HierarchicalVAE(
+            (2,), (3,), encoder=LadderEncoder((2,), (3,)), decoder=[GaussianLayer((3,), (2,))], hidden_size=8
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="argument 'likelihood'"):
+        HierarchicalVAE((2,), (3,), BernoulliLikelihood)
+    x_0 = torch.randn(3, 2)
+    wrong = HierarchicalVAE((2,), (3, 3), encoder=BottomUpEncoder((2,), (3, 4)))
+    with pytest.raises(ValueError, match=r"site 'x_2'.*argument 'encoder'.*\(4,\) over level 2"):
+        elbo_terms(wrong.model, wrong.guide, x_0)
+    no_kernel = HierarchicalVAE((2,), (3,), decoder=[nn.Linear(3, 2)])
+    with pytest.raises(ValueError, match=r"site 'x_0'.*argument 'decoder': got a Tensor"):
+        no_kernel.sample()
+    laplace = Step(lambda h: dist.Laplace(h[..., :1], 1.0).to_event(1))
+    ladder = LadderEncoder.from_layers([nn.Identity()] * 2, [laplace, laplace])
+    vae = HierarchicalVAE((2,), (1, 1), encoder=ladder)
+    with pytest.raises(ValueError, match=r"site 'x_1'.*Laplace.*merges them by precision"):
+        elbo_terms(vae.model, vae.guide, x_0)
+    vae = small()
+    with pytest.raises(ValueError, match=r"argument 'x_0': got data of shape \(24, 5\)"):
+        elbo_terms(vae.model, vae.guide, torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"argument 'h': got shape"):
+        GaussianLayer((2,), (3,))(torch.randn(4, 5))
