@@ -1,6 +1,7 @@
 # make demo: fit the digits and look at them.  make test: the whole suite.
 # make docs: the site, in docs/_build/html.
-# All make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
+# make arviz1: the tests of arviz_bridge against ArviZ 1.x, without torch; PYTHON is 3.12 or later.
+# All but that make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test lint types docs arviz1 clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --device $(DEVICE)
@@ -26,6 +27,12 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
+arviz1:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "make arviz1 PYTHON=…: ArviZ 1.x needs 3.12")'
+	$(PYTHON) -m venv .venv-arviz1
+	.venv-arviz1/bin/python -m pip install --quiet 'arviz>=1.2,<2' xarray h5netcdf h5py matplotlib pytest
+	.venv-arviz1/bin/python -m pytest --noconftest tests/test_arviz_bridge.py
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -33,4 +40,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build docs/_build *.egg-info
+	rm -rf $(VENV) .venv-arviz1 outputs build docs/_build *.egg-info

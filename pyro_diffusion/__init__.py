@@ -15,6 +15,13 @@ from pyro_diffusion.denoisers import (
     GaussianMixtureDenoiser,
     NeuralDenoiser,
 )
+from pyro_diffusion.diagnostics import (
+    active_units,
+    compare,
+    randomized_pit,
+    simulation_based_calibration,
+    to_arviz,
+)
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, importance_evidence
 from pyro_diffusion.hvae import (
@@ -49,7 +56,10 @@ from pyro_diffusion.parameterizations import (
 )
 from pyro_diffusion.plots import (
     plot_bound,
+    plot_compare,
     plot_denoised,
+    plot_khat,
+    plot_pit,
     plot_samples,
     plot_schedule,
     plot_training,
@@ -114,17 +124,25 @@ __all__ = [
     "TopDownGuide",
     "VarianceExploding",
     "VelocityPrediction",
+    "active_units",
+    "compare",
     "elbo_terms",
     "forward_marginal",
     "forward_posterior",
     "forward_transition",
     "importance_evidence",
     "plot_bound",
+    "plot_compare",
     "plot_denoised",
+    "plot_khat",
+    "plot_pit",
     "plot_samples",
     "plot_schedule",
     "plot_training",
     "plot_trajectory",
+    "randomized_pit",
+    "simulation_based_calibration",
     "snr_weight",
     "terminal_prior",
+    "to_arviz",
 ]

@@ -29,7 +29,7 @@ References:
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -257,25 +257,14 @@ def elbo_terms(
         >>> terms.transition.shape, terms.is_kl
         (torch.Size([4, 3]), True)
     """
-    totals: dict[int, _Moments] = defaultdict(_Moments)
-    terms: dict[int, _Moments] = defaultdict(_Moments)
+    moments = TermMoments()
     for start, sites in trajectory_terms(
         model, guide, x_0, num_particles=num_particles, mask=mask, analytic_kl=analytic_kl,
         batch_size=batch_size, progress=progress,
     ):  # fmt: skip
-        terms[start].update(sites.values.movedim(1, 0))
-        totals[start].update(sites.values[0] - sites.values[1:].sum(0))
-    mean = torch.cat([moments.mean for moments in terms.values()], dim=-1)
-    return ELBOTerms(
-        reconstruction=mean[0],
-        transition=mean[1:-1],
-        prior=mean[-1],
-        standard_error=_errors(totals),
-        term_standard_error=_errors(terms),
-        kinds=sites.kinds,
-        site_names=sites.names,
-        event_size=sites.event_size if mask is None else int(mask.sum()) / len(x_0),
-    )
+        moments.update(start, sites)
+    terms = moments.terms()
+    return terms if mask is None else terms._replace(event_size=int(mask.sum()) / len(x_0))
 
 
 def trajectory_terms(
@@ -289,11 +278,13 @@ def trajectory_terms(
     batch_size: int | None = None,
     progress: bool = True,
     description: str = "bound",
+    keep: Collection[str] | None = (),
 ) -> "Iterator[tuple[int, _Sites]]":
     """The terms of every trajectory, chunk by chunk; the arguments are those of :func:`elbo_terms`.
 
-    Yields the row of the chunk's first datum, and its terms of shape ``(T + 1, particles, data)``. A
-    datum's particles may come in several chunks.
+    Yields the row of the chunk's first datum, and its terms of shape ``(T + 1, particles, data)``, with
+    the states of latent sites in ``keep`` (``None``: of all). A datum's particles may come in several
+    chunks.
     """
     _check_arguments(model, guide, num_particles, batch_size)
     check_data(x_0, mask)
@@ -314,9 +305,16 @@ def trajectory_terms(
                     x.repeat(particles, *(1,) * (x.dim() - 1)) for x in (data, *observed)
                 )
                 given = {"mask": masks[0]} if masks else {}
-                sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks)
-                values = sites.values.reshape(len(sites.names), particles, len(data))
-                yield start, sites._replace(values=values)
+                sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks, keep)
+                shape = (particles, len(data))
+                yield (
+                    start,
+                    sites._replace(
+                        values=sites.values.unflatten(1, shape),
+                        log_q=sites.log_q.unflatten(0, shape),
+                        states={name: x.unflatten(0, shape) for name, x in sites.states.items()},
+                    ),
+                )
 
 
 def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
@@ -351,6 +349,8 @@ class _Sites(NamedTuple):
     kinds: tuple[str, ...]
     names: tuple[str, ...]
     event_size: int
+    log_q: Tensor  # log-density of the trajectory under the guide, (rows,)
+    states: dict[str, Tensor]  # of latent sites that are kept, (rows, …)
 
 
 class _Moments:
@@ -377,6 +377,34 @@ class _Moments:
         return (self.squares / (self.count - 1) / self.count).sqrt()
 
 
+class TermMoments:
+    """Means and errors of terms, from the chunks of :func:`trajectory_terms`."""
+
+    def __init__(self) -> None:
+        self.totals: dict[int, _Moments] = defaultdict(_Moments)
+        self.sites: dict[int, _Moments] = defaultdict(_Moments)
+
+    def update(self, start: int, sites: _Sites) -> None:
+        """Take in a chunk whose first datum is in row ``start``."""
+        self.last = sites
+        self.sites[start].update(sites.values.movedim(1, 0))
+        self.totals[start].update(sites.values[0] - sites.values[1:].sum(0))
+
+    def terms(self) -> ELBOTerms:
+        """The bound of all data taken in."""
+        mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
+        return ELBOTerms(
+            reconstruction=mean[0],
+            transition=mean[1:-1],
+            prior=mean[-1],
+            standard_error=_errors(self.totals),
+            term_standard_error=_errors(self.sites),
+            kinds=self.last.kinds,
+            site_names=self.last.names,
+            event_size=self.last.event_size,
+        )
+
+
 def _errors(moments: dict[int, _Moments]) -> Tensor:
     return torch.cat([part.standard_error() for part in moments.values()], dim=-1)
 
@@ -398,9 +426,17 @@ class _Draw(Messenger):
 class _Score(Messenger):
     """Replay the model on the guide's draws; turn each site into a term and let go of its state."""
 
-    def __init__(self, drawn: dict[str, tuple[Tensor, Any, Any]], rows: int, bar: Any) -> None:
+    def __init__(
+        self,
+        drawn: dict[str, tuple[Tensor, Any, Any]],
+        rows: int,
+        bar: Any,
+        keep: Collection[str] | None,
+    ) -> None:
         super().__init__()
-        self.drawn, self.rows, self.bar = drawn, rows, bar
+        self.drawn, self.rows, self.bar, self.keep = drawn, rows, bar, keep
+        self.states: dict[str, Tensor] = {}
+        self.log_q: Tensor = torch.zeros(())
         self.guide_order = iter(list(drawn))
         self.in_order = (
             True  # whether the model has visited its latents in the guide's order so far
@@ -431,7 +467,11 @@ class _Score(Messenger):
                     f"site {name!r}: got another mask in the guide than in the model; expected the "
                     "same in both, so that a term has one set of entries. Mask both programs alike."
                 )
-            self.log_ratio[name] = self._per_datum(_log_prob(q, value) - _log_prob(p, value), msg)
+            log_q = _log_prob(q, value)
+            self.log_q = self.log_q + self._per_datum(log_q, msg)
+            self.log_ratio[name] = self._per_datum(log_q - _log_prob(p, value), msg)
+            if self.keep is None or name in self.keep:
+                self.states[name] = value.movedim(value.dim() - p.event_dim - 1, 0)
             self.in_order = self.in_order and name == next(self.guide_order)
             if self.in_order:
                 with suppress(NotImplementedError):  # no formula: the log-ratio is used
@@ -510,11 +550,12 @@ def _score(
     analytic_kl: bool | None,
     bar: Any,
     num_chunks: int,
+    keep: Collection[str] | None,
 ) -> _Sites:
     with _Draw(len(rows)) as drawn:
         guide(rows, **given)
     bar.total = num_chunks * (len(drawn.sites) + 1)
-    with _Score(drawn.sites, len(rows), bar) as score:
+    with _Score(drawn.sites, len(rows), bar, keep) as score:
         model(rows, **given)
     if score.drawn:
         missing = ", ".join(map(repr, score.drawn))
@@ -545,6 +586,8 @@ def _score(
         ),
         names=("+".join(score.observed), *latents),
         event_size=score.event_size,
+        log_q=score.log_q,
+        states=score.states,
     )
 
 

@@ -29,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -166,6 +167,18 @@ class GenerativeChain(Program):
                 kernel = check_event_shape(self.likelihood(zeroed(x_t, states)), x_0)
                 kernel = observed_part(kernel, mask)
             return pyro.sample("x_0", kernel, obs=as_real(x_0))
+
+    def from_state(self, x_t: Tensor, t: int) -> "GenerativeChain":
+        r"""The rest of the chain, :math:`p(x_{0:t-1} \mid x_t)`: a program of ``t`` steps.
+
+        Args:
+            x_t: States, ``(n,)`` + the shape of one; run it with ``num_samples=n``.
+            t: Their timestep in ``{1, …, T}``.
+        """
+        start = dist.Delta(x_t, event_dim=x_t.dim() - 1)
+        return GenerativeChain(
+            lambda: start, self.transition, self.likelihood, num_timesteps=t, owner=self.owner
+        )
 
 
 class BottomUpGuide(Program):

@@ -18,6 +18,7 @@ References:
     Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
 """
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,11 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_diffusion.arviz_bridge import GOOD_K, MIN_DRAWS, constant, pareto_k
 from pyro_diffusion.bounds import Estimate, trajectory_terms
 
-__all__ = ["Evidence", "importance_evidence", "pareto_k"]
-
-_CONSTANT = 1e-8  # spread of log-weights, in nats, below which they are one number
+__all__ = ["Evidence", "average", "fingerprint", "importance_evidence"]
 
 
 class Evidence(NamedTuple):
@@ -40,16 +40,20 @@ class Evidence(NamedTuple):
     log_evidence: Tensor  #: :math:`\log \hat p(x_0)`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``; NaN for one particle
     ess: Tensor  #: effective sample size, between 1 and the number of particles, ``(N,)``
-    pareto_k: (
-        Tensor  #: :math:`\hat k` of the weights, ``(N,)``; −∞ for constant ones, NaN for too few
-    )
+    #: :math:`\hat k` of the weights, ``(N,)``; −∞ for constant ones, NaN for too few (below 25)
+    pareto_k: Tensor
     ess_by_timestep: Tensor | None = None  #: ``(T, N)`` where an estimator has one
+    elbo: Tensor | None = None  #: the bound from the same draws, ``(N,)``
+    elbo_standard_error: Tensor | None = None  #: Monte Carlo error of it, ``(N,)``
+    estimator: str = ""  #: how it was estimated; models are compared by one and the same
+    num_particles: int = 0  #: trajectories for each datum
+    data: str = ""  #: a word for the data; models are compared on the same
 
     def __repr__(self) -> str:
-        unreliable = int((self.pareto_k > 0.7).sum())
+        unreliable = int((self.pareto_k > GOOD_K).sum())
         return (
             f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
-            f"k > 0.7 for {unreliable})"
+            f"k > {GOOD_K} for {unreliable})"
         )
 
     def mean(self) -> Estimate:
@@ -103,50 +107,40 @@ def importance_evidence(
     ):  # fmt: skip
         chunks[start].append(sites.values[0] - sites.values[1:].sum(0))
     log_weights = torch.cat([torch.cat(parts) for parts in chunks.values()], dim=1)
-    return _average(log_weights)
+    return average(log_weights)._replace(data=fingerprint(x_0, mask))
 
 
-def _average(log_weights: Tensor) -> Evidence:
+def average(log_weights: Tensor) -> Evidence:
     """Evidence from log-weights of shape ``(K, N)``."""
     count = len(log_weights)
     log_evidence = log_weights.logsumexp(0) - math.log(count)
     relative = (log_weights - log_evidence).exp()  # weights over their mean
-    error = torch.full_like(log_evidence, math.nan)
+    error, elbo_error = torch.full((2, *log_evidence.shape), math.nan, dtype=log_evidence.dtype)
     if count > 1:
         error = (relative.var(0) / count).sqrt()
+        elbo_error = (log_weights.var(0) / count).sqrt()
     return Evidence(
         log_evidence=log_evidence,
         standard_error=error,
         ess=relative.sum(0).square() / relative.square().sum(0),
-        pareto_k=pareto_k(log_weights),
+        pareto_k=_pareto_k(log_weights),
+        elbo=log_weights.mean(0),
+        elbo_standard_error=elbo_error,
+        estimator="importance weights",
+        num_particles=count,
     )
 
 
-def pareto_k(log_weights: Tensor) -> Tensor:
-    r"""Pareto :math:`\hat k` of importance weights, by ArviZ.
-
-    Args:
-        log_weights: Log-weights, particles in front, shape ``(K, N)``.
-
-    Returns:
-        :math:`\hat k`, float64, shape ``(N,)``: :math:`-\infty` where the weights are constant (there is
-        no tail, and the estimate is exact), NaN where there are too few to have a tail (below 25).
-    """
-    values = log_weights.detach().double().cpu().numpy().T  # (N, K)
-    spread = np.ptp(values, axis=1)
-    k = np.where(spread <= _CONSTANT, -math.inf, math.nan)
-    rows = spread > _CONSTANT
-    if values.shape[1] >= 25 and rows.any():
-        k[rows] = _psis_k(values[rows] - values[rows].max(axis=1, keepdims=True))
+def _pareto_k(log_weights: Tensor) -> Tensor:
+    values = log_weights.cpu().numpy().T
+    too_few = len(log_weights) < MIN_DRAWS
+    k = np.where(constant(values), -math.inf, math.nan) if too_few else pareto_k(values)
     return torch.as_tensor(k, device=log_weights.device)
 
 
-def _psis_k(log_weights: np.ndarray) -> np.ndarray:
-    """ArviZ's own PSIS: from 1.x on in another package, and of the negative log-weights."""
-    try:
-        from arviz_stats.base import array_stats
-    except ImportError:
-        import arviz
-
-        return np.asarray(arviz.psislw(log_weights.copy())[1])
-    return np.asarray(array_stats.psislw(-log_weights, axis=-1)[1])
+def fingerprint(x_0: Tensor, mask: Tensor | None = None) -> str:
+    """A short word for data, the same for the same numbers in the same order."""
+    if mask is not None:
+        x_0 = torch.where(mask, x_0.double(), math.nan)
+    numbers = np.ascontiguousarray(x_0.detach().double().cpu().numpy())
+    return hashlib.sha256(str(numbers.shape).encode() + numbers.tobytes()).hexdigest()[:16]

@@ -12,9 +12,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_bound",
+    "plot_compare",
     "plot_denoised",
+    "plot_khat",
+    "plot_pit",
     "plot_samples",
     "plot_schedule",
     "plot_training",
@@ -240,6 +245,49 @@ def plot_training(
     ax.set(xlabel="step", ylabel="nats per datum", xlim=(steps[0], steps[-1]))
     ax.legend(fontsize="small", reverse=True, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax
+
+
+def plot_khat(evidence: Evidence, ax: "Axes | None" = None) -> Any:
+    r"""Pareto :math:`\hat k` of every datum, by ArviZ; exact data (constant weights) are left out.
+
+    Args:
+        evidence: From importance weights.
+        ax: Axes to draw into, before ArviZ 1.0.
+
+    Returns:
+        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+
+    Raises:
+        ValueError: No datum with weights that vary.
+    """
+    return arviz_bridge.plot_khat(evidence.pareto_k.cpu().numpy(), evidence.num_particles, ax)
+
+
+def plot_compare(table: Any, ax: "Axes | None" = None) -> Any:
+    """The table of :func:`~pyro_diffusion.diagnostics.compare`, by ArviZ.
+
+    Args:
+        table: What ``compare`` returned.
+        ax: Axes to draw into, before ArviZ 1.0.
+
+    Returns:
+        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+    """
+    return arviz_bridge.plot_compare(table, ax)
+
+
+def plot_pit(pit: Tensor, ax: "Axes | None" = None, *, envelope: float = 0.99) -> Any:
+    """Distribution function of a PIT less that of uniform numbers, with ArviZ's band or test.
+
+    Args:
+        pit: Values in [0, 1], shape ``(N,)``.
+        ax: Axes to draw into, before ArviZ 1.0.
+        envelope: Probability that uniform values stay in the band everywhere.
+
+    Returns:
+        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+    """
+    return arviz_bridge.plot_pit(pit.cpu().numpy(), ax, envelope)
 
 
 def _columns(

@@ -1,7 +1,6 @@
 """Evidence above the bound: exact where the weights are constant, the model's own log p elsewhere."""
 
 import math
-import warnings
 
 import numpy as np
 import pyro
@@ -14,7 +13,7 @@ from pyro import poutine
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import Evidence, _average, importance_evidence, pareto_k
+from pyro_diffusion.evidence import Evidence, average, fingerprint, importance_evidence
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
 
 GUIDES = ["guide", "posterior_guide"]
@@ -110,7 +109,7 @@ def test_the_observed_part_under_a_mask(double):
 def test_the_average_of_given_weights(loc, double):
     """log of the mean, its error, and (Σ w)² / Σ w², for weights far below one as well."""
     log_weights = loc + torch.randn(50, 3)
-    evidence = _average(log_weights)
+    evidence = average(log_weights)
     weights = np.exp(log_weights.numpy() - loc)
     mean = weights.mean(0)
     np.testing.assert_allclose(evidence.log_evidence, loc + np.log(mean), rtol=1e-12)
@@ -155,19 +154,35 @@ def test_a_plain_vae(double):
     assert (evidence.pareto_k < 0.5).all()
 
 
-def test_pareto_k_is_the_tails(double):
-    """Weights of a known Pareto tail: k̂ is its shape, and too few or constant weights are told."""
-    uniform = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0))
-    shape = torch.tensor([0.2, 0.5, 0.9])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        k = pareto_k(-shape * uniform.log())
-    torch.testing.assert_close(k, shape, rtol=0.0, atol=0.15)
-    assert (pareto_k(torch.full((100, 2), -3.0)) == -math.inf).all()
-    assert pareto_k(torch.randn(10, 2)).isnan().all()
-    mixed = pareto_k(torch.stack([torch.zeros(100), torch.randn(100)], 1))
-    assert mixed[0] == -math.inf
-    assert mixed[1].isfinite()
+def test_too_few_particles_have_no_pareto_k():
+    """NaN, unless the weights are constant and there is nothing to ask."""
+    log_weights = torch.stack([torch.zeros(24), torch.randn(24)], 1).double()
+    k = average(log_weights).pareto_k
+    assert k[0] == -math.inf
+    assert k[1].isnan()
+    assert average(torch.randn(25, 1).double()).pareto_k.isfinite().all()
+
+
+def test_the_bound_comes_from_the_same_draws():
+    diffusion, x_0 = misfit(), torch.tensor(X_0, dtype=torch.float32)[:, None]
+    pyro.set_rng_seed(0)
+    evidence = importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=30)
+    pyro.set_rng_seed(0)
+    terms = elbo_terms(diffusion.model, diffusion.guide, x_0, num_particles=30)
+    torch.testing.assert_close(evidence.elbo, terms.elbo)
+    torch.testing.assert_close(evidence.elbo_standard_error, terms.standard_error)
+    assert evidence.num_particles == 30
+
+
+def test_data_have_a_word_of_their_own():
+    x = torch.randn(5, 2)
+    mask = torch.rand(5, 2) < 0.5
+    words = [fingerprint(y) for y in (x, x.flip(0), x.reshape(2, 5), x[:4])] + [
+        fingerprint(x, mask)
+    ]
+    assert len(set(words)) == 5
+    assert fingerprint(x.double()) == fingerprint(x) == words[0]
+    assert fingerprint(torch.where(mask, x, 7.0), mask) == words[-1]
 
 
 def test_one_particle_and_printing():

@@ -1,0 +1,267 @@
+r"""Arrays to ArviZ and back: the one place that knows its versions, and needs nothing but arrays.
+
+ArviZ 0.23 is the last for Python 3.11; from 1.0 on it is several packages, in which PSIS wants the
+negative logarithm of the weights, the container is an ``xarray.DataTree`` and scores are other classes.
+What differs is settled here, and nowhere else. The module imports neither torch nor the rest of the
+package, so that it can be tested against an ArviZ that the rest cannot be installed with
+(``tests/arviz_only.py``).
+
+References:
+    Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
+    The InferenceData schema: https://python.arviz.org/en/latest/schema/schema.html
+    Graphical test for discrete uniformity (Säilynoja et al., 2022). https://arxiv.org/abs/2103.10522
+"""
+
+import datetime
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "GOOD_K",
+    "MIN_DRAWS",
+    "as_arviz",
+    "compare_scores",
+    "constant",
+    "pareto_k",
+    "plot_compare",
+    "plot_khat",
+    "plot_pit",
+    "randomized_pit",
+]
+
+GOOD_K = 0.7  #: above it an average of weights cannot be trusted, however many there are
+MIN_DRAWS = 25  #: fewer weights have no tail to fit
+
+_CONSTANT = 1e-3  # spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784
+
+
+def constant(log_weights: np.ndarray) -> np.ndarray:
+    """Whether the log-weights of a row, particles on the last axis, are one number."""
+    return np.ptp(log_weights, axis=-1) <= _CONSTANT
+
+
+def pareto_k(log_weights: np.ndarray) -> np.ndarray:
+    r"""Pareto :math:`\hat k` of importance weights, by ArviZ's own PSIS.
+
+    Args:
+        log_weights: Log-weights, particles on the last axis, shape ``batch_shape + (K,)``.
+
+    Returns:
+        :math:`\hat k`, shape ``batch_shape``: :math:`-\infty` where the weights are constant, to 0.001 nats:
+        there is no tail, and the estimate is exact to that.
+
+    Raises:
+        ValueError: Fewer than 25 particles, or weights that are NaN or infinite.
+    """
+    log_weights = np.asarray(log_weights, dtype=float)
+    if log_weights.ndim == 0 or log_weights.shape[-1] < MIN_DRAWS:
+        got = log_weights.shape[-1] if log_weights.ndim else 1
+        raise ValueError(
+            f"argument 'log_weights': got {got} draws; expected at least {MIN_DRAWS}, for Pareto k is read "
+            "off the tail of the weights. Draw more particles."
+        )
+    if not np.isfinite(log_weights).all():
+        raise ValueError(
+            f"argument 'log_weights': got {int((~np.isfinite(log_weights)).sum())} NaN or infinite weights; "
+            "expected finite numbers. Check the parameters for NaN and the data for values outside the "
+            "support."
+        )
+    k = np.full(log_weights.shape[:-1], -math.inf)
+    rows = ~constant(log_weights)
+    if rows.any():
+        values = log_weights[rows]
+        k[rows] = _psis_k(values - values.max(axis=-1, keepdims=True))
+    return k
+
+
+def _psis_k(log_weights: np.ndarray) -> np.ndarray:
+    """PSIS of each row; from 1.x on in another package, and of the negative log-weights."""
+    with np.errstate(over="ignore"):  # bounded weights, whose k is far below zero
+        try:
+            from arviz_stats.base import array_stats
+        except ImportError:
+            import arviz
+
+            return np.asarray(arviz.psislw(log_weights.copy())[1])
+        return np.asarray(array_stats.psislw(-log_weights, axis=-1)[1])
+
+
+def as_arviz(groups: Mapping[str, Any]) -> Any:
+    """Datasets by group as what ArviZ works on: a ``DataTree``, before 1.0 an ``InferenceData``.
+
+    Args:
+        groups: An ``xarray.Dataset`` for each group of the schema; further groups are kept.
+    """
+    import arviz
+    import xarray
+
+    about = {
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        "inference_library": "pyro_diffusion",
+    }
+    tree = xarray.DataTree.from_dict(
+        {f"/{name}": dataset.assign_attrs(about) for name, dataset in groups.items()}
+    )
+    tree.attrs.update(about)
+    return arviz.from_datatree(tree) if hasattr(arviz, "from_datatree") else tree
+
+
+def compare_scores(
+    scores: Mapping[str, np.ndarray],
+    errors: Mapping[str, np.ndarray],
+    k: Mapping[str, np.ndarray],
+    num_draws: int,
+) -> Any:
+    """Rank models by their scores for the same data, through ``arviz.compare``.
+
+    Args:
+        scores: A score for each datum by model, shape ``(N,)``; nats.
+        errors: Its Monte Carlo errors, ``(N,)``.
+        k: Its Pareto k, ``(N,)``; no column is made of it but ArviZ's own warning.
+        num_draws: Particles for each datum.
+
+    Returns:
+        ArviZ's table of the installed version (its differences run from the best model down before 1.0,
+        and up from there on), with the Monte Carlo error of every sum in a column ``mc_error``.
+    """
+    import arviz
+
+    # Stacking exponentiates scores, which underflow for data of many dimensions. What it and the
+    # differences depend on does not change when every model's score of a datum moves by as much.
+    best = np.max(list(scores.values()), axis=0)
+    data = {
+        name: _elpd(values, values - best, k[name], num_draws) for name, values in scores.items()
+    }
+    settings = {"round_to": "none"} if _is_new(arviz) else {}
+    table = arviz.compare(data, method="stacking", **settings)
+    sums = {name: float(np.sqrt(np.sum(values**2))) for name, values in errors.items()}
+    table["mc_error"] = [sums[name] for name in table.index]
+    return table
+
+
+def _is_new(arviz: Any) -> bool:
+    return int(arviz.__version__.split(".")[0]) >= 1
+
+
+def _elpd(scores: np.ndarray, pointwise: np.ndarray, k: np.ndarray, num_draws: int) -> Any:
+    """Scores as the installed ArviZ's own kind of object."""
+    import arviz
+    import xarray
+
+    scored, diagnosed = (xarray.DataArray(x, dims=["data"]) for x in (pointwise, k))
+    fields = {
+        "elpd": float(scores.sum()),
+        "se": float(np.sqrt(len(scores) * np.var(scores))),
+        "p": math.nan,
+        "n_samples": num_draws,
+        "n_data_points": len(scores),
+        "scale": "log",
+        "warning": bool((k > GOOD_K).any()),
+        "good_k": GOOD_K,
+        "elpd_i": scored,
+        "pareto_k": diagnosed,
+    }
+    if not _is_new(arviz):
+        from arviz.stats.stats_utils import ELPDData
+
+        names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+        return ELPDData({names.get(name, name): value for name, value in fields.items()})
+    if hasattr(arviz, "ELPDDataLOO"):  # since 1.3
+        return arviz.ELPDDataLOO(**fields)
+    return arviz.ELPDData(kind="loo", **fields)
+
+
+def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    r"""Randomised probability integral transform by rank: uniform if data and draws are alike.
+
+    .. math::
+        u_n = \frac{\#\{s : y_{sn} < y_n\} + U_n\,(1 + \#\{s : y_{sn} = y_n\})}{S + 1},
+        \qquad U_n \sim \operatorname{Uniform}(0, 1).
+
+    Without :math:`U_n` a rank is on a grid, and tests of uniformity reject models that are right.
+
+    Args:
+        observed: :math:`y_n`, shape ``(N,)``.
+        draws: :math:`y_{sn}`, independent for each datum, shape ``(S, N)``.
+        uniform: :math:`U_n`, shape ``(N,)``.
+
+    Returns:
+        :math:`u_n`, shape ``(N,)``.
+
+    Raises:
+        ValueError: Shapes that do not fit, or values that are NaN.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018).
+        https://arxiv.org/abs/1804.06788
+    """
+    observed, draws = np.asarray(observed), np.asarray(draws)
+    if observed.ndim != 1 or draws.ndim != 2 or draws.shape[1:] != observed.shape or not len(draws):
+        raise ValueError(
+            f"argument 'draws': got shape {draws.shape} for observations of shape {observed.shape}; expected "
+            "(S, N) and (N,), draws of their own for each observation. Reduce each to one number first."
+        )
+    if np.isnan(observed).any() or np.isnan(draws).any():
+        raise ValueError(
+            "arguments 'observed' and 'draws': got NaN; expected numbers, which have ranks. Leave out what "
+            "was not observed."
+        )
+    below = (draws < observed).sum(0)
+    ties = (draws == observed).sum(0)
+    return (below + np.asarray(uniform) * (1 + ties)) / (len(draws) + 1)
+
+
+def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
+    """ArviZ's plot of Pareto k by datum; data with constant weights, which have no tail, are left out."""
+    import arviz
+
+    k = np.asarray(k, dtype=float)
+    tail = np.isfinite(k)
+    if not tail.any():
+        raise ValueError(
+            "argument 'evidence': got no datum with a Pareto k; expected weights with a tail to draw. "
+            "Constant weights (k = −∞) are exact, and fewer than 25 particles have none: there is nothing "
+            "to see."
+        )
+    if _is_new(arviz):
+        zeros = np.zeros(int(tail.sum()))
+        return arviz.plot_khat(_elpd(zeros, zeros, k[tail], num_draws))
+    shown = arviz.plot_khat(k[tail], show_hlines=True, ax=ax)
+    return shown if ax is None else ax
+
+
+def plot_compare(table: Any, ax: Any = None) -> Any:
+    """ArviZ's plot of a comparison, from what :func:`compare_scores` returned."""
+    import arviz
+
+    if _is_new(arviz):
+        return arviz.plot_compare(table)
+    return arviz.plot_compare(table, insample_dev=False, plot_ic_diff=True, ax=ax)
+
+
+def plot_pit(pit: np.ndarray, ax: Any = None, envelope: float = 0.99) -> Any:
+    """ArviZ's ECDF of a PIT, as the difference to a uniform one, with a simultaneous band.
+
+    Args:
+        pit: Values in [0, 1], shape ``(N,)``.
+        ax: Axes, before ArviZ 1.0.
+        envelope: Probability that a uniform PIT stays in the band everywhere.
+    """
+    import arviz
+
+    pit = np.asarray(pit)
+    if not _is_new(arviz):
+        shown = arviz.plot_ecdf(
+            pit, cdf=lambda u: np.clip(u, 0, 1), pit=True, difference=True,
+            confidence_bands="auto", ci_prob=envelope, ax=ax,
+        )  # fmt: skip
+        shown.set(xlabel="PIT", ylabel="ECDF − uniform")
+        return shown
+    dataset = arviz.convert_to_dataset({"pit": pit[None]})
+    import xarray
+
+    tree = xarray.DataTree.from_dict({"/prior_sbc": dataset})
+    return arviz.plot_ecdf_pit(tree, envelope_prob=envelope)
