@@ -42,6 +42,7 @@ from pyro_diffusion.likelihoods import (
     CategoricalLikelihood,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
+    LevelLikelihood,
     Likelihood,
     PoissonLikelihood,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "KLWarmup",
     "LadderEncoder",
     "LearnedVariance",
+    "LevelLikelihood",
     "LevelPrediction",
     "Likelihood",
     "LinearSchedule",

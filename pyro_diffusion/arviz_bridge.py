@@ -35,7 +35,9 @@ __all__ = [
 GOOD_K = 0.7  #: above it an average of weights cannot be trusted, however many there are
 MIN_DRAWS = 25  #: fewer weights have no tail to fit
 
-_CONSTANT = 1e-3  # spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784
+_CONSTANT = (
+    1e-3  # spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784
+)
 
 
 def constant(log_weights: np.ndarray) -> np.ndarray:

@@ -82,6 +82,11 @@ class DiffusionModel(Family):
     ) -> None:
         check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
         super().__init__(denoiser.event_shape, likelihood, transform, name)
+        if getattr(likelihood, "num_outputs", 1) > 1:
+            raise ValueError(
+                f"argument 'likelihood': got {type(likelihood).__name__}, which takes several numbers for "
+                "each entry; expected one that takes x̂_0. Use prediction=LevelPrediction(K) and no likelihood."
+            )
         self.denoiser = denoiser
 
     @property

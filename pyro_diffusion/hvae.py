@@ -275,10 +275,16 @@ class HierarchicalVAE(Family):
                 )
 
     def _layers(self, settings: dict[str, Any]) -> list[nn.Module]:
-        first = GaussianLayer if self.likelihood is None else FeedForward
-        below = [self.event_shape, *self.latent_shapes[:-1]]
-        steps = list(zip(self.latent_shapes, below, strict=True))
-        return [first(*steps[0], **settings), *(GaussianLayer(*s, **settings) for s in steps[1:])]
+        """The default decoder: Gaussian layers, the first one's output what the likelihood takes."""
+        lowest: nn.Module
+        if self.likelihood is None:
+            lowest = GaussianLayer(self.latent_shapes[0], self.event_shape, **settings)
+        else:
+            count = getattr(self.likelihood, "num_outputs", 1)
+            shape = self.event_shape + ((count,) if count > 1 else ())
+            lowest = FeedForward(self.latent_shapes[0], shape, **settings)
+        steps = pairwise(self.latent_shapes)
+        return [lowest, *(GaussianLayer(above, below, **settings) for below, above in steps)]
 
     @property
     def num_timesteps(self) -> int:

@@ -14,6 +14,7 @@ grey levels :math:`0 … K-1` ``DiscretizedGaussianLikelihood`` :math:`2k/(K-1) 
 bits                        ``BernoulliLikelihood``           :math:`\pm 1`
 categories :math:`0 … K-1`  ``CategoricalLikelihood``         one-hot in :math:`\pm 1`, one more axis
 counts                      ``PoissonLikelihood``             :math:`2\sqrt{n/m} - 1`
+levels, of a decoder        ``LevelLikelihood``               :math:`2k/(K-1) - 1`
 =========================== ================================= =====================================
 
 The likelihood takes over where the chain starts: ``log_snr_max`` of the schedule belongs near the
@@ -44,6 +45,7 @@ __all__ = [
     "DiscretizedGaussian",
     "DiscretizedGaussianLikelihood",
     "GaussianLikelihood",
+    "LevelLikelihood",
     "Likelihood",
     "PoissonLikelihood",
 ]
@@ -55,6 +57,9 @@ class Likelihood(nn.Module, ABC):
     Parameters of a likelihood that is a module are trained with the model, and saved with its buffers; what
     its ``extra_repr`` says is compared when a file is loaded.
     """
+
+    #: Numbers that it takes for each entry of a datum; more than one stand on a last axis.
+    num_outputs: int = 1
 
     @abstractmethod
     def embed(self, x_0: Tensor) -> Tensor:
@@ -232,6 +237,50 @@ class CategoricalLikelihood(_ScaledLikelihood):
 
     def extra_repr(self) -> str:
         return f"num_categories={self.num_categories}"
+
+
+class LevelLikelihood(Likelihood):
+    r"""Levels :math:`0 … K-1` from a logit for each: the decoder of a hierarchical VAE says all of it.
+
+    .. math::
+        p(k \mid h_1) \propto \exp(\ell_k(h_1)),
+
+    entry by entry, the levels embedded on :math:`[-1, 1]`. It is to a decoder what
+    :class:`~pyro_diffusion.parameterizations.LevelPrediction` is to a denoiser, whose :math:`\hat x_0` has
+    no logits: a diffusion model does not take it.
+
+    Args:
+        num_levels: Number of levels :math:`K \ge 2`.
+
+    Raises:
+        ValueError: Fewer than two levels, or (from ``embed``) data that are not whole numbers in
+            ``0 … K − 1``.
+
+    Example:
+        >>> vae = HierarchicalVAE((8, 8), latent_sizes=(16,), likelihood=LevelLikelihood(17))
+        >>> vae.decode(torch.zeros(3, 16)).event_shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        check_num_levels(num_levels)
+        self.num_outputs = num_levels
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        return embed_levels(x_0, self.num_outputs)
+
+    def forward(self, logits: Tensor) -> TorchDistribution:
+        if logits.dim() == 0 or logits.shape[-1] != self.num_outputs:
+            raise ValueError(
+                f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
+                f"each of {self.num_outputs} levels on a last axis. Let the decoder's first layer return "
+                "them."
+            )
+        return dist.Categorical(logits=logits)
+
+    def extra_repr(self) -> str:
+        return f"num_levels={self.num_outputs}"
 
 
 class PoissonLikelihood(Likelihood):

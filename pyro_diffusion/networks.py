@@ -123,7 +123,7 @@ class FeedForward(nn.Module):
         output_shape: tuple[int, ...],
         *,
         hidden_size: int = 256,
-        num_hidden: int = 2,
+        num_hidden: int = 1,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()

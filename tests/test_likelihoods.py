@@ -6,7 +6,7 @@ from pyro.optim import Adam
 from scipy.stats import norm, poisson
 
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import NeuralDenoiser
+from pyro_diffusion.denoisers import GaussianDenoiser, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
@@ -14,6 +14,7 @@ from pyro_diffusion.likelihoods import (
     DiscretizedGaussian,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
+    LevelLikelihood,
     Likelihood,
     PoissonLikelihood,
 )
@@ -341,3 +342,21 @@ def test_base_class_is_abstract():
 def test_bad_input_is_refused_in_words(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_levels_from_logits_are_a_decoders_alone():
+    likelihood = LevelLikelihood(3)
+    logits = torch.randn(5, 2, 3)
+    levels = torch.tensor([[0, 2]] * 5)
+    expected = logits.log_softmax(-1).gather(-1, levels[..., None]).squeeze(-1)
+    torch.testing.assert_close(likelihood(logits).log_prob(levels), expected)
+    assert likelihood.embed(torch.tensor([0, 1, 2])).tolist() == [-1, 0, 1]
+    assert "num_levels=3" in repr(likelihood)
+    with pytest.raises(ValueError, match="a logit for each of 3 levels"):
+        likelihood(torch.randn(5, 2))
+    with pytest.raises(ValueError, match=r"LevelLikelihood.*LevelPrediction"):
+        DiffusionModel(
+            GaussianDenoiser(torch.zeros(2), torch.ones(2), LinearSchedule(5)), likelihood
+        )
+    with pytest.raises(ValueError, match="num_levels"):
+        LevelLikelihood(1)
