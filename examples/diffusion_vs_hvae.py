@@ -59,16 +59,14 @@ import matplotlib.pyplot as plt
 
 FAMILIES = ("VAE", "bottom-up", "ladder", "diffusion")
 LATENTS = {"VAE": (32,), "bottom-up": (32, 16, 8), "ladder": (32, 16, 8)}
-#: Each at its best on validation data (digits, seed 0).
+#: Each at its best of a few tried on validation data (digits, seed 0).
 OPTIMISER = {
-    "VAE": {"lr": 2e-3, "weight_decay": 0.1, "dropout": 0.2},
-    "bottom-up": {"lr": 2e-3, "weight_decay": 0.1, "dropout": 0.2},
-    "ladder": {"lr": 2e-3, "weight_decay": 0.1, "dropout": 0.2},
+    "VAE": {"lr": 5e-4, "weight_decay": 1.0, "dropout": 0.2},
+    "bottom-up": {"lr": 1e-3, "weight_decay": 1.0, "dropout": 0.0},
+    "ladder": {"lr": 1e-3, "weight_decay": 1.0, "dropout": 0.1},
     "diffusion": {"lr": 2e-3, "weight_decay": 2.0, "dropout": 0.4},
 }
-
-
-WARMUP = 0.5  # of the steps, over which the KLs of the hierarchical VAEs come in
+WARMUP = 0.2  # of the steps, over which the KLs of the hierarchical VAEs come in
 
 
 class Images(NamedTuple):
@@ -102,7 +100,7 @@ def run(name, data, seed, args):
     family, steps = fit(name, family, data, seed, args)
     fitted = time.perf_counter()
     guide = getattr(family, "posterior_guide", family.guide)
-    terms = elbo_terms(family.model, guide, data.held_out, num_particles=args.num_particles)
+    terms = elbo_terms(family.model, guide, data.held_out, num_particles=16)
     evidence = importance_evidence(
         family.model, guide, data.held_out, num_particles=args.num_particles
     )
@@ -209,9 +207,10 @@ def report(runs, table, first, data):
     """The table over seeds, ArviZ's comparison, and the bound level by level."""
     print(f"\nheld out, nats per datum; mean over {len({r['seed'] for r in runs})} seed(s)")
     print(
-        f"{'family':10s} {'parameters':>10s} {'-ELBO':>9s} {'± MC':>6s} {'± sampling':>10s} {'± seeds':>8s} "
-        f"{'bits/dim':>8s} {'-evidence':>9s} {'± MC':>6s} {'k > 0.7':>8s} {'ESS':>6s} {'fit, s':>6s} {'read, s':>7s}"
-    )  # fmt: skip
+        f"{'family':10s} {'parameters':>10s} {'-ELBO':>9s} {'± MC':>6s} {'± sampling':>10s} "
+        f"{'± seeds':>8s} {'bits/dim':>8s} {'-evidence':>9s} {'± MC':>6s} {'k > 0.7':>8s} "
+        f"{'ESS':>6s} {'fit, s':>6s} {'read, s':>7s}"
+    )
     for name in FAMILIES:
         print(row(name, [r for r in runs if r["family"] == name]))
     print(

@@ -4,7 +4,8 @@ Data: the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels of 1
 by class into 1,257 for training, 180 to stop on and 360 held out. Model: T = 1000 steps and a
 residual MLP that predicts the level of every pixel: logits over the 17 levels, which the known law of
 the noisy state turns into their exact posterior. ``--prediction noise`` is the usual alternative,
-with Fourier features of the input and a discretised Gaussian likelihood of learned scale.
+with Fourier features of the input and a discretised Gaussian likelihood of learned scale. The last line
+is a small ladder VAE, fitted and read by the same functions (``diffusion_vs_hvae.py`` compares at length).
 
     python examples/digits.py [--device cuda] [--seed 0] [--log-snr-max 4]
         [--prediction levels|noise] [--smoke] [--output outputs/digits]
@@ -32,6 +33,9 @@ from pyro_diffusion import (
     MLP,
     DiffusionModel,
     DiscretizedGaussianLikelihood,
+    HierarchicalVAE,
+    LadderEncoder,
+    LevelLikelihood,
     LevelPrediction,
     LogSNRSchedule,
     NeuralDenoiser,
@@ -50,8 +54,10 @@ NUM_LEVELS = 17
 OPTIMISER = {  # each at its best here: logits over levels overfit, the noise does not
     "levels": {"lr": 2e-3, "weight_decay": 2.0},
     "noise": {"lr": 4e-3, "weight_decay": 0.0},
+    "ladder": {"lr": 1e-3, "weight_decay": 1.0},
 }
-NUM_EPOCHS = {"levels": 400, "noise": 700}
+NUM_EPOCHS = {"levels": 400, "noise": 700, "ladder": 300}
+LATENT_SIZES = (32, 16, 8)
 
 
 def main():
@@ -64,7 +70,10 @@ def main():
 
     schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=args.log_snr_max, log_snr_min=-8.0)
     diffusion = build(args.prediction, schedule).to(args.device)
-    diffusion = fit(diffusion, train, validation, args)
+    optimiser = OPTIMISER[args.prediction]
+    diffusion = fit(
+        diffusion, diffusion.subsampled(), train, validation, optimiser, args.num_epochs, args
+    )
     fitted = time.perf_counter()
     terms = elbo_terms(diffusion.model, diffusion.posterior_guide, held_out, num_particles=2)
     samples = diffusion.sample(args.num_samples)
@@ -74,6 +83,13 @@ def main():
     print("\nwrote " + "\n      ".join(map(str, paths)))
     print(
         f"{fitted - start:.0f} s to fit, {time.perf_counter() - fitted:.0f} s to evaluate and draw"
+    )
+
+    ladder, epochs = build_ladder().to(args.device), 2 if args.smoke else NUM_EPOCHS["ladder"]
+    ladder = fit(ladder, ladder, train, validation, OPTIMISER["ladder"], epochs, args)
+    theirs = elbo_terms(ladder.model, ladder.posterior_guide, held_out, num_particles=64)
+    print(
+        f"\nfor comparison, a ladder VAE of {len(LATENT_SIZES)} levels: {theirs.bits_per_dim()} bits/dim"
     )
 
 
@@ -91,25 +107,32 @@ def build(prediction, schedule):
     return DiffusionModel(denoiser, likelihood)
 
 
-def fit(diffusion, train, validation, args):
-    """Plain SVI on the subsampled pair; returns the weight average that bounds validation best."""
-    pair = diffusion.subsampled(num_timesteps=1)
+def build_ladder():
+    """A hierarchical VAE from the same programs; its decoder says what ``LevelPrediction`` says."""
+    settings = {"hidden_size": 256, "dropout": 0.2}
+    encoder = LadderEncoder((64,), LATENT_SIZES, **settings)
+    likelihood = LevelLikelihood(NUM_LEVELS)
+    return HierarchicalVAE((64,), LATENT_SIZES, likelihood, encoder=encoder, **settings)
+
+
+def fit(family, pair, train, validation, optimiser, num_epochs, args):
+    """Plain SVI on a pair of programs; returns the weight average that bounds validation best."""
     optim = pyro.optim.CosineAnnealingLR(
         {
             "optimizer": torch.optim.AdamW,
-            "optim_args": {"betas": (0.9, 0.99), **OPTIMISER[args.prediction]},
-            "T_max": args.num_epochs,
+            "optim_args": {"betas": (0.9, 0.99), **optimiser},
+            "T_max": num_epochs,
         }
     )
     svi = SVI(pair.model, pair.guide, optim, TraceMeanField_ELBO())
-    average = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    average = AveragedModel(family, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     best, best_bits, patience = None, math.inf, 5
-    with trange(args.num_epochs, desc="fitting", unit="epoch") as epochs:
+    with trange(num_epochs, desc="fitting", unit="epoch") as epochs:
         for epoch in epochs:
-            diffusion.train()
+            family.train()
             for batch in train[torch.randperm(len(train))].split(256):
                 svi.step(batch, num_data=len(train))
-                average.update_parameters(diffusion)
+                average.update_parameters(family)
             optim.step()
             if (epoch + 1) % args.check_every:
                 continue
@@ -125,9 +148,10 @@ def fit(diffusion, train, validation, args):
 
 
 @torch.no_grad()
-def quick_bits_per_dim(diffusion, x_0):
-    """The bound at 20 of the timesteps a datum, with the same draws at every check."""
-    pair = diffusion.eval().subsampled(num_timesteps=20)
+def quick_bits_per_dim(family, x_0):
+    """The bound, of a diffusion model at 20 timesteps a datum, with the same draws at every check."""
+    family.eval()
+    pair = family.subsampled(num_timesteps=20) if isinstance(family, DiffusionModel) else family
     with torch.random.fork_rng():
         torch.manual_seed(0)
         loss = TraceMeanField_ELBO().loss(pair.model, pair.guide, x_0)

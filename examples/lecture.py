@@ -31,11 +31,13 @@ from torch.distributions import kl_divergence
 
 from pyro_diffusion import (
     AlphaSchedule,
+    BottomUpEncoder,
     BottomUpGuide,
     DiffusionModel,
     Estimate,
     GaussianDenoiser,
     GenerativeChain,
+    HierarchicalVAE,
     LinearSchedule,
     NeuralDenoiser,
     PosteriorVariance,
@@ -166,6 +168,27 @@ def encoder(table):
     table.row("L13 [E7]", "p(x_{0:T}) = p(x_T) ∏ p(x_{t-1} | x_t)", p, chain.log_p.at(path))
 
 
+def restricted_hvae(diffusion):
+    """A hierarchical VAE under the three restrictions: its layers are the diffusion model's kernels."""
+    steps = range(1, diffusion.schedule.num_timesteps + 1)
+    up = [Layer(diffusion.forward_transition, t) for t in steps]
+    down = [Layer(diffusion.denoiser, t) for t in steps]
+    return HierarchicalVAE(
+        (1,), latent_sizes=(1,) * len(up), encoder=BottomUpEncoder.from_layers(up), decoder=down
+    )
+
+
+class Layer(nn.Module):
+    """A kernel of a chain at one timestep."""
+
+    def __init__(self, kernel, t):
+        super().__init__()
+        self.kernel, self.t = kernel, t
+
+    def forward(self, h):
+        return self.kernel(h, self.t)
+
+
 def bound(table, num_draws):
     """The derivation's steps, for a chain that is not exact and for one that is."""
     table.section("lecture, bound: importance_evidence, elbo_terms, Trace_ELBO")
@@ -173,6 +196,11 @@ def bound(table, num_draws):
     programs, log_p = (diffusion.model, diffusion.guide), chain.log_evidence
     evidence = importance_evidence(*programs, datum(), num_particles=num_draws).mean()
     table.row("L14", "log E_q[p(x_{0:T}) / q] = log p", evidence, log_p)
+    vae, bounds = restricted_hvae(diffusion), []
+    for model, guide in ((vae.model, vae.guide), programs):
+        pyro.set_rng_seed(1)  # the same noise
+        bounds.append(elbo_terms(model, guide, datum(), num_particles=10).elbo.item())
+    table.row("L14 [E14]", "HVAE under the three restrictions = diffusion", *bounds)
     elbo = elbo_terms(*programs, datum(), num_particles=num_draws).mean()
     table.row("L15 [E8]", "log p ≥ E_q[log p(x_{0:T}) / q] = ELBO", log_p, elbo, "≥")
     table.row("L15", "ELBO = log p, as the next page begins", elbo, log_p, "≠")

@@ -1,4 +1,4 @@
-"""Every example runs, quickly, and says what it should."""
+"""Every example and every benchmark runs, quickly, and says what it should."""
 
 import json
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
 #: What each script prints, in any case, when run with ``--smoke``.
 LISTED = {
-    "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "samples.png"],
+    "diffusion_vs_hvae.py": ["arviz.compare", "log-ratio at x_1", "active units", "diffusion.nc"],
+    "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "samples.png", "ladder VAE"],
     "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
     "gaussian_oracle.py": ["log p(x_0)", "β̃", "closed form"],
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
@@ -20,22 +21,34 @@ LISTED = {
 }
 
 
-def test_every_example_is_listed():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(LISTED)
+BENCHMARKS = {
+    "calibration.py": ["truth as model", "predictive", "posterior"],
+    "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],
+}
+SCRIPTS = {"examples": LISTED, "benchmarks": BENCHMARKS}
 
 
-@pytest.mark.parametrize("script", sorted(LISTED))
-def test_example_runs(script, tmp_path, device):
+@pytest.mark.parametrize("folder", SCRIPTS)
+def test_every_script_is_listed(folder):
+    assert {path.name for path in (ROOT / folder).glob("*.py")} == set(SCRIPTS[folder])
+
+
+@pytest.mark.parametrize(
+    ("folder", "script"), [(f, s) for f, scripts in SCRIPTS.items() for s in sorted(scripts)]
+)
+def test_script_runs(folder, script, tmp_path, device):
     result = subprocess.run(
         [
-            sys.executable, "-W", "error::UserWarning:pyro_diffusion", str(EXAMPLES / script),
+            sys.executable, "-W", "error::UserWarning:pyro_diffusion", str(ROOT / folder / script),
             "--smoke", "--device", str(device), "--output", str(tmp_path),
         ],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    for words in LISTED[script]:
+    for words in SCRIPTS[folder][script]:
         assert words in result.stdout, (words, result.stdout)
+    if folder == "benchmarks":
+        json.loads((tmp_path / script).with_suffix(".json").read_text())
     if script == "digits.py":
         check_digits_outputs(tmp_path)
 
