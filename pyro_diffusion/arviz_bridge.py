@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "GOOD_K",
     "MIN_DRAWS",
     "as_arviz",
     "compare_scores",
     "constant",
+    "good_k",
     "pareto_k",
     "plot_compare",
     "plot_khat",
@@ -32,12 +32,16 @@ __all__ = [
     "randomized_pit",
 ]
 
-GOOD_K = 0.7  #: above it an average of weights cannot be trusted, however many there are
 MIN_DRAWS = 25  #: fewer weights have no tail to fit
 
 _CONSTANT = (
     1e-3  # spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784
 )
+
+
+def good_k(num_draws: int) -> float:
+    r"""What Pareto k has to be below for an average to be trusted: :math:`\min(1 - 1/\log_{10} K,\, 0.7)`."""
+    return min(1 - 1 / math.log10(max(num_draws, MIN_DRAWS)), 0.7)
 
 
 def constant(log_weights: np.ndarray) -> np.ndarray:
@@ -161,8 +165,8 @@ def _elpd(scores: np.ndarray, pointwise: np.ndarray, k: np.ndarray, num_draws: i
         "n_samples": num_draws,
         "n_data_points": len(scores),
         "scale": "log",
-        "warning": bool((k > GOOD_K).any()),
-        "good_k": GOOD_K,
+        "warning": bool((k > good_k(num_draws)).any()),
+        "good_k": good_k(num_draws),
         "elpd_i": scored,
         "pareto_k": diagnosed,
     }

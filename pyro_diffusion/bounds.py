@@ -294,10 +294,7 @@ def trajectory_terms(
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
     settings = {"unit": "site", "delay": 5, "disable": not progress, "leave": False}
-    with (
-        torch.no_grad(), evaluating(model, guide),
-        tqdm(total=0, desc=description, **settings) as bar,
-    ):  # fmt: skip
+    with tqdm(total=0, desc=description, **settings) as bar:
         for start in range(0, len(x_0), chunk_data):
             data, *observed = (x[start : start + chunk_data] for x in (x_0, mask) if x is not None)
             for particles in _parts(num_particles, chunk_particles):
@@ -305,7 +302,11 @@ def trajectory_terms(
                     x.repeat(particles, *(1,) * (x.dim() - 1)) for x in (data, *observed)
                 )
                 given = {"mask": masks[0]} if masks else {}
-                sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks, keep)
+                with (
+                    torch.no_grad(),
+                    evaluating(model, guide),
+                ):  # and not around what is done with them
+                    sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks, keep)
                 shape = (particles, len(data))
                 yield (
                     start,

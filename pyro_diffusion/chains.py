@@ -175,9 +175,14 @@ class GenerativeChain(Program):
             x_t: States, ``(n,)`` + the shape of one; run it with ``num_samples=n``.
             t: Their timestep in ``{1, …, T}``.
         """
-        start = dist.Delta(x_t, event_dim=x_t.dim() - 1)
+        start = dist.Delta(x_t).to_event(x_t.dim() - 1)
         return GenerativeChain(
-            lambda: start, self.transition, self.likelihood, num_timesteps=t, owner=self.owner
+            lambda: start,
+            self.transition,
+            self.likelihood,
+            num_timesteps=t,
+            owner=self.owner,
+            state_mask=self.state_mask,
         )
 
 

@@ -85,7 +85,7 @@ class DiffusionModel(Family):
         if getattr(likelihood, "num_outputs", 1) > 1:
             raise ValueError(
                 f"argument 'likelihood': got {type(likelihood).__name__}, which takes several numbers for "
-                "each entry; expected one that takes x̂_0. Use prediction=LevelPrediction(K) and no likelihood."
+                "each entry; expected one that takes x̂_0. Use prediction=LevelPrediction(K) without one."
             )
         self.denoiser = denoiser
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_diffusion.arviz_bridge import GOOD_K, MIN_DRAWS, constant, pareto_k
+from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate, trajectory_terms
 
 __all__ = ["Evidence", "average", "fingerprint", "importance_evidence"]
@@ -50,10 +50,11 @@ class Evidence(NamedTuple):
     data: str = ""  #: a word for the data; models are compared on the same
 
     def __repr__(self) -> str:
-        unreliable = int((self.pareto_k > GOOD_K).sum())
+        threshold = good_k(self.num_particles)
+        unreliable = int((self.pareto_k > threshold).sum())
         return (
             f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
-            f"k > {GOOD_K} for {unreliable})"
+            f"k > {threshold:.2g} for {unreliable})"
         )
 
     def mean(self) -> Estimate:
@@ -87,7 +88,10 @@ def importance_evidence(
 
     Returns:
         :class:`Evidence`. Its standard error is that of the logarithm, to first order; it means
-        something where :math:`\hat k` is below 0.7.
+        something where :math:`\hat k` is below 0.7 (of few particles, below
+        :math:`1 - 1 / \log_{10} K`). The logarithm of an average is low in expectation, by half of the
+        squared standard error to first order. Of discrete latents, whose weights are few numbers,
+        :math:`\hat k` says little.
 
     Raises:
         ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`.
@@ -139,8 +143,9 @@ def _pareto_k(log_weights: Tensor) -> Tensor:
 
 
 def fingerprint(x_0: Tensor, mask: Tensor | None = None) -> str:
-    """A short word for data, the same for the same numbers in the same order."""
+    """A short word for data: the same for the same numbers, to float32, in the same rows."""
+    numbers = x_0.detach().float()
     if mask is not None:
-        x_0 = torch.where(mask, x_0.double(), math.nan)
-    numbers = np.ascontiguousarray(x_0.detach().double().cpu().numpy())
-    return hashlib.sha256(str(numbers.shape).encode() + numbers.tobytes()).hexdigest()[:16]
+        numbers = torch.where(mask, numbers, math.nan)
+    content = np.ascontiguousarray(numbers.cpu().numpy()).tobytes()
+    return hashlib.sha256(f"{len(x_0)} ".encode() + content).hexdigest()[:16]

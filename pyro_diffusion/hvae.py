@@ -25,6 +25,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
+from numbers import Integral
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -54,7 +55,7 @@ _MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
 class GaussianLayer(nn.Module):
     r"""A learned Gaussian: :math:`N(\mu(h), \operatorname{diag} \sigma^2(h))` from a perceptron.
 
-    :math:`\sigma` is a softplus, one at first, and at least 1e-4.
+    :math:`\sigma` is a softplus, which is one at zero, and at least 1e-4.
 
     Args:
         input_shape: Shape of :math:`h`.
@@ -101,6 +102,11 @@ class BottomUpEncoder(nn.Module):
         nn.Module.__init__(encoder)
         encoder.layers = nn.ModuleList(layers)
         return encoder
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, one for each layer."""
+        return len(self.layers)
 
     def transition(self, h: Tensor, t: int) -> TorchDistribution:
         r""":math:`q(h_t \mid h_{t-1})`."""
@@ -172,7 +178,17 @@ class LadderEncoder(TopDownEncoder):
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
         encoder.path, encoder.heads = nn.ModuleList(path), nn.ModuleList(heads)
+        if len(path) != len(heads):
+            raise ValueError(
+                f"argument 'heads': got {len(heads)} for a path of {len(path)} steps; expected one for each "
+                "level. Use nn.Identity() for a step of the path that does nothing."
+            )
         return encoder
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, one for each head."""
+        return len(self.heads)
 
     def encode(self, x: Tensor) -> list[TorchDistribution]:
         r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
@@ -266,8 +282,10 @@ class HierarchicalVAE(Family):
             )
         self.encoder = encoder
         self.decoder = nn.ModuleList(self._layers(settings) if decoder is None else decoder)
-        count = len(getattr(encoder, "layers", getattr(encoder, "heads", self.latent_shapes)))
-        for argument, number in (("encoder", count), ("decoder", len(self.decoder))):
+        counts = {"decoder": len(self.decoder)}
+        if isinstance(encoder, BottomUpEncoder | LadderEncoder):
+            counts["encoder"] = encoder.num_levels
+        for argument, number in counts.items():
             if number != len(self.latent_shapes):
                 raise ValueError(
                     f"argument {argument!r}: got {number} layers for {len(self.latent_shapes)} levels; "
@@ -344,8 +362,7 @@ class HierarchicalVAE(Family):
             self._initial,
             self._top_down,
             num_timesteps=self.num_timesteps,
-            owner=self,
-            below="encoder",
+            owner=self,  # and all of its parameters: a ladder runs the decoder as well
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -411,7 +428,13 @@ class HierarchicalVAE(Family):
 
 def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
     """Two Gaussians of one latent multiplied: precisions add up."""
-    ours, theirs = (getattr(kernel, "base_dist", kernel) for kernel in (q_hat, p))
+    ours, theirs = (k.base_dist if isinstance(k, Independent) else k for k in (q_hat, p))
+    if q_hat.event_shape != p.event_shape:
+        raise ValueError(
+            f"argument 'encoder': got a head of event shape {tuple(q_hat.event_shape)} for a level of "
+            f"{tuple(p.event_shape)}; expected one and the same. Build LadderEncoder with the latent_sizes "
+            "of the model."
+        )
     if not (isinstance(ours, Normal) and isinstance(theirs, Normal)):
         raise ValueError(
             f"argument 'encoder': got layers that return {type(ours).__name__} and {type(theirs).__name__}; "
@@ -431,7 +454,12 @@ def _shapes(latent_sizes: Sizes) -> list[torch.Size]:
             f"argument 'latent_sizes': got {latent_sizes!r}; expected a size for every level, h_1 first. "
             "Pass (16,) for a plain VAE with 16 latents, (16, 8, 4) for three levels."
         )
-    shapes = [torch.Size((size,) if isinstance(size, int) else size) for size in latent_sizes]
+    try:
+        shapes = [torch.Size([s] if isinstance(s, Integral) else tuple(s)) for s in latent_sizes]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(
+            f"argument 'latent_sizes': got {latent_sizes!r}; expected whole numbers, or shapes. Pass (16, 8)."
+        ) from error
     if any(number < 1 for shape in shapes for number in shape):
         raise ValueError(
             f"argument 'latent_sizes': got {tuple(latent_sizes)}; expected positive sizes. Leave out levels "

@@ -10,6 +10,7 @@ References:
     https://arxiv.org/abs/1606.04934
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,8 @@ __all__ = ["FreeBitsELBO", "KLWarmup"]
 class KLWarmup(Messenger):
     r"""Scale the terms of latent sites: :math:`E \log p(x_0 \mid x_1) - \sum_t \beta_t L_t`.
 
-    A handler, for any model and guide, any ELBO; it goes around a step of training::
+    A handler, for any model and guide; it goes around a step of training, so that it holds for both
+    programs::
 
         for step in range(10_000):
             with KLWarmup(min(1.0, step / 2_000)):
@@ -38,24 +40,27 @@ class KLWarmup(Messenger):
             keeps its own); a zero leaves its term out.
 
     Raises:
-        ValueError: A scale that is negative or not a number, or the name of a site that is not there.
+        ValueError: A scale that is negative or not a number, the name of a site that is not there, or a
+            program that is traced once and for all, as a ``Jit…ELBO`` does: the scale would stay in it.
     """
 
     def __init__(self, scale: float | Mapping[str, float]) -> None:
         super().__init__()
-        scales = scale if isinstance(scale, Mapping) else {"every latent site": scale}
-        for site, value in scales.items():
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"argument 'scale': got {value!r} for {site}; expected a number of at least 0. Pass "
-                    "min(1.0, step / num_steps) for a linear warm-up."
-                )
-        self.scale = scale
+        if isinstance(scale, Mapping):
+            self.scale: Any = {site: _check_scale(value, site) for site, value in scale.items()}
+        else:
+            self.scale = _check_scale(scale, "every latent site")
         self._seen: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
+        if torch._C._get_tracing_state():
+            raise ValueError(
+                f"site {msg['name']!r}: got a KLWarmup inside a program that is being traced; expected an "
+                "ELBO that runs it anew, or this scale would hold for ever. Use Trace_ELBO or "
+                "TraceMeanField_ELBO."
+            )
         self._seen.add(msg["name"])
         scale = self.scale
         if isinstance(scale, Mapping):
@@ -73,6 +78,19 @@ class KLWarmup(Messenger):
             )
 
 
+def _check_scale(value: Any, site: str) -> float:
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"argument 'scale': got {value!r} for {site}; expected a number of at least 0. Pass "
+            "min(1.0, step / num_steps) for a linear warm-up."
+        )
+    return number
+
+
 class FreeBitsELBO(TraceMeanField_ELBO):
     r"""The bound with a floor under the KL of every latent site, for guides in the model's order:
 
@@ -80,7 +98,9 @@ class FreeBitsELBO(TraceMeanField_ELBO):
         E \log p(x_0 \mid x_1) - \sum_t \max\Big(\lambda,\;
             \frac1N \sum_{n=1}^N \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big)\Big),
 
-    the mean being over the batch. A level whose KL is below :math:`\lambda` is not pushed further down.
+    the mean being over the batch (and over vectorised particles; of particles drawn in turn each has a
+    floor of its own). A level whose KL is below :math:`\lambda` is not pushed further down. A site in a
+    plate of its own inside that of the data has :math:`\lambda` for each entry of that plate.
 
     Args:
         free_nats: :math:`\lambda`, nats for each level and datum.

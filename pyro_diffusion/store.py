@@ -107,8 +107,9 @@ class ParamScope(nn.Module):
         """State every parameter to Pyro, then run the body of the ``with`` block.
 
         Parameters at paths that start with ``below`` are stated, so that ``SVI`` trains them.
-        ``PyroParam`` and ``PyroSample`` attributes of Pyro modules anywhere inside are read here,
-        outside of every plate, once; the body sees the values that were read.
+        ``PyroParam`` and ``PyroSample`` attributes of Pyro modules there are read here, outside of every
+        plate, once; the body sees the values that were read. Pyro modules elsewhere get their names too,
+        for the body may call them.
 
         Raises:
             ValueError: The store holds another tensor under a parameter's name.
@@ -116,7 +117,7 @@ class ParamScope(nn.Module):
         modules = [
             (path, module)
             for path, module in self.named_modules()
-            if isinstance(module, PyroModule) and path.startswith(below)
+            if isinstance(module, PyroModule)
         ]
         # A context of its own for each call: Pyro modules keep the values that they sample in it.
         context = PyroModule()._pyro_context
@@ -124,7 +125,7 @@ class ParamScope(nn.Module):
             module.__dict__.update(_pyro_name=f"{self.name}.{path}", _pyro_context=context)
         with context:
             self._state_parameters(below, skip_unconstrained=bool(modules))
-            for _, module in modules:
+            for _, module in (pair for pair in modules if pair[0].startswith(below)):
                 for attribute in (*module._pyro_params, *module._pyro_samples):
                     getattr(module, attribute)
             yield

@@ -332,7 +332,7 @@ def fake(log_evidence, elbo, k):
         elbo,
         0.2 * ones,
         "importance weights",
-        100,
+        10_000,
         "word",
     )
 
@@ -355,11 +355,11 @@ def test_compare_refuses_what_cannot_be_compared():
     x_0 = torch.randn(10, 2)
     one = evidences(x_0=x_0, a=1.0)["a"]
     other_data = evidences(x_0=x_0.flip(0), a=1.0)["a"]
-    with pytest.raises(ValueError, match="'two' with other data"):
+    with pytest.raises(ValueError, match="'two' and 'one' with other data"):
         compare({"one": one, "two": other_data})
-    with pytest.raises(ValueError, match=r"num_particles 60"):
+    with pytest.raises(ValueError, match=r"num_particles \(60 and 50\)"):
         compare({"one": one, "two": evidences(60, x_0, a=1.0)["a"]})
-    with pytest.raises(ValueError, match="estimator 'sequential Monte Carlo'"):
+    with pytest.raises(ValueError, match=r"estimator \('sequential Monte Carlo'"):
         compare({"one": one, "two": one._replace(estimator="sequential Monte Carlo")})
     with pytest.raises(ValueError, match="two models or more"):
         compare({"one": one})
@@ -494,3 +494,91 @@ def test_plots():
     assert plot_compare(compare(found)) is not None
     assert plot_pit(torch.rand(200)) is not None
     plt.close("all")
+
+
+# ---------------------------------------------------------------- found by fresh eyes
+
+
+def test_latents_in_a_plate_of_their_own_keep_their_draws(double):
+    """As many parts as trajectories, so that a wrong axis would go unnoticed: y ~ N(Σ z, 0.1²) exactly."""
+    num_parts = 50
+
+    def parts_model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("parts", num_parts, dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(num_parts, len(x)), 1.0))
+            pyro.sample("y", dist.Normal(z.sum(0), 0.1), obs=x)
+
+    def parts_guide(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", num_parts, dim=-2):
+            numbers = torch.arange(num_parts, dtype=x.dtype)[:, None].expand(-1, len(x))
+            pyro.sample("z", dist.Normal(numbers, 0.01))
+
+    draws = to_arviz((parts_model, parts_guide), torch.tensor([0.0, 5.0]), num_draws=25)
+    assert draws["posterior"]["z"].shape == (1, 25, 2, num_parts)
+    total = draws["posterior"]["z"].sum("z_dim_0")
+    np.testing.assert_allclose(draws["posterior_predictive"]["y"].values, total.values, atol=0.6)
+    np.testing.assert_allclose(total.values, 1225, atol=0.5)
+
+
+def test_factors_are_no_data():
+    def with_factor(x_0):
+        model(x_0)
+        with pyro.plate("more", len(x_0), dim=-1):
+            pyro.factor("penalty", torch.zeros(len(x_0)))
+
+    draws = to_arviz((with_factor, guide), torch.randn(3, 2), num_draws=25)
+    assert set(draws["observed_data"].data_vars) == {"y"}
+    assert set(draws["posterior_predictive"].data_vars) == {"y"}
+
+
+def test_calibration_needs_a_datum_of_that_name():
+    def elsewhere(num_samples=1):
+        with pyro.plate("data", num_samples, dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(num_samples), 1.0))
+
+    with pytest.raises(ValueError, match=r"the sites z; expected the datum at site 'x_0'"):
+        simulation_based_calibration((elsewhere, guide), last)
+
+
+def test_compare_says_how_low_the_sums_are():
+    """log p̂ is low by half its variance: a column, for data scored by evidence."""
+    one = fake([-1.0, -2.0, -3.0], [-1.5, -2.5, -3.5], [0.1, 0.9, -math.inf])
+    table = compare({"one": one, "two": one})
+    np.testing.assert_allclose(table["mc_bias"], 0.5 * 2 * 0.1**2)
+    few = one._replace(pareto_k=torch.tensor([0.1, 0.4, 0.2]).double(), num_particles=30)
+    assert set(compare({"one": few, "two": few})["score"]) == {"evidence of 2 data, bound of 1"}
+
+
+def test_units_of_a_level_that_hears_nothing_are_not_active(double):
+    """At the defaults: eight units that follow the noise of the level below, none counted in 20 runs."""
+
+    class Above(nn.Module):
+        def forward(self, h):
+            return dist.Normal(3 * h[..., :1].expand(*h.shape[:-1], 8), 1.0).to_event(1)
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return dist.Normal(torch.zeros_like(x), 1.0).to_event(1)
+
+    vae = HierarchicalVAE((2,), (2, 8), encoder=BottomUpEncoder.from_layers([Nothing(), Above()]))
+    active = [active_units(vae.guide, torch.randn(500, 2))["x_2"].any() for _ in range(20)]
+    assert sum(active) <= 1
+
+
+def test_active_units_of_other_laws():
+    def flow(x):
+        with pyro.plate("data", len(x), dim=-1):
+            law = dist.TransformedDistribution(
+                dist.Normal(x[:, 0], 0.1), [dist.transforms.ExpTransform()]
+            )
+            pyro.sample("z", law)
+
+    assert active_units(flow, torch.randn(200, 2))["z"]
+
+    def categories(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("c", dist.Categorical(logits=torch.zeros(len(x), 3)))
+
+    with pytest.raises(ValueError, match="site 'c': got a Categorical, which has no mean"):
+        active_units(categories, torch.randn(20, 2))

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions.transforms import ExpTransform
@@ -485,3 +486,58 @@ def test_arguments_that_do_not_fit():
         elbo_terms(vae.model, vae.guide, torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"argument 'h': got shape"):
         GaussianLayer((2,), (3,))(torch.randn(4, 5))
+
+
+# ---------------------------------------------------------------- Pyro modules as layers
+
+
+class Scaled(PyroModule):
+    """A layer with a constrained parameter, as Pyro users write them."""
+
+    def __init__(self, size_in, size_out, scale):
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](size_in, size_out)
+        self.scale = PyroParam(torch.full((size_out,), scale), constraint=dist.constraints.positive)
+
+    def forward(self, h):
+        return dist.Normal(self.linear(h), self.scale).to_event(1)
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+def test_pyro_modules_as_layers_keep_their_own_parameters(encoder):
+    """A ladder's guide runs the decoder before the model does: names must be there by then."""
+
+    def build():
+        encode = LadderEncoder if encoder is LadderEncoder else BottomUpEncoder
+        decoder = [Scaled(3, 2, 1.0), Scaled(3, 3, 2.0)]
+        return HierarchicalVAE((2,), (3, 3), encoder=encode((2,), (3, 3)), decoder=decoder)
+
+    one, two, x_0 = build(), build(), torch.randn(16, 2)
+    svi = SVI(one.model, one.guide, Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(x_0)
+    elbo_terms(two.model, two.guide, x_0)
+    copied = copy.deepcopy(one)
+    for vae, trained in ((one, True), (two, False), (copied, True)):
+        for layer, start in zip(vae.decoder, (1.0, 2.0), strict=True):
+            assert layer.scale.allclose(torch.full_like(layer.scale, start), atol=0.01) != trained
+    assert all(name.startswith(("hierarchical_vae",)) for name in pyro.get_param_store())
+    before = [p.detach().clone() for p in one.parameters()]
+    SVI(copied.model, copied.guide, Adam({"lr": 0.05}), Trace_ELBO()).step(x_0)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), before, strict=True))
+
+
+def test_ladders_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="argument 'heads': got 1 for a path of 2 steps"):
+        LadderEncoder.from_layers([nn.Identity()] * 2, [nn.Identity()])
+    vae = HierarchicalVAE((2,), (3, 2), encoder=LadderEncoder((2,), (1, 2)))
+    with pytest.raises(ValueError, match=r"a head of event shape \(1,\) for a level of \(3,\)"):
+        elbo_terms(vae.model, vae.guide, torch.randn(3, 2))
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        HierarchicalVAE((2,), (3.0, 2))
+    assert HierarchicalVAE((2,), np.array([3, 2])).num_timesteps == 2
+
+    class Own(ForwardPosterior):  # an attribute of that name is its own affair
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+
+    assert HierarchicalVAE((2,), (2, 2), encoder=Own(None)).num_timesteps == 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import log_normal
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
@@ -234,3 +235,20 @@ def test_bad_masks_are_refused_in_words():
     whole = DiffusionModel(levels, transform=AffineTransform(0.0, 1.0))
     with pytest.raises(ValueError, match="a mass has no Jacobian"):
         whole.model(torch.zeros(5, 2), mask=ones)
+
+
+def test_a_chain_continued_from_a_state_keeps_the_mask(double):
+    """Given x_2 the rest of the chain has the terms that it has in the whole."""
+    diffusion = DiffusionModel(
+        GaussianDenoiser(torch.zeros(3), torch.ones(3), LogSNRSchedule(4, log_snr_max=3.0))
+    )
+    x_0, mask = torch.randn(5, 3), torch.rand(5, 3) < 0.6
+    mask[:, 0] = True
+    states = {f"x_{t}": torch.randn(5, 3) for t in (1, 2, 3, 4)}
+    traces = []
+    for program in (diffusion.model, diffusion.model.from_state(states["x_2"], 2)):
+        trace = poutine.trace(poutine.condition(program, data=states)).get_trace(x_0, mask=mask)
+        trace.compute_log_prob()
+        traces.append(trace)
+    for name in ("x_1", "x_0"):
+        torch.testing.assert_close(*(trace.nodes[name]["log_prob"] for trace in traces))

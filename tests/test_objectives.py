@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 
 from pyro_diffusion import (
@@ -149,3 +150,26 @@ def test_free_bits_errors():
         pytest.raises(ValueError, match="Trace_ELBO"),
     ):
         FreeBitsELBO(0.1).loss(vae.model, vae.guide, x_0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_warmup_is_refused_where_it_would_freeze():
+    """A traced program keeps the scale of its first run."""
+    vae, x_0 = ladder(), torch.randn(4, 2)
+    elbo = JitTrace_ELBO(ignore_jit_warnings=True)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), elbo)
+    with (
+        pytest.raises(ValueError, match=r"being traced; expected an ELBO that runs it anew"),
+        KLWarmup(0.5),
+    ):
+        svi.step(x_0)
+
+
+def test_scales_of_any_kind_of_number(double):
+    vae, x_0 = ladder(), torch.randn(4, 2)
+    losses = []
+    for scale in (0.5, torch.tensor(0.5), np.float32(0.5)):
+        pyro.set_rng_seed(0)
+        with KLWarmup(scale):
+            losses.append(Trace_ELBO().loss(vae.model, vae.guide, x_0))
+    assert losses[0] == losses[1] == losses[2]
