@@ -63,6 +63,10 @@ def main():
     pyro.set_rng_seed(args.seed)
     num_draws = 20_000 if args.smoke else 100_000
     table = Table()
+    print(f"Gaussian problems in nats; the datum is x_0 = {X_0}, chains have α_1 … α_5 = {ALPHA}.")
+    print(
+        "'error' is the Monte Carlo standard error of the difference, 'exact' means round-off only."
+    )
     preface(table, num_draws)
     hierarchical_vae(table, num_draws)
     encoder(table)
@@ -278,11 +282,11 @@ def variances(table, num_draws):
         path.append(num_particles * terms.standard_error.square())
     for t in range(1, 6):
         ratio, kl = (average(variance[t - 1]) for variance in each)
-        table.row("L23", f"at x_{t}: log-ratio (E11) ≥ KL (E10)", ratio, kl, "≥")
+        table.row("L23", f"at x_{t}: Var of log-ratio (E11) ≥ of KL (E10)", ratio, kl, "≥")
     ratios, kls = (average(variance.sum(0)) for variance in each)
-    table.row("L24", "their sum, drawn independently: E11 ≥ E10", ratios, kls, "≥")
+    table.row("L24", "the sum, terms drawn apart: Var E11 ≥ Var E10", ratios, kls, "≥")
     ratios, kls = map(average, path)
-    table.row("L24", "but the bound on one trajectory: E10 ≥ E11", kls, ratios, "≥")
+    table.row("L24", "the sum on one trajectory: Var E10 ≥ Var E11", kls, ratios, "≥")
 
 
 def beyond_the_lecture(table):
@@ -331,7 +335,7 @@ class Table:
         relations = {"=": abs(difference) <= slack, "≥": difference >= -slack}
         as_it_should = (relations | {"≠": abs(difference) > slack})[relation]
         spread = "exact" if error < ROUND_OFF else f"{error:.1e}"
-        print(f"{number:11s}{text:49s}{left:14.8f} {relation} {right:14.8f}", end="")
+        print(f"{number:11s}{text:49s}{left:14.8g} {relation} {right:14.8g}", end="")
         print(f"  {difference:+10.1e}  {spread}")
         self.count += as_it_should and relation != "≠"
         if not as_it_should:

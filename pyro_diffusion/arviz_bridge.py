@@ -245,7 +245,11 @@ def plot_compare(table: Any, ax: Any = None) -> Any:
 
     if _is_new(arviz):
         return arviz.plot_compare(table)
-    return arviz.plot_compare(table, insample_dev=False, plot_ic_diff=True, ax=ax)
+    shown = arviz.plot_compare(table, insample_dev=False, plot_ic_diff=True, ax=ax)
+    shown.set_xlabel("sum over data, nats")
+    shown.locator_params(axis="x", nbins=5)
+    shown.tick_params(axis="x", labelsize="small")
+    return shown
 
 
 def plot_pit(pit: np.ndarray, ax: Any = None, envelope: float = 0.99) -> Any:

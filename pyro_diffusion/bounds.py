@@ -350,6 +350,7 @@ class _Sites(NamedTuple):
     kinds: tuple[str, ...]
     names: tuple[str, ...]
     event_size: int
+    measure: str  # "density" or "mass", of what is observed
     log_q: Tensor  # log-density of the trajectory under the guide, (rows,)
     states: dict[str, Tensor]  # of latent sites that are kept, (rows, …)
 
@@ -437,6 +438,7 @@ class _Score(Messenger):
         super().__init__()
         self.drawn, self.rows, self.bar, self.keep = drawn, rows, bar, keep
         self.states: dict[str, Tensor] = {}
+        self.measures: set[str] = set()
         self.log_q: Tensor = torch.zeros(())
         self.guide_order = iter(list(drawn))
         self.in_order = (
@@ -459,6 +461,8 @@ class _Score(Messenger):
         name, p, value = msg["name"], msg["fn"], msg["value"]
         if msg["is_observed"]:
             self.observed[name] = self._per_datum(_log_prob(p, value), msg)
+            with suppress(NotImplementedError):  # no support is known
+                self.measures.add("mass" if p.support.is_discrete else "density")
             self.event_size += value.numel() // self.rows
         else:
             _, q, mask = self.drawn.pop(name)
@@ -587,6 +591,7 @@ def _score(
         ),
         names=("+".join(score.observed), *latents),
         event_size=score.event_size,
+        measure=" and ".join(sorted(score.measures)),
         log_q=score.log_q,
         states=score.states,
     )
@@ -617,7 +622,7 @@ def _check_arguments(
         if isinstance(program, ParamScope):
             raise ValueError(
                 f"argument {name!r}: got a {type(program).__name__}; expected one of its programs. Pass "
-                "diffusion.model and diffusion.posterior_guide."
+                "its .model, and its .posterior_guide (or .guide)."
             )
     for name, number in (("num_particles", num_particles), ("batch_size", batch_size)):
         if number is not None and (not isinstance(number, int) or number < 1):

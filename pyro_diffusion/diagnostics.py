@@ -16,6 +16,7 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,10 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
     with another by its bound. The column ``score`` says which it was, ``mc_error`` is the Monte Carlo error
     of a model's sum over data (``se`` is its sampling error), and ``mc_bias`` is by how much the sum is low
     in expectation, to first order, the logarithm of an average being concave: it grows with the number of
-    data faster than the errors do, and where it is not far below a difference only more particles help. The
+    data faster than the errors do, and where it is not far below a difference only more particles help.
+    ``evidence`` and ``bound`` are the sums that were and were not used, ``bad_k`` the data of each model
+    whose k is too large. Where bounds were used the order is of models *with their guides*: a model with a
+    loose guide can be better than it looks, and a warning says so if the evidence has another order. The
     other columns are ArviZ's own (before 1.0 it names the sum ``elpd_loo``; nothing here is leave-one-out).
     ``arviz.plot_compare`` and :func:`~pyro_diffusion.plots.plot_compare` draw it.
 
@@ -61,17 +65,24 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
         A ``pandas.DataFrame``, the best model first; sums over data, nats.
 
     Raises:
-        ValueError: Fewer than two models; models scored on other data, by another estimator or with
-            another number of particles; fewer than 25 particles; no bound where one is needed.
+        ValueError: Fewer than two models; models scored on other data, as densities and as masses, by
+            another estimator or with another number of particles; fewer than 25 particles; no bound where
+            one is needed.
     """
     if not isinstance(evidence, Mapping) or len(evidence) < 2:
         raise ValueError(
             f"argument 'evidence': got {type(evidence).__name__} of {len(evidence)}; expected two models or "
             "more by name. Pass {'diffusion': importance_evidence(…), 'hvae': importance_evidence(…)}."
         )
+    for name, e in evidence.items():
+        if not isinstance(e, Evidence):
+            raise ValueError(
+                f"argument 'evidence': got a {type(e).__name__} for {name!r}; expected Evidence. Pass "
+                "importance_evidence(model, guide, x_0, num_particles=1000)."
+            )
     (first, reference), *others = evidence.items()
     for name, other in others:
-        for what in ("data", "estimator", "num_particles"):
+        for what in ("data", "measure", "estimator", "num_particles"):
             ours, theirs = getattr(reference, what), getattr(other, what)
             if ours != theirs or len(reference.ess) != len(other.ess):
                 values = "" if what == "data" else f" ({theirs!r} and {ours!r})"
@@ -105,10 +116,18 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
         for name, e in evidence.items()
     }
     table = arviz_bridge.compare_scores(scores, errors, k, reference.num_particles)
-    bias = {
-        name: 0.5 * e.standard_error[reliable].square().sum().item() for name, e in evidence.items()
-    }
-    table["mc_bias"] = [bias[name] for name in table.index]
+    ranked = [evidence[name] for name in table.index]
+    table["mc_bias"] = [0.5 * e.standard_error[reliable].square().sum().item() for e in ranked]
+    table["evidence"] = [e.log_evidence.sum().item() for e in ranked]
+    table["bound"] = [math.nan if e.elbo is None else e.elbo.sum().item() for e in ranked]
+    table["bad_k"] = [int((e.pareto_k >= good_k).sum()) for e in ranked]
+    if not table["evidence"].is_monotonic_decreasing:
+        warnings.warn(
+            "compare: the order by evidence, which cannot be trusted for all data, is another than the one "
+            "by the scores; the bounds among these depend on the guides as well. See the columns score, "
+            "evidence, bound and bad_k, and draw more particles.",
+            stacklevel=2,
+        )
     table["score"] = _score_in_words(int(reliable.sum()), len(reliable))
     return table
 
@@ -147,6 +166,11 @@ def simulation_based_calibration(
         torch.Size([50])
     """
     model, guide = programs(family)
+    if not callable(statistic):
+        raise ValueError(
+            f"argument 'statistic': got {statistic!r}; expected a function of the states. Pass "
+            "lambda states: states['x_1'].mean(-1), say."
+        )
     with torch.no_grad(), evaluating(model, guide):
         with Record() as simulated:
             model(num_samples=num_simulations)
@@ -167,7 +191,13 @@ def simulation_based_calibration(
             "trajectories; expected one number for each. Reduce event dimensions, "
             "as in lambda states: states['x_1'].mean(-1)."
         )
-    return randomized_pit(truth, torch.cat(draws).reshape(num_draws, num_simulations))
+    ranked = torch.cat(draws).reshape(num_draws, num_simulations)
+    if (ranked == truth).all():
+        raise ValueError(
+            "argument 'statistic': got one that is the same for every draw of the guide, which fits any "
+            "guide; expected one of the latent states. Use states['x_1'], say, and not the datum alone."
+        )
+    return randomized_pit(truth, ranked)
 
 
 def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:
@@ -179,7 +209,8 @@ def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:
     Args:
         observed: :math:`y_n`, shape ``(N,)``; counts and other discrete numbers as well.
         draws: :math:`y_{sn}`, draws of their own for each observation, shape ``(S, N)``: shared ones
-            would make the ranks depend on one another.
+            would make the ranks depend on one another. ``model.sample(S * N)[:, 0].reshape(S, N)`` for the
+            first entry of the data; reconstructions will not do, for they have seen the datum.
 
     Returns:
         :math:`u_n`, float64, shape ``(N,)``.
@@ -226,6 +257,11 @@ def active_units(
         for data in x_0.split(max(ROWS // num_particles, 1)):
             with Record(mean=True) as record:
                 guide(data.repeat(num_particles, *(1,) * (data.dim() - 1)))
+            if record.observed:
+                raise ValueError(
+                    f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "
+                    "guide, whose latents follow the data. Pass family.guide."
+                )
             chunks.append(
                 {name: x.unflatten(0, (num_particles, -1)) for name, x in record.values.items()}
             )

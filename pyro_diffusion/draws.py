@@ -150,8 +150,11 @@ class Record(Messenger):
         super().__init__()
         self.keep, self.mean = keep, mean
         self.values: dict[str, Tensor] = {}
+        self.observed: list[str] = []
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            self.observed.append(msg["name"])
         deterministic = site_is_subsample(msg) or msg["infer"].get("_deterministic")
         factor = msg["is_observed"] and msg["value"].numel() == 0
         if not (deterministic or factor) and (self.keep is None or msg["name"] in self.keep):

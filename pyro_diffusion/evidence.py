@@ -48,6 +48,7 @@ class Evidence(NamedTuple):
     estimator: str = ""  #: how it was estimated; models are compared by one and the same
     num_particles: int = 0  #: trajectories for each datum
     data: str = ""  #: a word for the data; models are compared on the same
+    measure: str = ""  #: "density" or "mass", of the data; the two are not compared
 
     def __repr__(self) -> str:
         threshold = good_k(self.num_particles)
@@ -111,7 +112,7 @@ def importance_evidence(
     ):  # fmt: skip
         chunks[start].append(sites.values[0] - sites.values[1:].sum(0))
     log_weights = torch.cat([torch.cat(parts) for parts in chunks.values()], dim=1)
-    return average(log_weights)._replace(data=fingerprint(x_0, mask))
+    return average(log_weights)._replace(data=fingerprint(x_0, mask), measure=sites.measure)
 
 
 def average(log_weights: Tensor) -> Evidence:

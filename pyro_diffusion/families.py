@@ -96,6 +96,14 @@ class Family(ParamScope, ABC):
         with evaluating(self):
             return self.model(num_samples=num_samples)
 
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """A family is not a program, and says so where it is called as one."""
+        name = type(self).__name__
+        raise ValueError(
+            f"argument 'model' or 'guide': got a {name}; expected one of its programs. Pass its .model and "
+            "its .guide, as in SVI(family.model, family.guide, …)."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         forget(self.transform)
         return super().__getstate__()
@@ -131,8 +139,8 @@ class Family(ParamScope, ABC):
         if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
             raise ValueError(
                 f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
-                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…) for whole "
-                "numbers, or x_0.float() if they are measurements."
+                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…), in a "
+                "hierarchical VAE LevelLikelihood(…), for whole numbers, or x_0.float() for measurements."
             )
         embedded = embedded.to(self.dtype)
         return embedded if mask is None else zeroed(embedded, self.embed_mask(mask))

@@ -37,6 +37,7 @@ from torch.nn.functional import softplus
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
 from pyro_diffusion.families import Family, describe_part
+from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.networks import FeedForward
 
 __all__ = [
@@ -92,7 +93,7 @@ class BottomUpEncoder(nn.Module):
 
     def __init__(self, event_shape: tuple[int, ...], latent_sizes: Sizes, **settings: Any) -> None:
         super().__init__()
-        shapes = [torch.Size(event_shape), *_shapes(latent_sizes)]
+        self.shapes = shapes = [_event_shape(event_shape), *_shapes(latent_sizes)]
         self.layers = nn.ModuleList(GaussianLayer(*step, **settings) for step in pairwise(shapes))
 
     @classmethod
@@ -166,7 +167,8 @@ class LadderEncoder(TopDownEncoder):
     ) -> None:
         super().__init__()
         shapes, width = _shapes(latent_sizes), (hidden_size,)
-        inputs = [torch.Size(event_shape)] + [torch.Size(width)] * (len(shapes) - 1)
+        self.shapes = [_event_shape(event_shape), *shapes]
+        inputs = self.shapes[:1] + [torch.Size(width)] * (len(shapes) - 1)
         self.path = nn.ModuleList(
             FeedForward(shape, width, hidden_size=hidden_size, **settings) for shape in inputs
         )
@@ -260,12 +262,7 @@ class HierarchicalVAE(Family):
         name: str | None = None,
         **settings: Any,
     ) -> None:
-        if not isinstance(event_shape, tuple):
-            raise ValueError(
-                f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors of "
-                "64 numbers."
-            )
-        super().__init__(event_shape, likelihood, transform, name)
+        super().__init__(_event_shape(event_shape), likelihood, transform, name)
         self.latent_shapes = _shapes(latent_sizes)
         if settings and encoder is not None and decoder is not None:
             raise ValueError(
@@ -279,6 +276,14 @@ class HierarchicalVAE(Family):
                 f"argument 'encoder': got a {type(encoder).__name__}; expected a BottomUpEncoder or a "
                 "TopDownEncoder. Pass LadderEncoder(event_shape, latent_sizes), say, or put layers of your "
                 "own into BottomUpEncoder.from_layers(layers)."
+            )
+        own = getattr(encoder, "shapes", None)  # of one that was built from sizes
+        if own not in (None, [self.event_shape, *self.latent_shapes]):
+            raise ValueError(
+                f"argument 'encoder': got one for data of shape {tuple(own[0])} and latents "
+                f"{[tuple(shape) for shape in own[1:]]}; expected {tuple(self.event_shape)} and "
+                f"{[tuple(shape) for shape in self.latent_shapes]}. Build it with the event_shape and "
+                "latent_sizes of the model."
             )
         self.encoder = encoder
         self.decoder = nn.ModuleList(self._layers(settings) if decoder is None else decoder)
@@ -389,7 +394,7 @@ class HierarchicalVAE(Family):
         r""":math:`p(x \mid h_1)`."""
         output = self.decoder[0](h)
         if self.likelihood is not None:
-            output = self.likelihood(output)
+            output = self.likelihood(self._for_the_likelihood(output))
         if not isinstance(output, torch.distributions.Distribution):
             raise ValueError(
                 f"argument 'decoder': got a {type(output).__name__} from its first layer; expected a "
@@ -397,6 +402,20 @@ class HierarchicalVAE(Family):
                 "layer return one."
             )
         return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
+
+    def _for_the_likelihood(self, output: Any) -> Tensor:
+        """The first layer's output, if it is a tensor, and of the data's shape where that is known."""
+        known = isinstance(self.likelihood, Likelihood) and self.likelihood.num_outputs == 1
+        shape = output.shape if isinstance(output, Tensor) else ()
+        fits = not known or shape[len(shape) - len(self.event_shape) :] == self.event_shape
+        if not isinstance(output, Tensor) or not fits:
+            got = f"a {type(output).__name__}" + (f" of shape {tuple(shape)}" if shape else "")
+            raise ValueError(
+                f"argument 'decoder': got {got} from its first layer; expected a tensor of batch_shape + "
+                f"{tuple(self.event_shape)}, which {type(self.likelihood).__name__} makes a distribution of. "
+                "Use FeedForward, or leave out the likelihood if the layer returns the distribution itself."
+            )
+        return output
 
     def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
         return self._checked(self.encoder.transition(h, t), t, "encoder")
@@ -445,6 +464,15 @@ def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
     mean = (ours.loc * ours.scale**-2 + theirs.loc * theirs.scale**-2) / precision
     event_dim = q_hat.reinterpreted_batch_ndims if isinstance(q_hat, Independent) else 0
     return dist.Normal(mean, precision.rsqrt()).to_event(event_dim)
+
+
+def _event_shape(event_shape: tuple[int, ...]) -> torch.Size:
+    if not isinstance(event_shape, tuple):
+        raise ValueError(
+            f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors of 64 "
+            "numbers."
+        )
+    return torch.Size(event_shape)
 
 
 def _shapes(latent_sizes: Sizes) -> list[torch.Size]:

@@ -38,10 +38,12 @@ __all__ = [
 def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "Axes":
     r"""Mean :math:`L_t` over data by timestep, with both errors, and the two ends of the chain.
 
+    Up to ten latent sites are bars, the one at the top included.
+
     Args:
         terms: The bound; its transition terms make the curve, prior and reconstruction the legend.
         ax: Axes to draw into.
-        errorbar: Passed on to ``Axes.errorbar``.
+        errorbar: Passed on to ``Axes.errorbar`` (of bars, ``Axes.bar``).
 
     Returns:
         The axes: timestep against nats per datum. Bars are one Monte Carlo error, the band is one
@@ -49,6 +51,8 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     """
     ax = _axes(ax)
     reconstruction, *transition, prior = terms.term_means()
+    if len(transition) < 10:
+        return _plot_levels(terms, ax, **errorbar)
     t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).reshape(-1, 3).T
     label = "KL at $x_t$" if terms.is_kl else "log-ratio at $x_t$"
@@ -64,6 +68,25 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     ax.set(xlabel="timestep $t$", ylabel="nats per datum")
     ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
     ax.legend(fontsize="small")
+    return ax
+
+
+def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
+    reconstruction, *levels = terms.term_means()
+    t = np.arange(1, len(levels) + 1)
+    value, monte_carlo, sampling = np.array(levels).T
+    colors = ["C0" if kind == "KL" else "C1" for kind in terms.kinds[1:]]
+    error = np.hypot(np.nan_to_num(monte_carlo), np.nan_to_num(sampling))
+    ax.bar(t, value, yerr=error, color=colors, **bar)
+    for kind, color in (("KL", "C0"), ("log-ratio", "C1")):
+        if kind in terms.kinds:
+            ax.bar([], [], color=color, label=f"{kind} at $x_t$")
+    ax.plot([], [], " ", label=f"reconstruction $E\\,\\log p(x_0|x_1)$: {reconstruction.value:.3g}")
+    ax.plot([], [], " ", label="bars: both errors together")
+    ax.set(xlabel="level $t$", ylabel="nats per datum", xticks=t)
+    ax.margins(y=0.3)
+    ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
+    ax.legend(fontsize="small", loc="upper right")
     return ax
 
 
@@ -110,7 +133,8 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
         if images.dim() != 3 or len(images) == 0:
             raise ValueError(
                 f"argument {name!r}: got shape {tuple(images.shape)}; expected (n, height, width) "
-                "with n ≥ 1. Reshape vectors, e.g. x.reshape(-1, 8, 8)."
+                "with n ≥ 1. Reshape vectors that are images, e.g. x.reshape(-1, 8, 8); draw points with "
+                "matplotlib's own scatter."
             )
     axes = _axes(axes, 1, len(grids))
     low, high = (float(bound) for bound in torch.cat(list(grids.values())).aminmax())
@@ -234,7 +258,8 @@ def plot_training(
     layers = {f"$x_{{{last}}}$ (prior)": terms[last]}
     for block in reversed(np.array_split(np.arange(1, last), num_blocks)):
         if len(block):
-            layers[f"$x_{{{block[0]}}}$ … $x_{{{block[-1]}}}$"] = terms[block].sum(0)
+            name = f"$x_{{{block[0]}}}$" + (f" … $x_{{{block[-1]}}}$" if len(block) > 1 else "")
+            layers[name] = terms[block].sum(0)
     loss = -terms[0]
     if (loss >= 0).all():
         layers["$-\\log p(x_0|x_1)$"] = loss

@@ -157,7 +157,8 @@ class SVIModule(lightning.LightningModule):
         self.log(f"{stage}_x_{last}", terms[-1].float(), rank_zero_only=True)
         for block in torch.arange(1, last).tensor_split(_NUM_BLOCKS):
             if len(block):
-                name = f"{stage}_x_{int(block[0])}_to_x_{int(block[-1])}"
+                name = f"{stage}_x_{int(block[0])}"
+                name += f"_to_x_{int(block[-1])}" if len(block) > 1 else ""
                 self.log(name, terms[block].sum().float(), rank_zero_only=True)
         return terms
 

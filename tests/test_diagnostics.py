@@ -14,6 +14,7 @@ from torch import nn
 from pyro_diffusion import (
     MLP,
     AlphaSchedule,
+    BernoulliLikelihood,
     BottomUpEncoder,
     DiffusionModel,
     DiscretizedGaussianLikelihood,
@@ -582,3 +583,52 @@ def test_active_units_of_other_laws():
 
     with pytest.raises(ValueError, match="site 'c': got a Categorical, which has no mean"):
         active_units(categories, torch.randn(20, 2))
+
+
+def test_compare_refuses_what_is_no_evidence_or_of_another_measure():
+    x_0 = torch.randint(2, (10, 2)).float()
+    vae = HierarchicalVAE((2,), (3,), BernoulliLikelihood(), hidden_size=8)
+    density = HierarchicalVAE((2,), (3,), hidden_size=8)
+    found = {
+        name: importance_evidence(v.model, v.guide, x_0, num_particles=30)
+        for name, v in {"mass": vae, "density": density}.items()
+    }
+    assert found["mass"].measure == "mass"
+    with pytest.raises(ValueError, match=r"other measure \('density' and 'mass'\)"):
+        compare(found)
+    with pytest.raises(ValueError, match="got a ELBOTerms for 'one'; expected Evidence"):
+        compare({"one": elbo_terms(vae.model, vae.guide, x_0), "two": found["mass"]})
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # pandas', inside ArviZ, once pytest repeats it
+def test_compare_warns_where_guides_may_have_decided():
+    """A better model with a loose guide loses on bounds: the table says so in words and columns."""
+    better = fake([-1.0] * 3, [-9.0] * 3, [2.0] * 3)
+    tighter = fake([-2.0] * 3, [-2.5] * 3, [0.1] * 3)
+    with pytest.warns(UserWarning, match="order by evidence"):
+        table = compare({"better": better, "tighter": tighter})
+    assert list(table.index) == ["tighter", "better"]
+    assert table["evidence"]["better"] == -3.0
+    assert table["bound"]["better"] == -27.0
+    assert dict(table["bad_k"]) == {"better": 3, "tighter": 0}
+
+
+def test_statistics_that_test_nothing_are_refused(double):
+    with pytest.raises(ValueError, match="the same for every draw of the guide"):
+        simulation_based_calibration(
+            gaussian(), lambda states: states["x_0"][:, 0], num_simulations=20
+        )
+    with pytest.raises(ValueError, match="argument 'statistic': got 'x_1'"):
+        simulation_based_calibration(gaussian(), "x_1")
+    with pytest.raises(ValueError, match="got a program that observes 'x_0'"):
+        active_units(gaussian().model, torch.randn(5, 2))
+
+
+def test_a_family_is_no_program():
+    diffusion = gaussian()
+    with pytest.raises(ValueError, match=r"got a DiffusionModel; expected one of its programs"):
+        diffusion(torch.randn(3, 2))
+    with pytest.raises(ValueError, match=r"its .model, and its .posterior_guide"):
+        elbo_terms(diffusion, diffusion, torch.randn(3, 2))

@@ -347,7 +347,7 @@ def test_vectorized_particles_estimate_the_same_bound(double, elbo):
     terms = elbo_terms(vae.model, vae.guide, x_0, num_particles=2000)
     loss = elbo(num_particles=2000, vectorize_particles=True).loss(vae.model, vae.guide, x_0)
     error = 5 * terms.standard_error.square().sum().sqrt().item() * 2**0.5
-    assert -loss == pytest.approx(terms.elbo.sum().item(), abs=2 * error)
+    assert -loss == pytest.approx(terms.elbo.sum().item(), abs=error)
 
 
 DATA = {
@@ -460,7 +460,7 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="argument 'encoder'.*BottomUpEncoder"):
         HierarchicalVAE((2,), (3,), encoder=nn.Linear(2, 3))
     with pytest.raises(ValueError, match="argument 'encoder': got 2 layers for 1 levels"):
-        HierarchicalVAE((2,), (3,), encoder=LadderEncoder((2,), (3, 3)))
+        HierarchicalVAE((2,), (3,), encoder=BottomUpEncoder.from_layers([nn.Identity()] * 2))
     with pytest.raises(ValueError, match="argument 'decoder': got 1 layers for 2 levels"):
         HierarchicalVAE((2,), (3, 3), decoder=[GaussianLayer((3,), (2,))])
     with pytest.raises(ValueError, match="argument 'hidden_size'"):
@@ -470,7 +470,8 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="argument 'likelihood'"):
         HierarchicalVAE((2,), (3,), BernoulliLikelihood)
     x_0 = torch.randn(3, 2)
-    wrong = HierarchicalVAE((2,), (3, 3), encoder=BottomUpEncoder((2,), (3, 4)))
+    layers = [GaussianLayer((2,), (3,)), GaussianLayer((3,), (4,))]
+    wrong = HierarchicalVAE((2,), (3, 3), encoder=BottomUpEncoder.from_layers(layers))
     with pytest.raises(ValueError, match=r"site 'x_2'.*argument 'encoder'.*\(4,\) over level 2"):
         elbo_terms(wrong.model, wrong.guide, x_0)
     no_kernel = HierarchicalVAE((2,), (3,), decoder=[nn.Linear(3, 2)])
@@ -530,7 +531,9 @@ def test_pyro_modules_as_layers_keep_their_own_parameters(encoder):
 def test_ladders_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="argument 'heads': got 1 for a path of 2 steps"):
         LadderEncoder.from_layers([nn.Identity()] * 2, [nn.Identity()])
-    vae = HierarchicalVAE((2,), (3, 2), encoder=LadderEncoder((2,), (1, 2)))
+    heads = [GaussianLayer((2,), (size,)) for size in (1, 2)]
+    encoder = LadderEncoder.from_layers([nn.Identity()] * 2, heads)
+    vae = HierarchicalVAE((2,), (3, 2), encoder=encoder)
     with pytest.raises(ValueError, match=r"a head of event shape \(1,\) for a level of \(3,\)"):
         elbo_terms(vae.model, vae.guide, torch.randn(3, 2))
     with pytest.raises(ValueError, match="expected whole numbers"):
@@ -541,3 +544,21 @@ def test_ladders_that_do_not_fit_are_refused():
         layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
 
     assert HierarchicalVAE((2,), (2, 2), encoder=Own(None)).num_timesteps == 2
+
+
+def test_encoders_and_decoders_that_do_not_fit_say_so_at_once():
+    with pytest.raises(ValueError, match=r"argument 'encoder': got one for data of shape \(3,\)"):
+        HierarchicalVAE((2,), (4,), encoder=BottomUpEncoder((3,), (4,)))
+    with pytest.raises(
+        ValueError, match=r"latents \[\(1,\), \(2,\)\]; expected .* \[\(3,\), \(2,\)\]"
+    ):
+        HierarchicalVAE((2,), (3, 2), encoder=LadderEncoder((2,), (1, 2)))
+    with pytest.raises(ValueError, match="argument 'event_shape'"):
+        LadderEncoder(2, (3,))
+    for layer, got in (
+        (GaussianLayer((4,), (2,)), "a Independent"),
+        (nn.Linear(4, 3), r"a Tensor of shape \(5, 3\)"),
+    ):
+        vae = HierarchicalVAE((2,), (4,), BernoulliLikelihood(), decoder=[layer])
+        with pytest.raises(ValueError, match=rf"site 'x_0'.*argument 'decoder': got {got}"):
+            vae.sample(5)

@@ -8,6 +8,7 @@ import torch
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.hvae import HierarchicalVAE, LadderEncoder
 from pyro_diffusion.plots import (
     plot_bound,
     plot_denoised,
@@ -28,14 +29,14 @@ def _close():
 @pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
 @pytest.mark.parametrize("num_particles", [1, 8])
 def test_plot_bound(guide, num_particles, device):
-    diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(6)))
+    diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(12)))
     diffusion = diffusion.to(device)
     x_0 = torch.randn(5, 2, device=device)
     terms = elbo_terms(diffusion.model, getattr(diffusion, guide), x_0, num_particles=num_particles)
     _, ax = plt.subplots()
     assert plot_bound(terms, ax) is ax
     line, *_ = ax.containers[0]
-    np.testing.assert_allclose(line.get_xdata(), [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(line.get_xdata(), np.arange(1, 12))
     np.testing.assert_allclose(line.get_ydata(), terms.transition.mean(1).cpu(), rtol=1e-6)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     kind = "KL" if guide == "posterior_guide" else "log-ratio"
@@ -44,6 +45,21 @@ def test_plot_bound(guide, num_particles, device):
     assert ax.get_ylabel() == "nats per datum"
     ax.figure.canvas.draw()
     assert plot_bound(terms) is not ax
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder((2,), (3, 2), hidden_size=8)])
+@pytest.mark.parametrize("num_particles", [1, 8])
+def test_plot_bound_of_a_few_levels(encoder, num_particles):
+    """Bars for all of them, the top included, coloured by what they are."""
+    vae = HierarchicalVAE((2,), (3, 2), encoder=encoder, hidden_size=8)
+    terms = elbo_terms(vae.model, vae.guide, torch.randn(5, 2), num_particles=num_particles)
+    ax = plot_bound(terms)
+    heights = [patch.get_height() for patch in ax.patches]
+    np.testing.assert_allclose(heights, [term.value for term in terms.term_means()[1:]])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert ("log-ratio at $x_t$" in labels) == (encoder is None)
+    assert "KL at $x_t$" in labels
+    ax.figure.canvas.draw()
 
 
 def test_plot_schedule(device):
@@ -101,7 +117,8 @@ def test_plot_training(reconstruction):
     ax = plot_training(history)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert any("prior" in label for label in labels)
-    assert sum("…" in label for label in labels) == 5
+    assert sum(label.startswith("$x_{") and "prior" not in label for label in labels) == 5
+    assert "$x_{9}$" in labels  # a block of one
     total = {line.get_label(): line for line in ax.get_lines()}["$-$ELBO"]
     expected = [float(terms[1:].sum()) - reconstruction for terms in history.values()]
     np.testing.assert_allclose(total.get_ydata(), expected, rtol=1e-6)
