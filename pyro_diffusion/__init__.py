@@ -24,6 +24,7 @@ from pyro_diffusion.diagnostics import (
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, importance_evidence
+from pyro_diffusion.flow import ode_log_likelihood
 from pyro_diffusion.hvae import (
     BottomUpEncoder,
     GaussianLayer,
@@ -74,6 +75,7 @@ from pyro_diffusion.schedules import (
     NoiseSchedule,
     VarianceExploding,
 )
+from pyro_diffusion.sequential import smc_evidence
 from pyro_diffusion.timesteps import StratifiedTimesteps
 from pyro_diffusion.transforms import Standardize
 from pyro_diffusion.variances import ForwardVariance, LearnedVariance, PosteriorVariance
@@ -133,6 +135,7 @@ __all__ = [
     "forward_posterior",
     "forward_transition",
     "importance_evidence",
+    "ode_log_likelihood",
     "plot_bound",
     "plot_compare",
     "plot_denoised",
@@ -144,6 +147,7 @@ __all__ = [
     "plot_trajectory",
     "randomized_pit",
     "simulation_based_calibration",
+    "smc_evidence",
     "snr_weight",
     "terminal_prior",
     "to_arviz",

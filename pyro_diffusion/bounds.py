@@ -51,7 +51,7 @@ from pyro_diffusion.store import ParamScope
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "snr_weight", "trajectory_terms"]
+__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "log_density", "snr_weight", "trajectory_terms"]
 
 _CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
 
@@ -460,7 +460,7 @@ class _Score(Messenger):
             return
         name, p, value = msg["name"], msg["fn"], msg["value"]
         if msg["is_observed"]:
-            self.observed[name] = self._per_datum(_log_prob(p, value), msg)
+            self.observed[name] = self._per_datum(log_density(p, value), msg)
             with suppress(NotImplementedError):  # no support is known
                 self.measures.add("mass" if p.support.is_discrete else "density")
             self.event_size += value.numel() // self.rows
@@ -472,9 +472,9 @@ class _Score(Messenger):
                     f"site {name!r}: got another mask in the guide than in the model; expected the "
                     "same in both, so that a term has one set of entries. Mask both programs alike."
                 )
-            log_q = _log_prob(q, value)
+            log_q = log_density(q, value)
             self.log_q = self.log_q + self._per_datum(log_q, msg)
-            self.log_ratio[name] = self._per_datum(log_q - _log_prob(p, value), msg)
+            self.log_ratio[name] = self._per_datum(log_q - log_density(p, value), msg)
             if self.keep is None or name in self.keep:
                 self.states[name] = value.movedim(value.dim() - p.event_dim - 1, 0)
             self.in_order = self.in_order and name == next(self.guide_order)
@@ -537,7 +537,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (ours, theirs))))
 
 
-def _log_prob(distribution: Any, value: Tensor) -> Tensor:
+def log_density(distribution: Any, value: Tensor) -> Tensor:
     """log-density as float64; a Gaussian's entries are in float64 before they are summed."""
     base = distribution
     while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):

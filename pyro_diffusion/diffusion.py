@@ -199,12 +199,12 @@ class DiffusionModel(Family):
 
     def decode(self, x_1: Tensor) -> TorchDistribution:
         r""":math:`p_\theta(x_0 \mid x_1)`, the term that a VAE calls its decoder."""
-        return self._data_kernel(x_1, self.denoiser.denoise(x_1, self.schedule.log_snr(1)))
+        return self.decode_denoised(x_1, self.denoiser.denoise(x_1, self.schedule.log_snr(1)))
 
     def reverse(self, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
         r""":math:`p_\theta(x_{t-1} \mid x_t)` and :math:`p_\theta(x_0 \mid x_1)` from one network call."""
         denoised = self.denoiser.denoise(x_t, self.schedule.log_snr(t))
-        return self.denoiser.reverse_kernel(x_t, t, denoised), self._data_kernel(x_t, denoised)
+        return self.denoiser.reverse_kernel(x_t, t, denoised), self.decode_denoised(x_t, denoised)
 
     def forward_transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_{t-1})` (E1)."""
@@ -222,7 +222,8 @@ class DiffusionModel(Family):
         r""":math:`q(x_{t-1} \mid x_t, x_0)` (E3) for an embedded ``x_0``."""
         return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
 
-    def _data_kernel(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+    def decode_denoised(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        r""":math:`p_\theta(x_0 \mid x_1)` from what the denoiser said of :math:`x_1` already."""
         if self.likelihood is None:
             kernel = self.denoiser.decode(x_1, denoised)
         else:

@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate, trajectory_terms
 
-__all__ = ["Evidence", "average", "fingerprint", "importance_evidence"]
+__all__ = ["Evidence", "average", "fingerprint", "importance_evidence", "tail"]
 
 
 class Evidence(NamedTuple):
@@ -51,12 +51,25 @@ class Evidence(NamedTuple):
     measure: str = ""  #: "density" or "mass", of the data; the two are not compared
 
     def __repr__(self) -> str:
-        threshold = good_k(self.num_particles)
-        unreliable = int((self.pareto_k > threshold).sum())
         return (
             f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
-            f"k > {threshold:.2g} for {unreliable})"
+            f"reliable for {int(self.reliable.sum())})"
         )
+
+    @property
+    def reliable(self) -> Tensor:
+        r"""Whether a datum's estimate can be trusted, boolean, ``(N,)``.
+
+        Importance weights need a small Pareto :math:`\hat k`. Sequential Monte Carlo needs ten effective
+        particles at every timestep, runs that agree to a standard error below a half, and no tail above 0.9
+        (:math:`\hat k` is the largest of as many as there were averages, and the largest of many is large);
+        an estimate without weights needs the standard error alone.
+        """
+        if self.num_particles == 0:  # no weights at all
+            return self.standard_error < 0.5
+        if self.ess_by_timestep is None:
+            return self.pareto_k < good_k(self.num_particles)
+        return (self.ess >= 10) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
 
     def mean(self) -> Estimate:
         """Mean over data, with its errors as for the bound."""
@@ -128,7 +141,7 @@ def average(log_weights: Tensor) -> Evidence:
         log_evidence=log_evidence,
         standard_error=error,
         ess=relative.sum(0).square() / relative.square().sum(0),
-        pareto_k=_pareto_k(log_weights),
+        pareto_k=tail(log_weights),
         elbo=log_weights.mean(0),
         elbo_standard_error=elbo_error,
         estimator="importance weights",
@@ -136,7 +149,8 @@ def average(log_weights: Tensor) -> Evidence:
     )
 
 
-def _pareto_k(log_weights: Tensor) -> Tensor:
+def tail(log_weights: Tensor) -> Tensor:
+    r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones."""
     values = log_weights.cpu().numpy().T
     too_few = len(log_weights) < MIN_DRAWS
     k = np.where(constant(values), -math.inf, math.nan) if too_few else pareto_k(values)

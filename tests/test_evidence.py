@@ -192,7 +192,7 @@ def test_one_particle_and_printing():
     assert evidence.log_evidence.dtype == torch.float64
     assert (evidence.ess == 1).all()
     heavy = Evidence(*torch.zeros(3, 2), torch.tensor([0.9, 0.1]), num_particles=10_000)
-    assert "k > 0.7 for 1" in repr(heavy)
+    assert "reliable for 1" in repr(heavy)
     assert heavy.mean().value == 0
 
 

@@ -32,6 +32,8 @@ ORDER = [
     "arviz_bridge",
     "bounds",
     "evidence",
+    "sequential",
+    "flow",
     "draws",
     "diagnostics",
     "training",

@@ -1,0 +1,203 @@
+r"""The density of the probability flow: the deterministic model that shares a diffusion's marginals.
+
+With the log-SNR :math:`\lambda` as time and Tweedie's score, the flow of
+:math:`x_\lambda = a x_0 + \sigma \epsilon` is
+
+.. math::
+    \frac{dx}{d\lambda} = \Big(\frac{d \log a}{d\lambda} - \tfrac12\Big)\, x
+        + \tfrac12\, a\, \hat x_0(x, \lambda),
+
+and a density along it follows its divergence,
+
+.. math::
+    \log p(x_{\lambda_t}) = \log p(x_{\lambda_T})
+        + \int_{\lambda_t}^{\lambda_T} \nabla \cdot \frac{dx}{d\lambda}\, d\lambda .
+
+It is *another model* than the chain: the two have one density only for the exact score and
+:math:`T \to \infty`, and its density of the data is no bound of the chain's. It asks the denoiser
+about the log-SNRs that the schedule covers, and no others.
+
+References:
+    Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), section
+    4.3. https://arxiv.org/abs/2011.13456
+    FFJORD (Grathwohl et al., 2019), section 3.1 (stochastic trace). https://arxiv.org/abs/1810.01367
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.chains import evaluating
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import Evidence, fingerprint
+from pyro_diffusion.observations import check_data
+
+__all__ = ["ode_log_likelihood"]
+
+_EXACT = 64  # dimensions up to which the trace is exact by default
+
+
+def ode_log_likelihood(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    *,
+    state: int = 0,
+    num_probes: int | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    batch_size: int = 256,
+) -> Evidence:
+    r"""Log-density of data, or of states, under the probability flow.
+
+    The flow starts at :math:`\lambda(t = 1)`, where a little noise is left: the datum's density is that of
+    :math:`a_1 x_0` there times :math:`a_1^D`, right to the order of :math:`\sigma_1^2` over the
+    variance of the data. A larger ``log_snr_max`` makes it smaller.
+
+    Args:
+        diffusion: The model; without a likelihood, for the flow has a density and knows no other
+            data. Dequantise grey levels first, and it is the density of what you made of them.
+        x_0: Data, shape ``(N,)`` + the shape of one datum; states in the chain's space if ``state`` is
+            not zero.
+        state: Timestep ``t`` of the states; 0 for data.
+        num_probes: Random vectors for Hutchinson's estimate of the divergence, at least 2; ``None`` takes its
+            exact value (``D`` gradients a call) up to 64 dimensions, and 8 of them beyond.
+        rtol: Relative tolerance of the solver.
+        atol: Absolute tolerance of the solver.
+        batch_size: Data that share a solution's steps.
+
+    Returns:
+        :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is that of the stochastic trace, zero
+        for the exact one; the solver's error is besides, of the order of the tolerances (``estimator``
+        names them). Weights and their diagnostics are NaN.
+
+    Raises:
+        ValueError: A model with a likelihood or over levels; a timestep outside ``0 … T``; fewer than two
+            probes; data as for the programs.
+
+    Example:
+        >>> schedule = LogSNRSchedule(5, log_snr_max=15, log_snr_min=-20)
+        >>> diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), schedule))
+        >>> ode_log_likelihood(diffusion, torch.zeros(3, 2)).log_evidence
+        tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
+    """
+    _check(diffusion, state, num_probes)
+    check_data(x_0)
+    if num_probes is None and diffusion.event_shape.numel() > _EXACT:
+        num_probes = 8
+    with evaluating(diffusion):
+        parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(batch_size)]
+    log_p = torch.cat(parts, dim=1)
+    error = torch.zeros_like(log_p[0])
+    if num_probes is not None:
+        error = log_p.std(0) / math.sqrt(num_probes)
+    nan = torch.full_like(error, math.nan)
+    trace = "exact trace" if num_probes is None else f"{num_probes} probes"
+    return Evidence(
+        log_evidence=log_p.mean(0),
+        standard_error=error,
+        ess=nan,
+        pareto_k=nan,
+        estimator=f"probability flow, {trace}, rtol={rtol:g}, atol={atol:g}",
+        data=fingerprint(x_0),
+        measure="density",
+    )
+
+
+def _solve(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    state: int,
+    num_probes: int | None,
+    rtol: float,
+    atol: float,
+) -> Tensor:
+    """Log-densities by probe, ``(P, N)``; the exact trace is one."""
+    from torchdiffeq import odeint
+
+    schedule, size = diffusion.schedule, diffusion.event_shape.numel()
+    x, log_volume = (
+        x_0.to(diffusion.dtype),
+        torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device),
+    )
+    if state == 0:
+        signal = schedule.signal(1)
+        x = (signal * diffusion.embed(x_0)).to(diffusion.dtype)
+        log_volume = log_volume + size * signal.log()
+        if diffusion.transform is not None:
+            log_volume = log_volume + diffusion.log_volume(x_0)
+    ends = torch.tensor([max(state, 1), schedule.num_timesteps], device=x.device)
+    probes = _probes(x, num_probes)
+    divergence = x.new_zeros(1 if num_probes is None else num_probes, len(x), dtype=torch.float64)
+    start = (x.double(), divergence)
+    velocity = _velocity(diffusion, probes, exact=num_probes is None)
+    log_snr = schedule.log_snr(ends).detach()
+    with torch.no_grad():
+        if ends[0] < ends[1]:
+            path = odeint(velocity, start, log_snr, rtol=rtol, atol=atol, method="dopri5")
+            start = tuple(values[-1] for values in path)
+    x_T, divergence = start
+    prior = diffusion.prior().log_prob(x_T.to(diffusion.dtype)).double()
+    return (prior + divergence + log_volume).detach()
+
+
+def _velocity(
+    diffusion: DiffusionModel, probes: Tensor, *, exact: bool
+) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """dx/dλ and its divergence, for the solver."""
+    denoiser, size = diffusion.denoiser, diffusion.event_shape.numel()
+
+    def at(log_snr: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """At a level, for a path and its divergence so far."""
+        with torch.enable_grad():
+            level = log_snr.detach().double().requires_grad_()
+            signal = diffusion.schedule.scales(level)[0]
+            # of a variance-exploding chain the signal is one at every level
+            growth = torch.tensor(0.0, dtype=torch.float64, device=log_snr.device)
+            if signal.requires_grad:
+                (growth,) = torch.autograd.grad(signal.log(), level)
+            x = path[0].detach().to(denoiser.dtype).requires_grad_()
+            x_0_hat = denoiser.x_0_hat(x, level.detach().expand(len(x)))
+            traces = [
+                torch.autograd.grad((x_0_hat * e).sum(), x, retain_graph=True)[0]
+                .mul(e)
+                .reshape(len(x), -1)
+                for e in probes
+            ]
+        trace = torch.stack([t.double().sum(1) for t in traces])
+        trace = trace.sum(0, keepdim=True) if exact else trace
+        signal = signal.detach()
+        dx = (growth - 0.5) * path[0] + 0.5 * signal * x_0_hat.detach().double()
+        return dx, (growth - 0.5) * size + 0.5 * signal * trace
+
+    return at
+
+
+def _probes(x: Tensor, num_probes: int | None) -> Tensor:
+    """Unit vectors for the exact trace, or random signs for each datum."""
+    if num_probes is None:
+        size = x[0].numel()
+        return torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+    return 2.0 * torch.randint(2, (num_probes, *x.shape), dtype=x.dtype, device=x.device) - 1.0
+
+
+def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
+    last = diffusion.schedule.num_timesteps
+    if not isinstance(state, int) or not 0 <= state <= last:
+        raise ValueError(
+            f"argument 'state': got {state!r}; expected a timestep in 0 … {last}. Pass 0 for data."
+        )
+    levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
+    if state == 0 and (diffusion.likelihood is not None or levels):
+        what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)
+        raise ValueError(
+            f"argument 'diffusion': got a model with {what} between its states and the data; expected none, "
+            "for the flow has a density of states. Dequantise the data and fit a model without a likelihood, "
+            "ask for a state (state=1), or use importance_evidence."
+        )
+    if num_probes is not None and (not isinstance(num_probes, int) or num_probes < 2):
+        raise ValueError(
+            f"argument 'num_probes': got {num_probes!r}; expected a whole number of at least 2, whose spread "
+            "is the standard error. Leave it out for the exact trace of small data."
+        )
