@@ -51,6 +51,7 @@ __all__ = [
 Sizes = Sequence[int | tuple[int, ...]]
 
 _MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
+_UNIT = 0.5413  # softplus of it is one
 
 
 class GaussianLayer(nn.Module):
@@ -79,7 +80,7 @@ class GaussianLayer(nn.Module):
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
         event_dim = len(self.network.output_shape) - 1
         mean, raw = self.network(h).unbind(-1 - event_dim)
-        return dist.Normal(mean, softplus(raw + 0.5413) + _MIN_STD).to_event(event_dim)
+        return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
 
 
 class BottomUpEncoder(nn.Module):
@@ -91,9 +92,12 @@ class BottomUpEncoder(nn.Module):
         settings: Of every layer, passed on to :class:`GaussianLayer`.
     """
 
+    shapes: list[torch.Size] | None  # of data and latents; None where layers are the user's own
+
     def __init__(self, event_shape: tuple[int, ...], latent_sizes: Sizes, **settings: Any) -> None:
         super().__init__()
-        self.shapes = shapes = [_event_shape(event_shape), *_shapes(latent_sizes)]
+        shapes = [_event_shape(event_shape), *_shapes(latent_sizes)]
+        self.shapes = shapes
         self.layers = nn.ModuleList(GaussianLayer(*step, **settings) for step in pairwise(shapes))
 
     @classmethod
@@ -101,7 +105,7 @@ class BottomUpEncoder(nn.Module):
         r"""``layers[t - 1](h_{t-1})`` of your own is :math:`q(h_t \mid h_{t-1})`, :math:`h_0` the datum."""
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
-        encoder.layers = nn.ModuleList(layers)
+        encoder.shapes, encoder.layers = None, nn.ModuleList(layers)
         return encoder
 
     @property
@@ -153,9 +157,11 @@ class LadderEncoder(TopDownEncoder):
         settings: Of every step of the path, passed on to :class:`~pyro_diffusion.networks.FeedForward`.
 
     References:
-        Ladder Variational Autoencoders (Sønderby et al., 2016), eqs. 8-14.
+        Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.
         https://arxiv.org/abs/1602.02282
     """
+
+    shapes: list[torch.Size] | None  # of data and latents; None where layers are the user's own
 
     def __init__(
         self,
@@ -168,7 +174,7 @@ class LadderEncoder(TopDownEncoder):
         super().__init__()
         shapes, width = _shapes(latent_sizes), (hidden_size,)
         self.shapes = [_event_shape(event_shape), *shapes]
-        inputs = self.shapes[:1] + [torch.Size(width)] * (len(shapes) - 1)
+        inputs = [self.shapes[0]] + [torch.Size(width)] * (len(shapes) - 1)
         self.path = nn.ModuleList(
             FeedForward(shape, width, hidden_size=hidden_size, **settings) for shape in inputs
         )
@@ -179,6 +185,7 @@ class LadderEncoder(TopDownEncoder):
         r"""``path[t - 1](d_{t-1})`` of your own is :math:`d_t`, ``heads[t - 1](d_t)`` a level's Normal."""
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
+        encoder.shapes = None
         encoder.path, encoder.heads = nn.ModuleList(path), nn.ModuleList(heads)
         if len(path) != len(heads):
             raise ValueError(
@@ -271,31 +278,10 @@ class HierarchicalVAE(Family):
             )
         if encoder is None:
             encoder = BottomUpEncoder(event_shape, latent_sizes, **settings)
-        if not isinstance(encoder, BottomUpEncoder | TopDownEncoder):
-            raise ValueError(
-                f"argument 'encoder': got a {type(encoder).__name__}; expected a BottomUpEncoder or a "
-                "TopDownEncoder. Pass LadderEncoder(event_shape, latent_sizes), say, or put layers of your "
-                "own into BottomUpEncoder.from_layers(layers)."
-            )
-        own = getattr(encoder, "shapes", None)  # of one that was built from sizes
-        if own not in (None, [self.event_shape, *self.latent_shapes]):
-            raise ValueError(
-                f"argument 'encoder': got one for data of shape {tuple(own[0])} and latents "
-                f"{[tuple(shape) for shape in own[1:]]}; expected {tuple(self.event_shape)} and "
-                f"{[tuple(shape) for shape in self.latent_shapes]}. Build it with the event_shape and "
-                "latent_sizes of the model."
-            )
         self.encoder = encoder
         self.decoder = nn.ModuleList(self._layers(settings) if decoder is None else decoder)
-        counts = {"decoder": len(self.decoder)}
-        if isinstance(encoder, BottomUpEncoder | LadderEncoder):
-            counts["encoder"] = encoder.num_levels
-        for argument, number in counts.items():
-            if number != len(self.latent_shapes):
-                raise ValueError(
-                    f"argument {argument!r}: got {number} layers for {len(self.latent_shapes)} levels; "
-                    "expected one for each. Give latent_sizes a size for every level, h_1 first."
-                )
+        self._check_encoder()
+        self._check_number("decoder", len(self.decoder))
 
     def _layers(self, settings: dict[str, Any]) -> list[nn.Module]:
         """The default decoder: Gaussian layers, the first one's output what the likelihood takes."""
@@ -402,6 +388,32 @@ class HierarchicalVAE(Family):
                 "layer return one."
             )
         return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
+
+    def _check_encoder(self) -> None:
+        if not isinstance(self.encoder, BottomUpEncoder | TopDownEncoder):
+            raise ValueError(
+                f"argument 'encoder': got a {type(self.encoder).__name__}; expected a BottomUpEncoder or a "
+                "TopDownEncoder. Pass LadderEncoder(event_shape, latent_sizes), say, or put layers of your "
+                "own into BottomUpEncoder.from_layers(layers)."
+            )
+        if not isinstance(self.encoder, BottomUpEncoder | LadderEncoder):
+            return
+        own = self.encoder.shapes
+        if own not in (None, [self.event_shape, *self.latent_shapes]):
+            raise ValueError(
+                f"argument 'encoder': got one for data of shape {tuple(own[0])} and latents "
+                f"{[tuple(shape) for shape in own[1:]]}; expected {tuple(self.event_shape)} and "
+                f"{[tuple(shape) for shape in self.latent_shapes]}. Build it with the event_shape and "
+                "latent_sizes of the model."
+            )
+        self._check_number("encoder", self.encoder.num_levels)
+
+    def _check_number(self, argument: str, number: int) -> None:
+        if number != len(self.latent_shapes):
+            raise ValueError(
+                f"argument {argument!r}: got {number} layers for {len(self.latent_shapes)} levels; "
+                "expected one for each. Give latent_sizes a size for every level, h_1 first."
+            )
 
     def _for_the_likelihood(self, output: Any) -> Tensor:
         """The first layer's output, if it is a tensor, and of the data's shape where that is known."""
