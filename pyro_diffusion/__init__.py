@@ -76,7 +76,7 @@ from pyro_diffusion.schedules import (
     VarianceExploding,
 )
 from pyro_diffusion.sequential import smc_evidence
-from pyro_diffusion.timesteps import StratifiedTimesteps
+from pyro_diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 from pyro_diffusion.transforms import Standardize
 from pyro_diffusion.variances import ForwardVariance, LearnedVariance, PosteriorVariance
 
@@ -107,6 +107,7 @@ __all__ = [
     "GaussianMixtureDenoiser",
     "GenerativeChain",
     "HierarchicalVAE",
+    "ImportanceTimesteps",
     "KLWarmup",
     "LadderEncoder",
     "LearnedVariance",
@@ -126,6 +127,7 @@ __all__ = [
     "TimestepPlate",
     "TopDownEncoder",
     "TopDownGuide",
+    "UniformTimesteps",
     "VarianceExploding",
     "VelocityPrediction",
     "active_units",

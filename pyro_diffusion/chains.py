@@ -46,7 +46,7 @@ from pyro_diffusion.observations import (
     zeroed,
 )
 from pyro_diffusion.store import ParamScope, free_name, snake_case
-from pyro_diffusion.timesteps import StratifiedTimesteps, TimestepDistribution, Timesteps
+from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
 
 __all__ = ["BottomUpGuide", "GenerativeChain", "TimestepPlate", "TopDownGuide"]
 
@@ -358,7 +358,7 @@ class SubsampledProgram(Program):
         They are on the device, and the weights in the dtype, of ``state``.
         """
         law = self.law(self.num_timesteps, state.device)
-        law = TimestepDistribution(law.log_pi.to(state.dtype))
+        law = law.to(state.dtype)
         with poutine.mask(mask=False):
             t = pyro.sample("t", law)
         return t, (-law.log_prob(t)).exp() / self.num_draws

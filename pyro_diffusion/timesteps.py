@@ -2,22 +2,36 @@ r"""How random timesteps are drawn: laws over :math:`\{1, …, T\}` that a progr
 
 The bound is a sum over timesteps; a subsampled program draws ``k`` of them for each datum and weights
 a term by :math:`1 / (k\, \pi(t))`, which leaves its expectation as it is for any :math:`\pi > 0`.
-``t = 1`` stands for the reconstruction term and ``t ≥ 2`` for the KL at site :math:`x_{t-1}`.
+``t = 1`` stands for the reconstruction term and ``t ≥ 2`` for the KL at site :math:`x_{t-1}`. What the law
+changes is the variance, which is least for independent draws where :math:`\pi(t)` follows the root of the
+term's second moment.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
     https://arxiv.org/abs/2107.00630
+    Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), section 3.3 (importance
+    sampling). https://arxiv.org/abs/2102.09672
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence
 
-__all__ = ["StratifiedTimesteps", "TimestepDistribution", "Timesteps"]
+__all__ = [
+    "ImportanceTimesteps",
+    "IndependentTimestepDistribution",
+    "StratifiedTimesteps",
+    "TimestepDistribution",
+    "Timesteps",
+    "UniformTimesteps",
+]
 
 
 class TimestepDistribution(TorchDistribution):
@@ -47,19 +61,34 @@ class TimestepDistribution(TorchDistribution):
         return constraints.integer_interval(1, len(self.log_pi))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TimestepDistribution":
-        return TimestepDistribution(self.log_pi, torch.Size(batch_shape))
+        return type(self)(self.log_pi, torch.Size(batch_shape))
+
+    def to(self, dtype: torch.dtype) -> "TimestepDistribution":
+        """The same law with weights of another dtype."""
+        return type(self)(self.log_pi.to(dtype), self.batch_shape)
+
+    def points(self, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), float64, of which the quantile function makes timesteps."""
+        device = self.log_pi.device
+        strata = torch.randperm(count, device=device)
+        return (strata + torch.rand(count, dtype=torch.float64, device=device)) / count
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
-        count, device = shape.numel(), self.log_pi.device
-        strata = torch.randperm(count, device=device)
-        points = (strata + torch.rand(count, dtype=torch.float64, device=device)) / count
+        points = self.points(shape.numel())
         edges = self.log_pi.double().exp().cumsum(0)
         t = 1 + torch.searchsorted(edges[:-1].contiguous(), points, right=True)
         return t.reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_pi[value - 1]
+
+
+class IndependentTimestepDistribution(TimestepDistribution):
+    r"""A law :math:`\pi` whose draws know nothing of one another."""
+
+    def points(self, count: int) -> Tensor:
+        return torch.rand(count, dtype=torch.float64, device=self.log_pi.device)
 
 
 class Timesteps(ABC):
@@ -103,3 +132,114 @@ class StratifiedTimesteps(Timesteps):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(reconstruction_share={self.reconstruction_share})"
+
+
+class UniformTimesteps(Timesteps):
+    r"""Every timestep alike, every draw alone: :math:`\pi(t) = 1 / T`, the textbook's rule.
+
+    The reconstruction term has one draw in :math:`T`, and its weight :math:`T` dominates the variance;
+    :class:`StratifiedTimesteps` is quieter at the same cost.
+    """
+
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+        pi = torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64, device=device)
+        return IndependentTimestepDistribution(pi.log())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class ImportanceTimesteps(Timesteps):
+    r"""Draws where the terms are large: :math:`\pi(t) \propto \sqrt{E\,L_t^2}`, from running second moments.
+
+    .. math::
+        \pi(t) = (1 - u)\, \frac{\sqrt{m_t}}{\sum_s \sqrt{m_s}} + u\, \pi_0(t), \qquad
+        m_t \leftarrow d\, m_t + (1 - d)\, \overline{L_t^2},
+
+    :math:`\pi_0` the stratified law, with which it begins and which keeps every weight bounded. Timesteps
+    that were not seen yet take what lies between those that were. Moments are taken in by
+    :meth:`observe`, now and then during training::
+
+        timesteps = ImportanceTimesteps()
+        pair = diffusion.subsampled(timesteps=timesteps)
+        ...
+        if step % 50 == 0:
+            timesteps.observe(pair.model, pair.guide, batch)
+
+    Args:
+        decay: :math:`d`, in [0, 1).
+        uniform_share: :math:`u`, in (0, 1].
+        reconstruction_share: Of :math:`\pi_0`, as in :class:`StratifiedTimesteps`.
+
+    Raises:
+        ValueError: A number outside its range; from ``observe``, programs that are no subsampled pair.
+    """
+
+    def __init__(
+        self, decay: float = 0.9, uniform_share: float = 0.1, reconstruction_share: float = 0.1
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(
+                f"argument 'decay': got {decay}; expected a number in [0, 1), the share of a moment that an "
+                "observation leaves. 0.9 remembers about ten."
+            )
+        if not 0 < uniform_share <= 1:
+            raise ValueError(
+                f"argument 'uniform_share': got {uniform_share}; expected a number in (0, 1], the share of "
+                "the draws that go by the stratified law. 0.1 bounds every weight."
+            )
+        self.start = StratifiedTimesteps(reconstruction_share)
+        self.decay, self.uniform_share = decay, uniform_share
+        self.moments: dict[int, float] = {}
+
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+        start = self.start(num_timesteps, device)
+        if not self.moments:
+            return start
+        root = torch.as_tensor(self._roots(num_timesteps), device=device)
+        pi = (1 - self.uniform_share) * root / root.sum()
+        return TimestepDistribution((pi + self.uniform_share * start.log_pi.exp()).log())
+
+    def _roots(self, num_timesteps: int) -> np.ndarray:
+        """Square roots of the moments; the reconstruction's stands alone, the KLs' are interpolated."""
+        seen = sorted(t for t in self.moments if 2 <= t <= num_timesteps)
+        logs = [0.5 * np.log(self.moments[t]) for t in seen]
+        roots = np.empty(num_timesteps)
+        if seen:
+            roots[1:] = np.exp(np.interp(np.arange(2, num_timesteps + 1), seen, logs))
+        else:
+            roots[1:] = self.moments[1] ** 0.5
+        roots[0] = self.moments[1] ** 0.5 if 1 in self.moments else roots[1:].mean()
+        return roots
+
+    @torch.no_grad()
+    def observe(
+        self, model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
+    ) -> None:
+        """Take in the terms of one draw of a subsampled pair."""
+        drawn = poutine.trace(guide).get_trace(x_0, **given)
+        scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x_0, **given)
+        q, p = drawn.nodes, scored.nodes
+        if "t" not in q or "x_{t-1}" not in p:
+            raise ValueError(
+                f"arguments 'model' and 'guide': got programs with the sites {', '.join(map(repr, q))}; "
+                "expected a subsampled pair, which draws timesteps. Pass diffusion.subsampled(timesteps=…)."
+            )
+        t, value = q["t"]["value"], p["x_{t-1}"]["value"]
+        try:
+            kl = kl_divergence(q["x_{t-1}"]["fn"], p["x_{t-1}"]["fn"])
+        except NotImplementedError:  # no formula
+            kl = q["x_{t-1}"]["fn"].log_prob(value) - p["x_{t-1}"]["fn"].log_prob(value)
+        reconstruction = p["x_0"]["fn"].log_prob(p["x_0"]["value"])
+        squares = torch.where(t == 1, reconstruction, kl).double().square()
+        t, squares = torch.broadcast_tensors(t, squares)
+        for step in t.unique().tolist():
+            mean = max(squares[t == step].mean().item(), 1e-30)
+            before = self.moments.get(step, mean)
+            self.moments[step] = self.decay * before + (1 - self.decay) * mean
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(decay={self.decay}, uniform_share={self.uniform_share}, "
+            f"{len(self.moments)} moments)"
+        )

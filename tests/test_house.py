@@ -41,6 +41,48 @@ ORDER = [
     "__init__",
 ]
 
+#: Methods that are documented where they are declared first.
+INHERITED = set(
+    [
+        "configure_optimizers",
+        "decode",
+        "denoise",
+        "device",
+        "dtype",
+        "embed",
+        "encode",
+        "enumerate_support",
+        "expand",
+        "extra_repr",
+        "forward",
+        "guide",
+        "has_rsample",
+        "in_order",
+        "initial",
+        "load_state_dict",
+        "log_prob",
+        "log_snr_at",
+        "mean",
+        "output",
+        "points",
+        "reverse_kernel",
+        "rsample",
+        "run",
+        "sample",
+        "scales",
+        "standard_error",
+        "support",
+        "test_step",
+        "training_step",
+        "transition",
+        "update",
+        "validation_step",
+        "variance",
+        "with_num_timesteps",
+        "x_0_hat",
+    ]
+)
+
 
 def tree(module):
     return ast.parse((PACKAGE / f"{module}.py").read_text())
@@ -76,22 +118,7 @@ def test_docstrings_and_annotations(module):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(
             ("_", "on_")
         ):
-            inherited = {"forward", "embed", "x_0_hat", "output", "reverse_kernel", "expand"}
-            inherited |= {"sample", "rsample", "log_prob", "support", "mean", "variance"}
-            inherited |= {"has_rsample", "enumerate_support", "extra_repr", "device", "log_snr_at"}
-            inherited |= {
-                "update",
-                "standard_error",
-                "in_order",
-                "run",
-                "denoise",
-                "decode",
-                "scales",
-            }
-            inherited |= {"with_num_timesteps", "load_state_dict", "configure_optimizers"}
-            inherited |= {"initial", "transition", "encode", "guide", "dtype"}
-            inherited |= {"training_step", "validation_step", "test_step"}
-            assert node.name in inherited or ast.get_docstring(node), (module, node.name)
+            assert node.name in INHERITED or ast.get_docstring(node), (module, node.name)
         if isinstance(node, ast.FunctionDef):
             assert node.returns is not None, (module, node.name)
 

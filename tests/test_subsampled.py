@@ -15,7 +15,7 @@ from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.parameterizations import DataPrediction
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
-from pyro_diffusion.timesteps import StratifiedTimesteps
+from pyro_diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 
 ALPHA = np.array([0.95, 0.8, 0.6, 0.5, 0.3])
 MEAN, STD = np.array([0.3, -0.5]), np.array([0.6, 1.4])
@@ -207,3 +207,66 @@ def test_both_ways_of_training_learn(elbo, classic, device):
 def test_bad_numbers_of_timesteps_are_refused(num_timesteps, device):
     with pytest.raises(ValueError, match="'num_timesteps'.*got"):
         misfit(device).subsampled(num_timesteps)
+
+
+def losses(pair, x_0, repeats):
+    elbo = TraceMeanField_ELBO()
+    return torch.tensor(
+        [-elbo.loss(pair.model, pair.guide, x_0, num_data=3) for _ in range(repeats)]
+    )
+
+
+def test_every_law_of_timesteps_is_unbiased(double, device):
+    """Uniform, and importance sampling with moments that were observed, after which π is uneven."""
+    x_0 = torch.tensor(X_0, device=device).repeat(500, 1)
+    importance = ImportanceTimesteps()
+    for timesteps in (UniformTimesteps(), importance):
+        pair = misfit(device).subsampled(2, timesteps=timesteps)
+        if timesteps is importance:
+            importance.observe(pair.model, pair.guide, x_0)
+            assert set(importance.moments) == {1, 2, 3, 4, 5}
+            pi = importance(5, torch.device("cpu")).log_pi.exp()
+            assert pi.max() > 2 * pi.min()
+        draws = losses(pair, x_0, 40)
+        assert abs(draws.mean() - closed_form()) < 5 * draws.std() / 40**0.5
+
+
+def test_observed_moments_are_those_of_the_terms(double):
+    """Second moments of the KLs in closed form, and of the reconstruction, by timestep."""
+    x_0 = torch.tensor(X_0).repeat(2000, 1)
+    timesteps = ImportanceTimesteps(decay=0.0)
+    pair = misfit("cpu").subsampled(5, timesteps=timesteps)
+    timesteps.observe(pair.model, pair.guide, x_0)
+    fresh = ImportanceTimesteps(decay=0.0)
+    other = misfit("cpu").subsampled(5, timesteps=StratifiedTimesteps(0.3))
+    fresh.observe(other.model, other.guide, x_0)
+    for t in range(1, 6):  # the law that draws them does not matter
+        assert fresh.moments[t] == pytest.approx(timesteps.moments[t], rel=0.15)
+    before = dict(timesteps.moments)
+    timesteps.decay = 0.5
+    timesteps.observe(pair.model, pair.guide, x_0)
+    for t, moment in timesteps.moments.items():
+        assert moment == pytest.approx(before[t], rel=0.15)
+
+
+def test_importance_sampling_is_quieter_than_uniform_draws(double):
+    """At one draw a datum on a chain whose terms differ by orders of magnitude."""
+    schedule = LogSNRSchedule(50, log_snr_max=6.0, log_snr_min=-8.0)
+    wrong = GaussianDenoiser(torch.tensor(MEAN) + 1.0, torch.tensor(STD), schedule)
+    diffusion = DiffusionModel(wrong)
+    x_0 = torch.tensor(X_0).repeat(20, 1)
+    importance = ImportanceTimesteps()
+    spread = {}
+    for name, timesteps in {"uniform": UniformTimesteps(), "importance": importance}.items():
+        pair = diffusion.subsampled(1, timesteps=timesteps)
+        if timesteps is importance:
+            for _ in range(20):
+                importance.observe(pair.model, pair.guide, x_0)
+        spread[name] = losses(pair, x_0, 200).std().item()
+    assert spread["importance"] < 0.5 * spread["uniform"]
+
+
+def test_observing_wants_a_subsampled_pair():
+    diffusion = misfit("cpu")
+    with pytest.raises(ValueError, match=r"expected a subsampled pair"):
+        ImportanceTimesteps().observe(diffusion.model, diffusion.posterior_guide, torch.tensor(X_0))

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
+from pyro_diffusion.timesteps import (
+    ImportanceTimesteps,
+    StratifiedTimesteps,
+    Timesteps,
+    UniformTimesteps,
+)
 
 CPU = torch.device("cpu")
 
@@ -56,3 +61,39 @@ def test_bad_shares_are_refused(share):
 def test_base_class_is_abstract():
     with pytest.raises(TypeError):
         Timesteps()
+
+
+def test_uniform_timesteps_are_alike_and_independent():
+    law = UniformTimesteps()(7, CPU)
+    assert torch.allclose(law.log_prob(torch.arange(1, 8)).exp(), torch.tensor(1 / 7).double())
+    draws = torch.stack([law.expand((7,)).sample() for _ in range(4000)])
+    counts = torch.bincount(draws[:, 0], minlength=8)[1:] / 4000
+    assert ((counts - 1 / 7).abs() < 5 * (6 / 49 / 4000) ** 0.5).all()
+    repeated = torch.tensor([len(set(row.tolist())) < 7 for row in draws]).double().mean()
+    assert repeated > 0.9  # seven stratified draws of seven would never repeat
+    assert type(law.expand((2,)).to(torch.float32)) is type(law)
+    assert repr(UniformTimesteps()) == "UniformTimesteps()"
+
+
+def test_importance_timesteps_follow_the_moments():
+    timesteps = ImportanceTimesteps(uniform_share=0.1)
+    start = timesteps(5, CPU)
+    assert torch.equal(start.log_pi, StratifiedTimesteps()(5, CPU).log_pi)
+    timesteps.moments = {1: 16.0, 2: 4.0, 5: 1.0}  # 3 and 4 lie between, in the logarithm
+    root = torch.tensor([4.0, 2.0, 2 ** (2 / 3), 2 ** (1 / 3), 1.0], dtype=torch.float64)
+    expected = 0.9 * root / root.sum() + 0.1 * start.log_pi.exp()
+    torch.testing.assert_close(timesteps(5, CPU).log_pi.exp(), expected)
+    assert timesteps(5, CPU).log_pi.exp().sum().item() == pytest.approx(1)
+    timesteps.moments = {1: 4.0}
+    assert timesteps(3, CPU).log_pi.exp().sum().item() == pytest.approx(1)
+    timesteps.moments = {2: 4.0}
+    assert timesteps(3, CPU).log_pi.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"decay": 1.0}, {"decay": -0.1}, {"uniform_share": 0.0}, {"reconstruction_share": 1.0}],
+)
+def test_bad_shares_of_importance_timesteps_are_refused(arguments):
+    with pytest.raises(ValueError, match=f"argument '{next(iter(arguments))}': got"):
+        ImportanceTimesteps(**arguments)
