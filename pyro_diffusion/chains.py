@@ -185,6 +185,20 @@ class GenerativeChain(Program):
             state_mask=self.state_mask,
         )
 
+    def of_state(self, t: int) -> "GenerativeChain":
+        r"""The chain that ends in a state, :math:`p(x_{t:T})`: its datum, at site ``x_0``, is :math:`x_t`.
+
+        Args:
+            t: Timestep of the state in ``{1, …, T − 1}``.
+        """
+        return GenerativeChain(
+            self.prior,
+            lambda x_s, s: self.transition(x_s, s + t),
+            lambda x_next: self.transition(x_next, t + 1),
+            num_timesteps=self.num_timesteps - t,
+            owner=self.owner,
+        )
+
 
 class BottomUpGuide(Program):
     r"""The encoder from data to noise, :math:`q(x_{1:T} \mid x_0) = \prod_t q(x_t \mid x_{t-1})` (E4).
@@ -231,6 +245,19 @@ class BottomUpGuide(Program):
                 if self.num_timesteps > 1:  # a single site has no order
                     kernel = BottomUpSite(kernel)
                 x_t = pyro.sample(f"x_{t}", kernel)
+
+    def of_state(self, t: int) -> "BottomUpGuide":
+        r"""The guide that starts from a state, :math:`q(x_{t+1:T} \mid x_t)`, as its datum.
+
+        Args:
+            t: Timestep of the state in ``{1, …, T − 1}``.
+        """
+        return BottomUpGuide(
+            lambda x_s, s: self.transition(x_s, s + t),
+            num_timesteps=self.num_timesteps - t,
+            owner=self.owner,
+            below=self.below,
+        )
 
 
 class TopDownGuide(Program):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate, trajectory_terms
+from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
 
 __all__ = ["Evidence", "average", "fingerprint", "importance_evidence", "tail"]
 
@@ -82,6 +83,7 @@ def importance_evidence(
     x_0: Tensor,
     *,
     num_particles: int,
+    state: int = 0,
     mask: Tensor | None = None,
     batch_size: int | None = None,
     progress: bool = True,
@@ -96,6 +98,8 @@ def importance_evidence(
         guide: Program for :math:`q`, called as ``guide(x_0)``.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories :math:`K` for each datum.
+        state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`, the probability of an
+            individual state; needs the two chains ``diffusion.model`` and ``diffusion.guide``. 0 for data.
         mask: Observed entries, boolean, of the data's shape.
         batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
         progress: Show a progress bar if it takes more than five seconds.
@@ -108,7 +112,8 @@ def importance_evidence(
         :math:`\hat k` says little.
 
     Raises:
-        ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`.
+        ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`; a state outside ``1 … T − 1`` (at T it is
+            ``diffusion.prior().log_prob``), or of other programs than the two chains.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -118,6 +123,8 @@ def importance_evidence(
         ... ).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
+    if state != 0:
+        model, guide = _of_state(model, guide, state, mask)
     chunks: dict[int, list[Tensor]] = defaultdict(list)
     for start, sites in trajectory_terms(
         model, guide, x_0, num_particles=num_particles, mask=mask, analytic_kl=False,
@@ -126,6 +133,29 @@ def importance_evidence(
         chunks[start].append(sites.values[0] - sites.values[1:].sum(0))
     log_weights = torch.cat([torch.cat(parts) for parts in chunks.values()], dim=1)
     return average(log_weights)._replace(data=fingerprint(x_0, mask), measure=sites.measure)
+
+
+def _of_state(
+    model: Callable[..., Any], guide: Callable[..., Any], state: int, mask: Tensor | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The part of two chains that ends, and starts, at a state."""
+    if (
+        not isinstance(model, GenerativeChain)
+        or not isinstance(guide, BottomUpGuide)
+        or mask is not None
+    ):
+        raise ValueError(
+            f"argument 'state': got {state!r} for a {type(model).__name__} and a {type(guide).__name__}"
+            f"{'' if mask is None else ' with a mask'}; expected the chain and its forward guide, whole. "
+            "Pass diffusion.model and diffusion.guide."
+        )
+    last = model.num_timesteps
+    if not isinstance(state, int) or not 0 < state < last:
+        raise ValueError(
+            f"argument 'state': got {state!r}; expected a timestep in 1 … {last - 1}, or 0 for data. At "
+            f"{last} there is nothing to average: take diffusion.prior().log_prob(x)."
+        )
+    return model.of_state(state), guide.of_state(state)
 
 
 def average(log_weights: Tensor) -> Evidence:

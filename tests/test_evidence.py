@@ -203,3 +203,48 @@ def test_bad_programs_are_refused_in_words():
         importance_evidence(pair.model, pair.guide, x_0, num_particles=2)
     with pytest.raises(ValueError, match="'num_particles': got 0"):
         importance_evidence(diffusion.model, diffusion.guide, x_0, num_particles=0)
+
+
+@pytest.mark.parametrize("t", [1, 3, 4])
+def test_probability_of_a_state(double, t):
+    """log p(x_t) of the exact chain is that of a t times, with noise: every draw, and with its site names."""
+    alpha = torch.tensor([*ALPHA[:-1], 1e-24])
+    diffusion = DiffusionModel(
+        GaussianDenoiser(torch.tensor([MEAN]), torch.tensor([STD]), AlphaSchedule(alpha))
+    )
+    bar = alpha[:t].prod()
+    x_t = torch.randn(5, 1)
+    evidence = importance_evidence(diffusion.model, diffusion.guide, x_t, num_particles=30, state=t)
+    expected = log_normal(
+        x_t[:, 0].numpy(), bar.sqrt().item() * MEAN, (bar * STD**2 + 1 - bar).item()
+    )
+    np.testing.assert_allclose(evidence.log_evidence.numpy(), expected, rtol=1e-10, atol=1e-10)
+    assert (evidence.pareto_k == -math.inf).all()
+
+
+def test_probability_of_a_state_of_a_chain_that_fits_nothing(double):
+    """Its own log p(x_t), by pushing N(0, 1) through the kernels above t."""
+    diffusion, x_t = misfit(), torch.tensor(X_0)[:, None]
+    oracle = GaussianReverseChain.exact(ALPHA, MEAN, STD)
+    mean, variance = 0.0, 1.0
+    for s in range(5, 2, -1):
+        mean = oracle.slope[s - 1] * mean + oracle.intercept[s - 1]
+        variance = oracle.slope[s - 1] ** 2 * variance + oracle.variance[s - 1]
+    evidence = importance_evidence(
+        diffusion.model, diffusion.guide, x_t, num_particles=5000, state=2
+    )
+    error = np.abs(evidence.log_evidence.numpy() - log_normal(X_0, mean, variance))
+    assert (error < 5 * evidence.standard_error.numpy()).all()
+
+
+def test_states_that_have_no_probability_here():
+    diffusion, x_t = misfit(), torch.randn(3, 1)
+    for state in (-1, 5, 6, 1.0):
+        with pytest.raises(
+            ValueError, match=f"argument 'state': got {state}; expected a timestep in 1 … 4"
+        ):
+            importance_evidence(diffusion.model, diffusion.guide, x_t, num_particles=5, state=state)
+    with pytest.raises(ValueError, match=r"got 2 for a GenerativeChain and a TopDownGuide"):
+        importance_evidence(
+            diffusion.model, diffusion.posterior_guide, x_t, num_particles=5, state=2
+        )
