@@ -22,6 +22,7 @@ LISTED = {
 
 
 BENCHMARKS = {
+    "smc.py": ["sequential", "importance", "exact", "reliable"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],
 }
