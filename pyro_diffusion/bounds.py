@@ -33,16 +33,17 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import TransformedDistribution, kl_divergence
+from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from tqdm.auto import tqdm
 
-from pyro_diffusion.chains import SubsampledProgram, evaluating
+from pyro_diffusion.chains import BottomUpSite, SubsampledProgram, evaluating
 from pyro_diffusion.kernels import check_timestep
 from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
@@ -540,11 +541,36 @@ def _same(ours: Any, theirs: Any) -> bool:
 def log_density(distribution: Any, value: Tensor) -> Tensor:
     """log-density as float64; a Gaussian's entries are in float64 before they are summed."""
     base = distribution
+    if type(base) is BottomUpSite:
+        base = base.base_dist
+    if isinstance(base, Independent) and type(base.base_dist) in (Normal, dist.Normal):
+        return _normal_log_density(base.base_dist, value, base.reinterpreted_batch_ndims)
     while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
         base = base.base_dist  # a transform may have parameters, and wants the dtype of those
-    if isinstance(base, torch.distributions.Normal):
+    if isinstance(base, Normal):
         value = value.double()
     return distribution.log_prob(value).double()
+
+
+def _normal_log_density(normal: Normal, value: Tensor, event_dim: int) -> Tensor:
+    r""":math:`\sum_i -\tfrac12 z_i^2 - \log s_i - \tfrac12 \log 2\pi`, with one logarithm a scale.
+
+    A scale that a kernel expanded over batch and event is one number, not as many as the states have.
+    """
+    z = (value.double() - normal.loc).div_(normal.scale)
+    size = math.prod(z.shape[z.dim() - event_dim :])
+    scale = normal.scale
+    few = scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in scale.stride())]
+    log_scale = (
+        few.double()
+        .log()
+        .expand(*few.shape[: few.dim() - event_dim], *z.shape[z.dim() - event_dim :])
+    )
+    dims = tuple(range(-event_dim, 0))
+    constant = 0.5 * size * math.log(2 * math.pi)
+    if not event_dim:
+        return -0.5 * z.square_() - log_scale - constant
+    return -0.5 * z.square_().sum(dims) - log_scale.sum(dims) - constant
 
 
 def _score(
@@ -636,7 +662,9 @@ def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
     num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
     numbers = 2 * num_sites * x_0[:1].numel()  # a state and its mean at each site
     size = max(x_0.element_size(), 4)  # whole numbers become float32 states
-    return min(max(_CHUNK_BYTES // (size * max(numbers, 1)), 1), 8192)
+    return min(
+        max(_CHUNK_BYTES // (size * max(numbers, 1)), 1), 2048
+    )  # a network's cache-sized batch
 
 
 def _parts(total: int, size: int) -> Iterator[int]:
