@@ -34,6 +34,7 @@ from pyro_diffusion import (
     DiffusionModel,
     DiscretizedGaussianLikelihood,
     HierarchicalVAE,
+    KLWarmup,
     LadderEncoder,
     LevelLikelihood,
     LevelPrediction,
@@ -58,6 +59,7 @@ OPTIMISER = {  # each at its best here: logits over levels overfit, the noise do
 }
 NUM_EPOCHS = {"levels": 400, "noise": 700, "ladder": 300}
 LATENT_SIZES = (32, 16, 8)
+WARMUP = 60  # epochs over which the ladder's KLs come in, or its upper levels fall silent
 
 
 def main():
@@ -109,7 +111,7 @@ def build(prediction, schedule):
 
 def build_ladder():
     """A hierarchical VAE from the same programs; its decoder says what ``LevelPrediction`` says."""
-    settings = {"hidden_size": 256, "dropout": 0.2}
+    settings = {"hidden_size": 256, "dropout": 0.1}
     encoder = LadderEncoder((64,), LATENT_SIZES, **settings)
     likelihood = LevelLikelihood(NUM_LEVELS)
     return HierarchicalVAE((64,), LATENT_SIZES, likelihood, encoder=encoder, **settings)
@@ -130,8 +132,10 @@ def fit(family, pair, train, validation, optimiser, num_epochs, args):
     with trange(num_epochs, desc="fitting", unit="epoch") as epochs:
         for epoch in epochs:
             family.train()
+            warm = 1.0 if isinstance(family, DiffusionModel) else min(1.0, (epoch + 1) / WARMUP)
             for batch in train[torch.randperm(len(train))].split(256):
-                svi.step(batch, num_data=len(train))
+                with KLWarmup(warm):
+                    svi.step(batch, num_data=len(train))
                 average.update_parameters(family)
             optim.step()
             if (epoch + 1) % args.check_every:
