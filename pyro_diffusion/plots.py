@@ -80,7 +80,7 @@ def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
     ax.bar(t, value, yerr=error, color=colors, **bar)
     for kind, color in (("KL", "C0"), ("log-ratio", "C1")):
         if kind in terms.kinds:
-            ax.bar([], [], color=color, label=f"{kind} at $x_t$")
+            ax.plot([], [], "s", color=color, label=f"{kind} at $x_t$")
     ax.plot([], [], " ", label=f"reconstruction $E\\,\\log p(x_0|x_1)$: {reconstruction.value:.3g}")
     ax.plot([], [], " ", label="bars: both errors together")
     ax.set(xlabel="level $t$", ylabel="nats per datum", xticks=t)
