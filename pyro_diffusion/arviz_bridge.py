@@ -4,7 +4,7 @@ ArviZ 0.23 is the last for Python 3.11; from 1.0 on it is several packages, in w
 negative logarithm of the weights, the container is an ``xarray.DataTree`` and scores are other classes.
 What differs is settled here, and nowhere else. The module imports neither torch nor the rest of the
 package, so that it can be tested against an ArviZ that the rest cannot be installed with
-(``tests/arviz_only.py``).
+(``make arviz1``).
 
 References:
     Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
@@ -34,9 +34,8 @@ __all__ = [
 
 MIN_DRAWS = 25  #: fewer weights have no tail to fit
 
-_CONSTANT = (
-    1e-3  # spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784
-)
+# Spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784.
+_CONSTANT = 1e-3
 
 
 def good_k(num_draws: int) -> float:

@@ -29,7 +29,7 @@ References:
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -52,7 +52,19 @@ from pyro_diffusion.store import ParamScope
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["ELBOTerms", "Estimate", "elbo_terms", "log_density", "snr_weight", "trajectory_terms"]
+__all__ = [
+    "ROWS",
+    "ELBOTerms",
+    "Estimate",
+    "TermMoments",
+    "elbo_terms",
+    "join_chunks",
+    "log_density",
+    "snr_weight",
+    "trajectory_terms",
+]
+
+ROWS = 2048  #: of a network at a time, where nothing else says how many: a batch that fits a cache
 
 _CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
 
@@ -170,9 +182,7 @@ class ELBOTerms(NamedTuple):
         """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
         import xarray
 
-        latent = (
-            "mean KL" if self.is_kl else "mean log-ratio"
-        )  # but at x_T, where it always is a KL
+        latent = "mean KL" if self.is_kl else "mean log-ratio"
         fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
             "elbo": (("data",), self.elbo, "evidence lower bound"),
             "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
@@ -303,20 +313,16 @@ def trajectory_terms(
                     x.repeat(particles, *(1,) * (x.dim() - 1)) for x in (data, *observed)
                 )
                 given = {"mask": masks[0]} if masks else {}
-                with (
-                    torch.no_grad(),
-                    evaluating(model, guide),
-                ):  # and not around what is done with them
+                # Around the scoring, and not around what the caller does with a chunk.
+                with torch.no_grad(), evaluating(model, guide):
                     sites = _score(model, guide, rows, given, analytic_kl, bar, num_chunks, keep)
                 shape = (particles, len(data))
-                yield (
-                    start,
-                    sites._replace(
-                        values=sites.values.unflatten(1, shape),
-                        log_q=sites.log_q.unflatten(0, shape),
-                        states={name: x.unflatten(0, shape) for name, x in sites.states.items()},
-                    ),
+                sites = sites._replace(
+                    values=sites.values.unflatten(1, shape),
+                    log_q=sites.log_q.unflatten(0, shape),
+                    states={name: x.unflatten(0, shape) for name, x in sites.states.items()},
                 )
+                yield start, sites
 
 
 def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
@@ -355,6 +361,11 @@ class _Sites(NamedTuple):
     log_q: Tensor  # log-density of the trajectory under the guide, (rows,)
     states: dict[str, Tensor]  # of latent sites that are kept, (rows, …)
 
+    @property
+    def log_weight(self) -> Tensor:
+        """The ratio p/q of every trajectory, where no KL is analytic; with KLs, its draw of the bound."""
+        return self.values[0] - self.values[1:].sum(0)
+
 
 class _Moments:
     """Running mean and squared deviations over particles (Chan et al., 1979)."""
@@ -380,6 +391,11 @@ class _Moments:
         return (self.squares / (self.count - 1) / self.count).sqrt()
 
 
+def join_chunks(chunks: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    """Values of shape ``(particles, data, …)`` from chunks by the row of their first datum."""
+    return torch.cat([torch.cat(list(parts)) for parts in chunks.values()], dim=1)
+
+
 class TermMoments:
     """Means and errors of terms, from the chunks of :func:`trajectory_terms`."""
 
@@ -391,7 +407,7 @@ class TermMoments:
         """Take in a chunk whose first datum is in row ``start``."""
         self.last = sites
         self.sites[start].update(sites.values.movedim(1, 0))
-        self.totals[start].update(sites.values[0] - sites.values[1:].sum(0))
+        self.totals[start].update(sites.log_weight)
 
     def terms(self) -> ELBOTerms:
         """The bound of all data taken in."""
@@ -662,9 +678,7 @@ def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
     num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
     numbers = 2 * num_sites * x_0[:1].numel()  # a state and its mean at each site
     size = max(x_0.element_size(), 4)  # whole numbers become float32 states
-    return min(
-        max(_CHUNK_BYTES // (size * max(numbers, 1)), 1), 2048
-    )  # a network's cache-sized batch
+    return min(max(_CHUNK_BYTES // (size * max(numbers, 1)), 1), ROWS)
 
 
 def _parts(total: int, size: int) -> Iterator[int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.bounds import ELBOTerms, TermMoments, trajectory_terms
+from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
@@ -32,11 +32,9 @@ from pyro_diffusion.schedules import NoiseSchedule
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["ROWS", "Pair", "Record", "as_numpy", "programs", "to_arviz"]
+__all__ = ["Pair", "Record", "as_numpy", "programs", "to_arviz"]
 
 Pair = Family | tuple[Callable[..., Any], Callable[..., Any]]
-
-ROWS = 8192  #: of the network at a time, where nothing else says how many
 
 
 def to_arviz(
@@ -68,9 +66,9 @@ def to_arviz(
     ===================== ============================================================ =====================
 
     There is one chain, for draws of a guide are independent. There is no ``log_likelihood``: the
-    reconstruction term is none, and ``loo`` would make nonsense of it. Compare models by :func:`compare`.
-    Latents of different shapes (a hierarchical VAE's, an ordinary program's) are variables of their own,
-    by site, all of them kept; an ordinary program's ``prior`` and ``prior_predictive`` have a ``data``
+    reconstruction term is none, and ``loo`` would make nonsense of it. Compare models by
+    :func:`~pyro_diffusion.diagnostics.compare`. Latents of different shapes (a hierarchical VAE's, an
+    ordinary program's) are variables of their own, by site, all of them kept; an ordinary program's ``prior`` and ``prior_predictive`` have a ``data``
     dimension, and its reconstructions no ``timestep``.
 
     Args:
@@ -233,32 +231,24 @@ def _draw(
     progress: bool,
 ) -> _Drawn:
     moments = TermMoments()
-    chunks: dict[int, list[Any]] = defaultdict(list)
+    weights: dict[int, list[Tensor]] = defaultdict(list)
+    log_qs: dict[int, list[Tensor]] = defaultdict(list)
+    states: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for start, sites in trajectory_terms(
         model, guide, x_0, num_particles=num_draws, analytic_kl=False, batch_size=batch_size,
         progress=progress, description="draws", keep=keep,
     ):  # fmt: skip
         moments.update(start, sites)
-        weight = sites.values[0] - sites.values[1:].sum(0)
-        chunks[start].append(sites.states | {_WEIGHT: weight, _LOG_Q: sites.log_q})
-    states = {
-        name: torch.cat(
-            [torch.cat([part[name] for part in parts]) for parts in chunks.values()], dim=1
-        )
-        for name in chunks[0][0]
-    }
+        weights[start].append(sites.log_weight)
+        log_qs[start].append(sites.log_q)
+        for name, x_t in sites.states.items():
+            states[name][start].append(x_t)
     return _Drawn(
-        log_weight=states.pop(_WEIGHT),
-        log_q=states.pop(_LOG_Q),
-        states=states,
+        states={name: join_chunks(chunks) for name, chunks in states.items()},
+        log_weight=join_chunks(weights),
+        log_q=join_chunks(log_qs),
         terms=moments.terms(),
     )
-
-
-_WEIGHT, _LOG_Q = (
-    "log-weight of a path",
-    "log q of a path",
-)  # beside the sites, while they are collected
 
 
 def _family_predictions(
@@ -270,8 +260,9 @@ def _family_predictions(
     progress: bool,
 ) -> "dict[str, xarray.Dataset]":
     """The model run without data, and run on from every kept state."""
+    model = family.model
     with Record([*drawn.states, "x_0"]) as prior:
-        family.model(num_samples=len(drawn.log_weight))
+        model(num_samples=len(drawn.log_weight))
     data = prior.values.pop("x_0")
     levels = sorted(int(name.removeprefix("x_")) for name in drawn.states)
     reconstructions = []
@@ -280,9 +271,7 @@ def _family_predictions(
     ):
         x_t = drawn.states[f"x_{t}"]
         parts = x_t.flatten(0, 1).split(rows)
-        again = torch.cat(
-            [family.model.from_state(part, t)(num_samples=len(part)) for part in parts]
-        )
+        again = torch.cat([model.from_state(part, t)(num_samples=len(part)) for part in parts])
         reconstructions.append(again.unflatten(0, x_t.shape[:2]))
     posterior = ((*_DRAWS, "timestep"), torch.stack(reconstructions, dim=2))
     return {

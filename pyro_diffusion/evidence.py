@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
-from pyro_diffusion.bounds import Estimate, trajectory_terms
+from pyro_diffusion.bounds import Estimate, join_chunks, trajectory_terms
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
 
 __all__ = ["Evidence", "average", "fingerprint", "importance_evidence", "tail"]
@@ -130,9 +130,8 @@ def importance_evidence(
         model, guide, x_0, num_particles=num_particles, mask=mask, analytic_kl=False,
         batch_size=batch_size, progress=progress, description="evidence",
     ):  # fmt: skip
-        chunks[start].append(sites.values[0] - sites.values[1:].sum(0))
-    log_weights = torch.cat([torch.cat(parts) for parts in chunks.values()], dim=1)
-    return average(log_weights)._replace(data=fingerprint(x_0, mask), measure=sites.measure)
+        chunks[start].append(sites.log_weight)
+    return average(join_chunks(chunks))._replace(data=fingerprint(x_0, mask), measure=sites.measure)
 
 
 def _of_state(

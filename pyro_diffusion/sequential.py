@@ -32,7 +32,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.bounds import log_density
+from pyro_diffusion.bounds import ROWS, log_density
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
@@ -41,8 +41,6 @@ from pyro_diffusion.kernels import chain_step, posterior_variance
 from pyro_diffusion.observations import as_real, check_data
 
 __all__ = ["smc_evidence"]
-
-_ROWS = 8192  # of the network at a time
 
 
 def smc_evidence(
@@ -94,7 +92,7 @@ def smc_evidence(
                 f"argument {name!r}: got {number!r}; expected a whole number of at least {least}. Leave out "
                 "what you do not need, and pass num_particles=1024, say."
             )
-    chunks = check_data(x_0).split(max(_ROWS // max(num_particles, num_pilot), 1))
+    chunks = check_data(x_0).split(max(ROWS // max(num_particles, num_pilot), 1))
     steps = len(chunks) * (num_runs + 1) * diffusion.schedule.num_timesteps
     parts: list[list[_Run]] = []
     least_ess: list[Tensor] = []
