@@ -60,6 +60,7 @@ __all__ = [
     "elbo_terms",
     "join_chunks",
     "log_density",
+    "measure_of",
     "snr_weight",
     "trajectory_terms",
 ]
@@ -478,8 +479,7 @@ class _Score(Messenger):
         name, p, value = msg["name"], msg["fn"], msg["value"]
         if msg["is_observed"]:
             self.observed[name] = self._per_datum(log_density(p, value), msg)
-            with suppress(NotImplementedError):  # no support is known
-                self.measures.add("mass" if p.support.is_discrete else "density")
+            self.measures.add(measure_of(p))
             self.event_size += value.numel() // self.rows
         else:
             _, q, mask = self.drawn.pop(name)
@@ -552,6 +552,14 @@ def _same(ours: Any, theirs: Any) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (ours, theirs))))
+
+
+def measure_of(distribution: Any) -> str:
+    """Whether a distribution has a "density" or a "mass"; nothing where its support is not known."""
+    try:
+        return "mass" if distribution.support.is_discrete else "density"
+    except NotImplementedError:
+        return ""
 
 
 def log_density(distribution: Any, value: Tensor) -> Tensor:
@@ -633,7 +641,7 @@ def _score(
         ),
         names=("+".join(score.observed), *latents),
         event_size=score.event_size,
-        measure=" and ".join(sorted(score.measures)),
+        measure=" and ".join(sorted(score.measures - {""})),
         log_q=score.log_q,
         states=score.states,
     )

@@ -68,8 +68,8 @@ def to_arviz(
     There is one chain, for draws of a guide are independent. There is no ``log_likelihood``: the
     reconstruction term is none, and ``loo`` would make nonsense of it. Compare models by
     :func:`~pyro_diffusion.diagnostics.compare`. Latents of different shapes (a hierarchical VAE's, an
-    ordinary program's) are variables of their own, by site, all of them kept; an ordinary program's ``prior`` and ``prior_predictive`` have a ``data``
-    dimension, and its reconstructions no ``timestep``.
+    ordinary program's) are variables of their own, by site, all of them kept; an ordinary program's
+    ``prior`` and ``prior_predictive`` have a ``data`` dimension, and its reconstructions no ``timestep``.
 
     Args:
         family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a

@@ -32,7 +32,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.bounds import ROWS, log_density
+from pyro_diffusion.bounds import ROWS, log_density, measure_of
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
@@ -120,6 +120,7 @@ def smc_evidence(
         estimator="sequential Monte Carlo",
         num_particles=num_particles,
         data=fingerprint(x_0),
+        measure=pilot.measure,
     )
 
 
@@ -135,6 +136,7 @@ class _Run(NamedTuple):
     log_weight: Tensor  #: of the path up to :math:`x_t`, ``(T, K, N)``
     log_weight_at_end: Tensor  #: of the whole path, ``(K, N)``
     ess_at_end: Tensor  #: ``(N,)``
+    measure: str  #: of the data
     k: Tensor  #: the largest Pareto k of weights that were averaged, on the way or at the end, ``(N,)``
 
     def fitted(self) -> _LookAhead:
@@ -196,7 +198,8 @@ def _run(
             x_t = q.sample()
             log_weight = log_weight + _log_ratio(p, q, x_t)
         else:
-            log_weight = log_weight + log_density(diffusion.decode_denoised(x_t, denoised), data)
+            decoder = diffusion.decode_denoised(x_t, denoised)
+            log_weight = log_weight + log_density(decoder, data)
             log_weight = log_weight - log_psi
         bar.update()
     empty = log_weight.new_zeros(0)
@@ -209,6 +212,7 @@ def _run(
         log_weight_at_end=log_weight,
         ess_at_end=1 / share.square().sum(0),
         k=k.maximum(tail(log_weight)),
+        measure=measure_of(decoder),
     )
 
 

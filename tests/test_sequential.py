@@ -168,6 +168,7 @@ def test_any_model_has_one(kind):
     assert ((one.log_evidence - two.log_evidence).abs() < 5 * error + 0.02).all()
     assert one.log_evidence.dtype == torch.float64
     assert one.data == two.data
+    assert one.measure == two.measure == ("mass" if kind == "levels" else "density")
 
 
 def test_arguments():
