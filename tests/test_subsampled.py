@@ -4,7 +4,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from oracles import GaussianReverseChain
+from oracles import GaussianReverseChain, posterior_coefficients
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
@@ -270,3 +270,22 @@ def test_observing_wants_a_subsampled_pair():
     diffusion = misfit("cpu")
     with pytest.raises(ValueError, match=r"expected a subsampled pair"):
         ImportanceTimesteps().observe(diffusion.model, diffusion.posterior_guide, torch.tensor(X_0))
+
+
+def test_observed_moments_in_closed_form(double):
+    """E (Σ_i k_i + (b_i + s_i ε)² / 2v_i)², a KL's second moment over x_{t+1} ~ q, by hand."""
+    x_0, timesteps = torch.tensor(X_0[:1]).repeat(40_000, 1), ImportanceTimesteps(decay=0.0)
+    pair = misfit("cpu").subsampled(1, timesteps=StratifiedTimesteps(0.1))
+    timesteps.observe(pair.model, pair.guide, x_0)
+    bar = np.concatenate([[1.0], np.cumprod(ALPHA)])
+    for t in range(1, 5):
+        mean, variance = 0.0, 0.0
+        for i in range(2):
+            chain = GaussianReverseChain.exact(ALPHA, MEAN[i], STD[i])
+            of_x_0, of_x_t, beta_tilde = posterior_coefficients(ALPHA, t + 1)
+            slope, v = of_x_t - chain.slope[t], chain.variance[t]
+            b = of_x_0 * X_0[0, i] - chain.intercept[t] + slope * np.sqrt(bar[t + 1]) * X_0[0, i]
+            s2, ratio = slope**2 * (1 - bar[t + 1]), beta_tilde / v
+            mean += 0.5 * (ratio - 1 - np.log(ratio) + (b**2 + s2) / v)
+            variance += (4 * b**2 * s2 + 2 * s2**2) / (4 * v**2)
+        assert timesteps.moments[t + 1] == pytest.approx(mean**2 + variance, rel=0.06)
