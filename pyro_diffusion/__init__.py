@@ -6,6 +6,12 @@ timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_dif
 :mod:`~pyro_diffusion.chains`.
 """
 
+from pyro_diffusion.bernoulli import (
+    BernoulliDenoiser,
+    BernoulliDiffusion,
+    EnumeratedDenoiser,
+    NeuralBernoulliDenoiser,
+)
 from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, snr_weight
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate, TopDownGuide
 from pyro_diffusion.denoisers import (
@@ -23,6 +29,7 @@ from pyro_diffusion.diagnostics import (
     to_arviz,
 )
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evaluation import BoundEvaluation, evaluate_bound
 from pyro_diffusion.evidence import Evidence, importance_evidence
 from pyro_diffusion.flow import ode_log_likelihood
 from pyro_diffusion.hvae import (
@@ -33,6 +40,7 @@ from pyro_diffusion.hvae import (
     TopDownEncoder,
 )
 from pyro_diffusion.kernels import (
+    forward_increment,
     forward_marginal,
     forward_posterior,
     forward_transition,
@@ -48,7 +56,7 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP, FeedForward
-from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup
+from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO
 from pyro_diffusion.parameterizations import (
     DataPrediction,
     LevelPrediction,
@@ -70,8 +78,10 @@ from pyro_diffusion.plots import (
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
+    LinearDecaySchedule,
     LinearSchedule,
     LogSNRSchedule,
+    MonotoneSchedule,
     NoiseSchedule,
     VarianceExploding,
 )
@@ -85,9 +95,12 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "AlphaSchedule",
+    "BernoulliDenoiser",
+    "BernoulliDiffusion",
     "BernoulliLikelihood",
     "BottomUpEncoder",
     "BottomUpGuide",
+    "BoundEvaluation",
     "CategoricalLikelihood",
     "CosineSchedule",
     "DataPrediction",
@@ -96,6 +109,7 @@ __all__ = [
     "DiffusionModel",
     "DiscretizedGaussianLikelihood",
     "ELBOTerms",
+    "EnumeratedDenoiser",
     "Estimate",
     "Evidence",
     "FeedForward",
@@ -114,8 +128,12 @@ __all__ = [
     "LevelLikelihood",
     "LevelPrediction",
     "Likelihood",
+    "LinearDecaySchedule",
     "LinearSchedule",
     "LogSNRSchedule",
+    "MinimumVarianceELBO",
+    "MonotoneSchedule",
+    "NeuralBernoulliDenoiser",
     "NeuralDenoiser",
     "NoisePrediction",
     "NoiseSchedule",
@@ -133,6 +151,8 @@ __all__ = [
     "active_units",
     "compare",
     "elbo_terms",
+    "evaluate_bound",
+    "forward_increment",
     "forward_marginal",
     "forward_posterior",
     "forward_transition",

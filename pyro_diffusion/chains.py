@@ -24,6 +24,7 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -57,7 +58,7 @@ class Program(nn.Module):
     """What the programs share: parameters under their owner's name, the data plate, named errors.
 
     Args:
-        num_timesteps: Number of latent states :math:`T`.
+        num_timesteps: Number of latent states :math:`T`; ``math.inf`` for the continuous chain.
         parts: The callables that the program is made of, by attribute name.
         state_mask: ``state_mask(mask)`` is the mask of a state, where latents are the data's entries
             with noise; ``None`` leaves latents whole, and a mask to the site ``x_0``.
@@ -70,7 +71,7 @@ class Program(nn.Module):
 
     def __init__(
         self,
-        num_timesteps: int,
+        num_timesteps: Any,
         parts: dict[str, Any],
         owner: ParamScope | None,
         below: str = "",
@@ -336,7 +337,9 @@ class TimestepPlate:
             not depend on :math:`x_1`, a transform's log-Jacobian. All of it is in every draw, by a
             factor of expectation zero, and adds no variance.
         num_timesteps: Number of draws ``k`` for each datum.
-        chain_length: Number of latent states :math:`T \ge 2`.
+        chain_length: Number of latent states :math:`T \ge 2`. ``math.inf`` for the continuous chain: ``t``
+            is then a time :math:`u`, uniform in (0, 1] or 0 for the reconstruction, and the site ``dx_t``, in
+            place of ``x_{t-1}``, has the two kernels of a step in units of time.
         timesteps: Law of the timesteps.
         owner: Model that owns the parameters; ``None`` for a pair that stands alone.
         below: Path below the owner to the guide's own parameters.
@@ -352,16 +355,20 @@ class TimestepPlate:
         reverse: Callable[[Tensor, Tensor], tuple[TorchDistribution, TorchDistribution]],
         *,
         num_timesteps: int,
-        chain_length: int,
+        chain_length: float,
         timesteps: Timesteps | None = None,
         owner: ParamScope | None = None,
         below: str = "",
         state_mask: Callable[[Tensor], Tensor] | None = None,
         log_volume: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> None:
+        continuous = chain_length == math.inf
         law = {
             "law": StratifiedTimesteps() if timesteps is None else timesteps,
             "num_draws": num_timesteps,
+            "first": 0.0 if continuous else 1,
+            "last": 1.0 if continuous else chain_length,
+            "step_site": "dx_t" if continuous else "x_{t-1}",
         }
         model_parts = law | {"prior": prior, "reverse": reverse, "log_volume": log_volume}
         guide_parts = law | {"encode": encode, "marginal": marginal, "posterior": posterior}
@@ -378,6 +385,9 @@ class SubsampledProgram(Program):
 
     law: Timesteps
     num_draws: int
+    first: float  # the timestep that stands for the reconstruction
+    last: float
+    step_site: str
 
     def draw_timesteps(self, state: Tensor) -> tuple[Tensor, Tensor]:
         r"""Sample site ``t``; timesteps and weights :math:`1/(k \pi(t))`, shape ``(…, k, N)``.
@@ -412,18 +422,18 @@ class _SubsampledModel(SubsampledProgram):
                 t, weight = self.draw_timesteps(x_T)
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", prior)
-                with naming("x_{t-1}"):
+                with naming(self.step_site):
                     transition, likelihood = self.reverse(zeroed(x_t, states), t)
                     transition = observed_part(transition, states)
                 with naming("x_0"):
                     likelihood = observed_part(check_event_shape(likelihood, x_0), mask)
                 with poutine.scale(scale=weight):
-                    with poutine.mask(mask=t > 1):
-                        pyro.sample("x_{t-1}", transition)
-                    with poutine.mask(mask=t == 1):
+                    with poutine.mask(mask=t != self.first):
+                        pyro.sample(self.step_site, transition)
+                    with poutine.mask(mask=t == self.first):
                         pyro.sample("x_0", likelihood, obs=as_real(x_0))
             if x_0 is not None and self.log_volume is not None:
-                there = (weight * (t == 1)).sum(-2, keepdim=True)
+                there = (weight * (t == self.first)).sum(-2, keepdim=True)
                 pyro.factor("log_volume", (1 - there) * self.log_volume(x_0, mask))
 
 
@@ -438,16 +448,18 @@ class _SubsampledGuide(SubsampledProgram):
         x_0, states = check_data(x_0, mask), self.mask_of_states(mask)
         with self.data_plate(x_0, num_data):
             context = _enter(self.encode, x_0, mask)
-            marginal = observed_part(self.marginal(context, self.num_timesteps), states)
+            last = torch.as_tensor(self.last, device=context.device)
+            marginal = observed_part(self.marginal(context, last), states)
             pyro.sample(f"x_{self.num_timesteps}", marginal)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
                 t, weight = self.draw_timesteps(context)
                 with poutine.mask(mask=False):
                     x_t = pyro.sample("x_t", self.marginal(context, t))
-                # Rows with t = 1 carry no latent term; any kernel with a density will do there.
-                posterior = observed_part(self.posterior(x_t, context, t.clamp(min=2)), states)
-                with poutine.scale(scale=weight), poutine.mask(mask=t > 1):
-                    pyro.sample("x_{t-1}", posterior)
+                # Rows of the reconstruction carry no latent term; any kernel with a density will do there.
+                there = torch.where(t == self.first, last, t)
+                posterior = observed_part(self.posterior(x_t, context, there), states)
+                with poutine.scale(scale=weight), poutine.mask(mask=t != self.first):
+                    pyro.sample(self.step_site, posterior)
 
 
 class BottomUpSite(TorchDistribution):

@@ -15,8 +15,9 @@ References:
     https://arxiv.org/abs/2006.11239
 """
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyro.distributions as dist
 import torch
@@ -72,6 +73,12 @@ class Denoiser(nn.Module, ABC):
         super().__init__()
         check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
         check_argument("event_shape", event_shape, tuple, "(64,)")
+        if schedule.event_shape not in (torch.Size(), torch.Size(event_shape)):
+            raise ValueError(
+                f"argument 'schedule': got curves for data of shape {tuple(schedule.event_shape)}; expected "
+                f"{tuple(event_shape)}, one for each entry, or a single curve. Build the schedule with the "
+                "event shape of your data."
+            )
         self.schedule = schedule
         self.event_shape = torch.Size(event_shape)
 
@@ -79,6 +86,19 @@ class Denoiser(nn.Module, ABC):
     def event_dim(self) -> int:
         """Number of rightmost dimensions that form one datum."""
         return len(self.event_shape)
+
+    @property
+    def missing_dim(self) -> int:
+        """Event dimensions that the schedule's coefficients lack: all, but for a schedule by dimension."""
+        return self.event_dim - self.schedule.event_dim
+
+    def with_schedule(self, schedule: NoiseSchedule) -> Self:
+        """The same denoiser, parameters included, for a chain of another schedule."""
+        denoiser = copy.copy(self)
+        for kind in ("_modules", "_buffers", "_parameters"):
+            setattr(denoiser, kind, getattr(self, kind).copy())
+        denoiser.schedule = schedule
+        return denoiser
 
     @property
     @abstractmethod
@@ -100,7 +120,7 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             x_t: State, shape ``batch_shape + event_shape``.
-            log_snr: Its log-SNR, shape broadcastable to ``batch_shape``.
+            log_snr: Its log-SNR, shape broadcastable to ``batch_shape`` (+ the schedule's event shape).
         """
         return self.denoise(x_t, log_snr).x_0_hat
 
@@ -150,7 +170,7 @@ class Denoiser(nn.Module, ABC):
 
     def _scales(self, x_t: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         signal, noise = self.schedule.scales(log_snr)
-        return pad(signal, self.event_dim, x_t.dtype), pad(noise, self.event_dim, x_t.dtype)
+        return pad(signal, self.missing_dim, x_t.dtype), pad(noise, self.missing_dim, x_t.dtype)
 
     def _batch_shape(self, x_t: Tensor) -> torch.Size:
         batch_dim = x_t.dim() - self.event_dim
@@ -225,10 +245,16 @@ class NeuralDenoiser(Denoiser):
         signal, noise = self.schedule.scales(log_snr)
         scale = (signal**2 + noise**2).sqrt()
         signal, noise, scale = (
-            pad(c, self.event_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
+            pad(c, self.missing_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
         )
         state = x_t / scale
-        output = self._call_network(state, log_snr.expand(batch_shape)).to(x_t.dtype)
+        # One number for the network, where every entry has a level of its own.
+        level = (
+            log_snr.mean(tuple(range(-self.schedule.event_dim, 0)))
+            if self.schedule.event_dim
+            else log_snr
+        )
+        output = self._call_network(state, level.expand(batch_shape)).to(x_t.dtype)
         variance = None
         if self.variance.num_outputs:
             output, variance = output[..., :-1], output[..., -1]
@@ -261,8 +287,8 @@ class NeuralDenoiser(Denoiser):
         self, x_t: Tensor, t: int | Tensor, denoised: Denoised
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
-        mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
-        step = step.padded(self.event_dim)
+        mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
+        step = step.padded(self.missing_dim)
         scale = self.variance(step, denoised.variance).sqrt().to(x_t.dtype)
         return dist.Normal(mean, scale).to_event(self.event_dim)
 
@@ -337,8 +363,15 @@ class GaussianDenoiser(Denoiser):
             schedule: Noise schedule of the chain.
 
         Raises:
-            ValueError: A covariance of another shape, or one that is not positive definite.
+            ValueError: A covariance of another shape, or one that is not positive definite; a schedule by
+                dimension, whose noise has other axes than the data.
         """
+        if schedule.event_dim:
+            raise ValueError(
+                f"argument 'schedule': got a curve for each of {schedule.event_shape.numel()} entries; "
+                "expected a single curve, because a rotation of the data mixes entries. Rotate the data to "
+                "their principal axes, and use GaussianDenoiser(mean, std, schedule) there."
+            )
         if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"argument 'covariance': got shape {tuple(covariance.shape)} with a mean of shape "
@@ -368,7 +401,7 @@ class GaussianDenoiser(Denoiser):
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         self._batch_shape(x_t)
         signal, noise = (
-            pad(s, self.event_dim, torch.float64) for s in self.schedule.scales(log_snr)
+            pad(s, self.missing_dim, torch.float64) for s in self.schedule.scales(log_snr)
         )
         gain, _ = _wiener(self.variance.double(), signal, noise)
         error = x_t - signal.to(x_t.dtype) * self.mean
@@ -378,8 +411,8 @@ class GaussianDenoiser(Denoiser):
         self, x_t: Tensor, t: int | Tensor, denoised: Denoised
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
-        mean = posterior_mean(x_t, denoised.x_0_hat, step, event_dim=self.event_dim)
-        step = step.padded(self.event_dim)
+        mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
+        step = step.padded(self.missing_dim)
         _, x_0_variance = _wiener(self.variance.double(), step.signal, step.noise)
         return self._gaussian(mean, exact_variance(step, x_0_variance).to(x_t.dtype))
 
@@ -481,17 +514,19 @@ class GaussianMixtureDenoiser(Denoiser):
     ) -> dist.TorchDistribution:
         step = chain_step(t, self.schedule)
         log_r, x_0_hats = self._components(x_t, step.signal, step.noise)
-        step = ChainStep(*(c.unsqueeze(-1) for c in step))  # the components' axis
+        step = ChainStep(*(self._for_components(c) for c in step))
         means = posterior_mean(
-            x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, event_dim=self.event_dim
+            x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, missing_dim=self.missing_dim
         )
-        step = step.padded(self.event_dim)
+        step = step.padded(self.missing_dim)
         _, x_0_variances = _wiener(self.variances.double(), step.signal, step.noise)
         return self._mixture(log_r, means, exact_variance(step, x_0_variances).to(x_t.dtype))
 
     def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event behind."""
-        signal, noise = (pad(c.unsqueeze(-1), self.event_dim, c.dtype) for c in (signal, noise))
+        signal, noise = (
+            pad(self._for_components(c), self.missing_dim, c.dtype) for c in (signal, noise)
+        )
         variances = self.variances.double()
         gains, _ = _wiener(variances, signal, noise)
         errors = x_t.unsqueeze(-self.event_dim - 1) - signal.to(x_t.dtype) * self.means
@@ -499,6 +534,10 @@ class GaussianMixtureDenoiser(Denoiser):
         component = dist.Normal(torch.zeros_like(spread), spread).to_event(self.event_dim)
         log_r = (self.log_weights + component.log_prob(errors)).log_softmax(-1)
         return log_r, self.means + gains.to(x_t.dtype) * errors
+
+    def _for_components(self, coefficient: Tensor) -> Tensor:
+        """A coefficient with the components' axis, in front of the event."""
+        return coefficient.unsqueeze(-1 - self.schedule.event_dim)
 
     def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> dist.TorchDistribution:
         components = dist.Normal(means, variances.sqrt()).to_event(self.event_dim)

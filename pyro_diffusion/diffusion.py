@@ -12,7 +12,9 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
-from typing import Any
+import copy
+import math
+from typing import Any, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -29,9 +31,11 @@ from pyro_diffusion.chains import (
 from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
 from pyro_diffusion.families import Family, describe_part
 from pyro_diffusion.kernels import (
+    forward_increment,
     forward_marginal,
     forward_posterior,
     forward_transition,
+    noised,
     terminal_prior,
 )
 from pyro_diffusion.schedules import NoiseSchedule
@@ -165,11 +169,7 @@ class DiffusionModel(Family):
         Raises:
             ValueError: ``num_timesteps`` below one.
         """
-        if not isinstance(num_timesteps, int) or num_timesteps < 1:
-            raise ValueError(
-                f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at "
-                "least 1, the timesteps drawn for each datum. One is enough: the bound stays unbiased."
-            )
+        _check_draws(num_timesteps)
         if self.schedule.num_timesteps == 1:
             return ProgramPair(self.model, self.posterior_guide)
         return TimestepPlate(
@@ -186,6 +186,63 @@ class DiffusionModel(Family):
             state_mask=self.embed_mask,
             log_volume=None if self.transform is None else self.log_volume,
         )
+
+    def continuous(
+        self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
+    ) -> TimestepPlate:
+        r"""The pair of the chain without end, :math:`T \to \infty`, at random times:
+
+        .. math::
+            \mathrm{ELBO}_\infty = E \log p(x_0 \mid x_{\lambda(0)})
+                - \mathrm{KL}\big(q(x_{\lambda(1)} \mid x_0) \,\|\, p\big)
+                + \tfrac12 \int_0^1 \tfrac{d\,\mathrm{SNR}}{du}\, E \lVert x_0 - \hat x_0(x_u) \rVert^2\, du .
+
+        Of the curve only the ends are in it, and of the reverse kernels only the mean: their variances
+        have one limit. Used as :meth:`subsampled` is, for training or for evaluation.
+
+        Args:
+            num_timesteps: Draws ``k`` for each datum, and rows of the network that a step costs.
+            timesteps: Law of the times; stratified over the batch by default.
+
+        Returns:
+            An object with ``model`` and ``guide``.
+
+        Raises:
+            ValueError: ``num_timesteps`` below one; from a program, a law without a continuous form or a
+                schedule that is no curve.
+
+        References:
+            Variational Diffusion Models (Kingma et al., 2021), section 4.2.
+            https://arxiv.org/abs/2107.00630
+        """
+        _check_draws(num_timesteps)
+        return TimestepPlate(
+            self.embed,
+            self.marginal_at,
+            self.increment,
+            self.prior,
+            self.reverse_increment,
+            num_timesteps=num_timesteps,
+            chain_length=math.inf,
+            timesteps=timesteps,
+            owner=self,
+            below="denoiser.schedule",
+            state_mask=self.embed_mask,
+            log_volume=None if self.transform is None else self.log_volume,
+        )
+
+    def with_num_timesteps(self, num_timesteps: int) -> Self:
+        """The same model, parameters and their names included, on another grid of its schedule.
+
+        Raises:
+            ValueError: A schedule that has one grid.
+        """
+        model = copy.copy(self)
+        model._modules = self._modules.copy()
+        model.denoiser = self.denoiser.with_schedule(
+            self.schedule.with_num_timesteps(num_timesteps)
+        )
+        return model
 
     # The kernels that the programs are made of.
 
@@ -222,6 +279,22 @@ class DiffusionModel(Family):
         r""":math:`q(x_{t-1} \mid x_t, x_0)` (E3) for an embedded ``x_0``."""
         return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
 
+    def marginal_at(self, x_0: Tensor, u: Tensor) -> TorchDistribution:
+        r""":math:`q(x_u \mid x_0)` at a time of the continuous chain, for an embedded ``x_0``."""
+        log_snr = self.schedule.log_snr_at(u)
+        return noised(x_0, log_snr, self.schedule, event_dim=self.denoiser.event_dim)
+
+    def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
+        r"""What :math:`q` says in a step of the continuous chain, in units of its length."""
+        return forward_increment(x_0, u, self.schedule, event_dim=self.denoiser.event_dim)
+
+    def reverse_increment(
+        self, x_u: Tensor, u: Tensor
+    ) -> tuple[TorchDistribution, TorchDistribution]:
+        r"""What :math:`p_\theta` says in that step, and :math:`p_\theta(x_0 \mid x_1)`; one network call."""
+        denoised = self.denoiser.denoise(x_u, self.schedule.log_snr_at(u))
+        return self.increment(x_u, denoised.x_0_hat, u), self.decode_denoised(x_u, denoised)
+
     def decode_denoised(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         r""":math:`p_\theta(x_0 \mid x_1)` from what the denoiser said of :math:`x_1` already."""
         if self.likelihood is None:
@@ -229,3 +302,11 @@ class DiffusionModel(Family):
         else:
             kernel = self.likelihood(denoised.x_0_hat)
         return self.data_kernel(kernel, x_1.shape[: x_1.dim() - self.denoiser.event_dim])
+
+
+def _check_draws(num_timesteps: int) -> None:
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(
+            f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at "
+            "least 1, the timesteps drawn for each datum. One is enough: the bound stays unbiased."
+        )

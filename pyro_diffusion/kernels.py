@@ -32,7 +32,13 @@ from torch import Tensor
 
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["forward_marginal", "forward_posterior", "forward_transition", "terminal_prior"]
+__all__ = [
+    "forward_increment",
+    "forward_marginal",
+    "forward_posterior",
+    "forward_transition",
+    "terminal_prior",
+]
 
 
 def forward_transition(
@@ -57,9 +63,10 @@ def forward_transition(
         https://arxiv.org/abs/2006.11239
     """
     step = chain_step(t, schedule)
-    mean = pad(step.signal / step.signal_prev, event_dim, x_prev.dtype) * x_prev
+    missing = event_dim - schedule.event_dim
+    mean = pad(step.signal / step.signal_prev, missing, x_prev.dtype) * x_prev
     scale = step.noise * step.share.sqrt()
-    return dist.Normal(mean, pad(scale, event_dim, x_prev.dtype)).to_event(event_dim)
+    return dist.Normal(mean, pad(scale, missing, x_prev.dtype)).to_event(event_dim)
 
 
 def forward_marginal(
@@ -89,9 +96,48 @@ def forward_marginal(
         https://arxiv.org/abs/2006.11239
     """
     t = check_timestep(t, schedule, at_least=1)
-    signal, noise = schedule.scales(schedule.log_snr(t))
-    mean = pad(signal, event_dim, x_0.dtype) * x_0
-    return dist.Normal(mean, pad(noise, event_dim, x_0.dtype)).to_event(event_dim)
+    return noised(x_0, schedule.log_snr(t), schedule, event_dim=event_dim)
+
+
+def noised(
+    x_0: Tensor, log_snr: Tensor, schedule: NoiseSchedule, *, event_dim: int
+) -> dist.TorchDistribution:
+    r""":math:`N(a x_0, \sigma^2 I)`, a datum with noise up to a log-SNR; E2 between the timesteps, too."""
+    missing = event_dim - schedule.event_dim
+    signal, noise = (pad(c, missing, x_0.dtype) for c in schedule.scales(log_snr))
+    return dist.Normal(signal * x_0, noise).to_event(event_dim)
+
+
+def forward_increment(
+    x_0: Tensor, u: Tensor, schedule: NoiseSchedule, *, event_dim: int
+) -> dist.TorchDistribution:
+    r"""What a step of the continuous chain says of the datum, in units of :math:`\sqrt{du}`,
+
+    .. math::
+        N\Big(\sqrt{-\tfrac{d\,\mathrm{SNR}}{du}}\; x_0,\; I\Big), \qquad
+        -\frac{d\,\mathrm{SNR}}{du} = -\lambda'(u)\, e^{\lambda(u)} .
+
+    As :math:`T \to \infty` the reverse chain reads the datum through a Gaussian channel, :math:`dy =
+    \sqrt{-d\mathrm{SNR}/du}\, x_0\, du + dW`, and a step's KL at an estimate :math:`\hat x_0` becomes
+    :math:`-\tfrac12 \tfrac{d\,\mathrm{SNR}}{du} \lVert x_0 - \hat x_0 \rVert^2 du`: the limit of E12.
+
+    Args:
+        x_0: Datum, or the estimate of it, shape ``batch_shape + event_shape``.
+        u: Time in [0, 1], shape broadcastable to ``batch_shape``.
+        schedule: Noise schedule, whatever its grid.
+        event_dim: Number of rightmost dimensions that form one datum.
+
+    Returns:
+        A Normal with ``event_dim`` event dimensions and batch shape ``batch_shape``.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), section 4.2 and appendix B.
+        https://arxiv.org/abs/2107.00630
+    """
+    rate = -schedule.slope_at(u) * schedule.log_snr_at(u).exp()
+    scale = pad(rate.sqrt(), event_dim - schedule.event_dim, x_0.dtype)
+    mean = scale * x_0
+    return dist.Normal(mean, torch.ones_like(mean)).to_event(event_dim)
 
 
 def forward_posterior(
@@ -125,9 +171,10 @@ def forward_posterior(
         https://arxiv.org/abs/2006.11239
     """
     step = chain_step(check_timestep(t, schedule, at_least=2), schedule)
-    mean = posterior_mean(x_t, x_0, step, event_dim=event_dim)
+    missing = event_dim - schedule.event_dim
+    mean = posterior_mean(x_t, x_0, step, missing_dim=missing)
     scale = posterior_variance(step).sqrt()
-    return dist.Normal(mean, pad(scale, event_dim, x_t.dtype)).to_event(event_dim)
+    return dist.Normal(mean, pad(scale, missing, x_t.dtype)).to_event(event_dim)
 
 
 def terminal_prior(
@@ -163,9 +210,9 @@ class ChainStep(NamedTuple):
         Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
     )
 
-    def padded(self, event_dim: int) -> "ChainStep":
-        """The coefficients with the event dimensions of a state; still float64."""
-        return ChainStep(*(pad(c, event_dim, c.dtype) for c in self))
+    def padded(self, missing_dim: int) -> "ChainStep":
+        """The coefficients with the event dimensions of a state that they lack; still float64."""
+        return ChainStep(*(pad(c, missing_dim, c.dtype) for c in self))
 
 
 def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
@@ -179,11 +226,11 @@ def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
     return ChainStep(signal_prev, noise_prev, signal, noise, share)
 
 
-def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, event_dim: int) -> Tensor:
+def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, missing_dim: int) -> Tensor:
     r""":math:`\tilde\mu_t(x_t, x_0)` of :func:`forward_posterior`; at ``t = 1`` it is :math:`x_0`."""
     from_x_0 = step.signal_prev * step.share
     from_x_t = step.signal_prev / step.signal * (1 - step.share)
-    return pad(from_x_0, event_dim, x_t.dtype) * x_0 + pad(from_x_t, event_dim, x_t.dtype) * x_t
+    return pad(from_x_0, missing_dim, x_t.dtype) * x_0 + pad(from_x_t, missing_dim, x_t.dtype) * x_t
 
 
 def posterior_variance(step: ChainStep) -> Tensor:
@@ -191,13 +238,14 @@ def posterior_variance(step: ChainStep) -> Tensor:
     return step.noise_prev**2 * step.share
 
 
-def pad(coefficient: Tensor, event_dim: int, dtype: torch.dtype) -> Tensor:
-    """Give a coefficient of ``batch_shape`` its event dimensions, in the chain's dtype.
+def pad(coefficient: Tensor, missing_dim: int, dtype: torch.dtype) -> Tensor:
+    """Give a coefficient the event dimensions that it lacks, in the chain's dtype.
 
-    Padding goes by ``event_dim``, never by a difference of ``ndim``: a coefficient that has as many
-    entries as the batch would otherwise line up with the wrong axis in silence.
+    That is all of them, and none for a schedule by dimension. They are counted from ``event_dim``, never
+    from a difference of ``ndim``: a coefficient that has as many entries as the batch would otherwise
+    line up with the wrong axis in silence.
     """
-    return coefficient.reshape(coefficient.shape + (1,) * event_dim).to(dtype)
+    return coefficient.reshape(coefficient.shape + (1,) * missing_dim).to(dtype)
 
 
 def check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:

@@ -1,17 +1,20 @@
-r"""What to train a hierarchy on besides the bound itself: KL warm-up and free bits.
+r"""What to train on besides the bound itself: KL warm-up, free bits, and the bound's own variance.
 
 Left alone, upper levels of a hierarchy tend to fall silent early in training, their KL at zero, and stay
 so. Two usual remedies change the *objective*, never the bound that is reported:
-:func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do.
+:func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do. The interior of a learned
+schedule has no share in the bound of a long chain, and is trained for the variance of its estimator.
 
 References:
     Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.3. https://arxiv.org/abs/1602.02282
     Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), appendix C.8.
     https://arxiv.org/abs/1606.04934
+    Variational Diffusion Models (Kingma et al., 2021), appendix I.2 (variance of the bound).
+    https://arxiv.org/abs/2107.00630
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["FreeBitsELBO", "KLWarmup"]
+__all__ = ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO"]
 
 
 class KLWarmup(Messenger):
@@ -142,3 +145,87 @@ class FreeBitsELBO(TraceMeanField_ELBO):
         floor = torch.full_like(kl, self.free_nats)
         kl, floor = (scale_and_mask(x, scale=q["scale"], mask=q["mask"]) for x in (kl, floor))
         return (floor.sum() - kl.sum()).clamp(min=0)
+
+
+class MinimumVarianceELBO(TraceMeanField_ELBO):
+    r"""The bound for most parameters, and the variance of its estimate for a few:
+
+    .. math::
+        \theta \leftarrow \nabla_\theta\, E\, \hat L, \qquad
+        \eta \leftarrow -\nabla_\eta\, \frac1N \sum_{n=1}^N \hat L_n^2,
+
+    :math:`\hat L_n` one draw of the bound of a datum. The bound of a long chain does not depend on the
+    interior :math:`\eta` of its schedule, so that the mean of the squares falls as the variance does; it is
+    least where :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, :math:`\ell` the bound's rate in log-SNR.
+    One more backward pass a step::
+
+        elbo = MinimumVarianceELBO([schedule.interior])
+        svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-2}), elbo)
+
+    Args:
+        parameters: :math:`\eta`, parameters of the programs, such as a
+            :class:`~pyro_diffusion.schedules.MonotoneSchedule`'s ``interior``.
+        arguments: Of ``TraceMeanField_ELBO``.
+
+    Raises:
+        ValueError: No parameters; from a step, sites outside a data plate at dim −1, or a parameter that the
+            bound does not depend on.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # A tensor is an iterable of its rows.
+        self.parameters = [] if isinstance(parameters, Tensor) else list(parameters)
+        if not self.parameters or not all(
+            isinstance(p, Tensor) and p.is_leaf for p in self.parameters
+        ):
+            raise ValueError(
+                f"argument 'parameters': got {parameters!r}; expected a list of parameters of the programs. "
+                "Pass [schedule.interior]."
+            )
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """The loss, minus the bound; gradients of it, and of the squares, are added to the parameters'."""
+        loss = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            bound = self._bound_of_data(model_trace, guide_trace) / self.num_particles
+            loss -= bound.sum().item()
+            before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+            squares = torch.autograd.grad(
+                bound.square().mean(), self.parameters, retain_graph=True, allow_unused=True
+            )
+            (-bound.sum()).backward()
+            for parameter, grad, square in zip(self.parameters, before, squares, strict=True):
+                if square is None:
+                    raise ValueError(
+                        f"argument 'parameters': got one of shape {tuple(parameter.shape)} that the bound "
+                        "does not depend on; expected parameters of the programs. Pass those of this model's "
+                        "schedule."
+                    )
+                parameter.grad = square if grad is None else grad + square
+        return loss
+
+    @staticmethod
+    def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
+        """One draw of the bound for each datum, ``(N,)``."""
+        total: Tensor = torch.zeros(())
+        for name, p in model_trace.nodes.items():
+            if p["type"] != "sample" or site_is_subsample(p):
+                continue
+            if p["is_observed"]:
+                term = scale_and_mask(p["fn"].log_prob(p["value"]), p["scale"], p["mask"])
+            else:
+                q = guide_trace.nodes[name]
+                try:
+                    kl = kl_divergence(q["fn"], p["fn"])
+                except NotImplementedError:  # no formula
+                    kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+                term = -scale_and_mask(kl, q["scale"], q["mask"])
+            if not any(plate.vectorized and plate.dim == -1 for plate in p["cond_indep_stack"]):
+                raise ValueError(
+                    f"site {name!r}: got a site outside of every plate; expected all sites in the data "
+                    "plate, because the variance is that of a datum's bound. Put it into the plate."
+                )
+            term = term.expand(torch.broadcast_shapes(term.shape, p["fn"].batch_shape))
+            total = total + term.reshape(-1, term.shape[-1]).sum(0)
+        return total

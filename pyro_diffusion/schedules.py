@@ -37,8 +37,10 @@ from torch.nn.functional import logsigmoid
 __all__ = [
     "AlphaSchedule",
     "CosineSchedule",
+    "LinearDecaySchedule",
     "LinearSchedule",
     "LogSNRSchedule",
+    "MonotoneSchedule",
     "NoiseSchedule",
     "VarianceExploding",
 ]
@@ -48,7 +50,8 @@ class NoiseSchedule(nn.Module, ABC):
     r"""A log-SNR curve on a grid of ``num_timesteps`` steps; variance preserving unless it says so.
 
     Methods take a timestep ``t`` in :math:`\{0, …, T\}`, an integer or a LongTensor, and return a
-    float64 tensor of ``t``'s shape on the schedule's device.
+    float64 tensor of ``t``'s shape, and of ``t``'s shape + ``event_shape`` where every entry of a datum
+    has a curve of its own, on the schedule's device.
 
     Args:
         num_timesteps: Number of steps :math:`T \ge 1`.
@@ -60,12 +63,30 @@ class NoiseSchedule(nn.Module, ABC):
 
     @abstractmethod
     def log_snr_at(self, u: Tensor) -> Tensor:
-        r"""The curve :math:`\lambda(u)` for :math:`u \in [0, 1]`; float64, of ``u``'s shape."""
+        r"""The curve :math:`\lambda(u)`, :math:`u \in [0, 1]`; float64, ``u``'s shape + ``event_shape``."""
+
+    def slope_at(self, u: Tensor) -> Tensor:
+        r"""The curve's slope :math:`\lambda'(u) < 0`, float64, of the shape of :meth:`log_snr_at`."""
+        with torch.enable_grad():
+            u = u.detach().double().requires_grad_()
+            # The curve is one for every entry of u, so that the gradient of a sum has all slopes.
+            (slope,) = torch.autograd.grad(self.log_snr_at(u).sum(), u, create_graph=True)
+        return slope if torch.is_grad_enabled() else slope.detach()
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the schedule, and with it the chain, lives."""
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a datum for which every entry has a curve of its own; empty for a single curve."""
+        return torch.Size()
+
+    @property
+    def event_dim(self) -> int:
+        """Dimensions of :attr:`event_shape`, which all coefficients have on the right of ``t``'s."""
+        return len(self.event_shape)
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
         """The same curve, learned parameters included, on another grid."""
@@ -84,7 +105,8 @@ class NoiseSchedule(nn.Module, ABC):
         u = (t - 1).clamp(min=0).double() / max(self.num_timesteps - 1, 1)
         if self.num_timesteps == 1:
             u = torch.ones_like(u)
-        return torch.where(t == 0, math.inf, self.log_snr_at(u))
+        is_datum = (t == 0).reshape(t.shape + (1,) * self.event_dim)
+        return torch.where(is_datum, math.inf, self.log_snr_at(u))
 
     def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`(a, \sigma)` at a log-SNR, with :math:`a^2 + \sigma^2 = 1`."""
@@ -211,6 +233,18 @@ class AlphaSchedule(_TabulatedSchedule):
             )
         return super().with_num_timesteps(num_timesteps)
 
+    def slope_at(self, u: Tensor) -> Tensor:
+        """Refused: there is nothing between the timesteps.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"argument 'schedule': got an AlphaSchedule of {self.num_timesteps} steps for a continuous "
+            "chain; expected a curve, because α_1 … α_T fix the grid. Use LinearSchedule, CosineSchedule, "
+            "LogSNRSchedule or MonotoneSchedule."
+        )
+
 
 class LinearSchedule(_TabulatedSchedule):
     r""":math:`\beta_t` linear in :math:`t` at :math:`T = 1000`; its log-SNR curve at any other T.
@@ -321,6 +355,168 @@ class LogSNRSchedule(NoiseSchedule):
         return f"{type(self).__name__}({self.extra_repr()}, log_snr_max={high:.4g}, log_snr_min={low:.4g})"
 
 
+class LinearDecaySchedule(NoiseSchedule):
+    r""":math:`\bar\alpha` linear in :math:`u`: every step of a chain of bits erases an equal share of them.
+
+    .. math::
+        \bar\alpha(u) = (1 - u)\, \bar\alpha_{\max} + u\, \bar\alpha_{\min},
+
+    a curve close to :math:`\bar\alpha_t = 1 - t / T`, which :math:`\beta_t = 1 / (T - t + 1)` makes.
+
+    Args:
+        num_timesteps: Number of steps :math:`T`.
+        alpha_bar_max: :math:`\bar\alpha(0)`, of :math:`x_1`.
+        alpha_bar_min: :math:`\bar\alpha(1)`, of :math:`x_T`.
+
+    Raises:
+        ValueError: ``num_timesteps`` below one, or ends out of order or outside (0, 1).
+
+    References:
+        Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), section
+        2.4.1. https://arxiv.org/abs/1503.03585
+    """
+
+    ends: Tensor
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        *,
+        alpha_bar_max: float = 0.999,
+        alpha_bar_min: float = 1e-3,
+    ) -> None:
+        super().__init__(num_timesteps)
+        if not 0 < alpha_bar_min < alpha_bar_max < 1:
+            raise ValueError(
+                f"arguments 'alpha_bar_max' and 'alpha_bar_min': got {alpha_bar_max} and {alpha_bar_min}; "
+                "expected 0 < alpha_bar_min < alpha_bar_max < 1, from data to noise. The defaults leave a "
+                "thousandth at either end."
+            )
+        self.register_buffer(
+            "ends", torch.tensor([alpha_bar_max, alpha_bar_min], dtype=torch.float64)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.ends.device
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        high, low = self.ends
+        return torch.lerp(high, low, u.double()).logit()
+
+    def extra_repr(self) -> str:
+        high, low = self.ends.tolist()
+        return f"{super().extra_repr()}, alpha_bar_max={high:g}, alpha_bar_min={low:g}"
+
+
+class MonotoneSchedule(NoiseSchedule):
+    r"""A learned curve, ends included: how much time each log-SNR has.
+
+    .. math::
+        \lambda(u) = \lambda_{\min} + e^r \big(1 - s(u)\big), \qquad
+        u = \int_0^{s(u)} f(s')\, ds' \Big/ \int_0^1 f(s')\, ds',
+
+    with a density :math:`f > 0` of time that is linear between :math:`f(k/K) = e^{\eta_k}`. The curve is
+    smooth, and decreases whatever :math:`\lambda_{\min}`, :math:`r` and :math:`\eta` become. With
+    ``event_shape`` every entry of a datum has a curve of its own, under the same interface.
+
+    The bound of the continuous chain depends on the ends alone, and the same ``SVI`` lines train them. The
+    interior :math:`\eta` decides how noisy an estimate of it is:
+    :class:`~pyro_diffusion.objectives.MinimumVarianceELBO` trains it for that::
+
+        elbo = MinimumVarianceELBO(schedule.interior)
+        svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-2}), elbo)
+
+    Args:
+        num_timesteps: Number of steps :math:`T`.
+        log_snr_max: :math:`\lambda(0)` to start from.
+        log_snr_min: :math:`\lambda(1)` to start from.
+        num_pieces: Number of pieces :math:`K`.
+        event_shape: Shape of a datum whose entries have curves of their own; empty for a single curve.
+
+    Raises:
+        ValueError: ``num_timesteps`` or ``num_pieces`` below one, or ends that do not decrease.
+
+    Example:
+        >>> schedule = MonotoneSchedule(1000, log_snr_max=10.0)
+        >>> schedule.log_snr(torch.tensor([1, 1000]))
+        tensor([10.0000, -8.0000], dtype=torch.float64, grad_fn=<WhereBackward0>)
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), appendix H. https://arxiv.org/abs/2107.00630
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        *,
+        log_snr_max: float | Tensor = 8.0,
+        log_snr_min: float | Tensor = -8.0,
+        num_pieces: int = 24,
+        event_shape: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(num_timesteps)
+        if not isinstance(num_pieces, int) or num_pieces < 1:
+            raise ValueError(
+                f"argument 'num_pieces': got {num_pieces!r}; expected a whole number of at least 1, the "
+                "pieces that the range of the log-SNR is cut into. 24 come close to the best curve."
+            )
+        high, low = (
+            torch.as_tensor(end, dtype=torch.float64).expand(event_shape)
+            for end in (log_snr_max, log_snr_min)
+        )
+        _check_decreasing(torch.stack((high, low)), "log_snr_max, log_snr_min")
+        self.log_snr_min = nn.Parameter(low.clone())  #: :math:`\lambda(1)`, of ``event_shape``
+        self.log_range = nn.Parameter((high - low).log())  #: :math:`r`, of ``event_shape``
+        #: :math:`\eta`, ``event_shape + (K + 1,)``: what :class:`MinimumVarianceELBO` trains
+        self.interior = nn.Parameter(torch.zeros(*event_shape, num_pieces + 1, dtype=torch.float64))
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.log_snr_min.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_snr_min.device
+
+    def _invert(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """:math:`s(u)` and the normalised :math:`f(s(u))`, ``u``'s shape + ``event_shape``."""
+        f, pieces = (self.interior - self.interior.amax(-1, keepdim=True)).exp(), self.num_pieces
+        shares = (f[..., 1:] + f[..., :-1]) / (2 * pieces)
+        total = shares.sum(-1, keepdim=True)
+        f, shares = f / total, shares / total
+        edges = torch.cat((torch.zeros_like(shares[..., :1]), shares.cumsum(-1)), -1)
+        flat = u.double().flatten().expand(*self.event_shape, -1).contiguous()
+        piece = torch.searchsorted(edges.detach()[..., 1:-1].contiguous(), flat, right=True)
+        start, left, right = (
+            x.gather(-1, piece) for x in (edges[..., :-1], f[..., :-1], f[..., 1:])
+        )
+        # u − u_k = (f_k τ + (f_{k+1} − f_k) τ²/2) / K, solved for τ in [0, 1]
+        ahead = ((flat - start) * pieces).clamp(min=0)
+        here = (left.square() + 2 * (right - left) * ahead).clamp(min=0).sqrt()
+        tau = (2 * ahead / (left + here)).clamp(max=1)
+        shape = u.shape + self.event_shape
+        return (
+            ((piece + tau) / pieces).movedim(-1, 0).reshape(shape),
+            here.movedim(-1, 0).reshape(shape),
+        )
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces :math:`K` of the range."""
+        return self.interior.shape[-1] - 1
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        return self.log_snr_min + self.log_range.exp() * (1 - self._invert(u)[0])
+
+    def slope_at(self, u: Tensor) -> Tensor:
+        return -self.log_range.exp() / self._invert(u)[1]
+
+    def extra_repr(self) -> str:
+        shape = f", event_shape={tuple(self.event_shape)}" if self.event_dim else ""
+        return f"{super().extra_repr()}, num_pieces={self.num_pieces}{shape}"
+
+
 class VarianceExploding(NoiseSchedule):
     r"""A schedule's curve with the signal kept as it is: :math:`a = 1`, :math:`\sigma = e^{-\lambda/2}`.
 
@@ -356,8 +552,15 @@ class VarianceExploding(NoiseSchedule):
     def with_num_timesteps(self, num_timesteps: int) -> "VarianceExploding":
         return VarianceExploding(self.schedule.with_num_timesteps(num_timesteps))
 
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.schedule.event_shape
+
     def log_snr_at(self, u: Tensor) -> Tensor:
         return self.schedule.log_snr_at(u)
+
+    def slope_at(self, u: Tensor) -> Tensor:
+        return self.schedule.slope_at(u)
 
     def extra_repr(self) -> str:
         return f"{type(self.schedule).__name__}({self.schedule.extra_repr()})"
@@ -380,7 +583,7 @@ def _check_num_timesteps(num_timesteps: int) -> int:
 
 
 def _check_decreasing(log_snr: Tensor, argument: str) -> None:
-    if not log_snr.isfinite().all() or not (log_snr.diff() < 0).all():
+    if not log_snr.isfinite().all() or not (log_snr.diff(dim=0) < 0).all():
         raise ValueError(
             f"argument {argument!r}: got a log-SNR curve {_brief(log_snr)} that is not finite and "
             "strictly decreasing; expected less signal at every step. Check the order of the values: "

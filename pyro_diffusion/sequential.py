@@ -225,8 +225,7 @@ def _features(
     :math:`\hat x_0` in its mean. Where a kernel leaves nothing beside :math:`\tilde\beta_t`,
     :math:`v_t` is that of data of unit variance.
     """
-    event_dim = diffusion.denoiser.event_dim
-    step = chain_step(t, diffusion.schedule).padded(event_dim)
+    step = chain_step(t, diffusion.schedule).padded(diffusion.denoiser.missing_dim)
     kernel = diffusion.denoiser.reverse_kernel(x_t, t, denoised)
     of_x_0_hat = step.signal_prev * step.share
     implied = (kernel.variance.double() - posterior_variance(step)) / of_x_0_hat**2

@@ -13,6 +13,7 @@ References:
     sampling). https://arxiv.org/abs/2102.09672
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 __all__ = [
+    "ContinuousTimestepDistribution",
     "ImportanceTimesteps",
     "IndependentTimestepDistribution",
     "StratifiedTimesteps",
@@ -84,6 +86,30 @@ class TimestepDistribution(TorchDistribution):
         return self.log_pi[value - 1]
 
 
+class ContinuousTimestepDistribution(TimestepDistribution):
+    r"""The stratified law of a chain without end: :math:`u = 0` with probability :math:`\rho`, else uniform.
+
+    :math:`u = 0` stands for the reconstruction term, and :math:`u \in (0, 1]` for the bound's rate there.
+
+    Args:
+        log_pi: :math:`\log \rho` and :math:`\log (1 - \rho)`, shape ``(2,)``.
+        batch_shape: Shape of a joint draw.
+    """
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.unit_interval
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        first, rest = self.log_pi.double().exp()
+        return ((self.points(shape.numel()) - first) / rest).clamp(min=0).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        first, rest = self.log_pi
+        return torch.where(value == 0, first, rest)
+
+
 class IndependentTimestepDistribution(TimestepDistribution):
     r"""A law :math:`\pi` whose draws know nothing of one another."""
 
@@ -95,8 +121,8 @@ class Timesteps(ABC):
     """A rule that gives the law of the timesteps, for a chain of any length."""
 
     @abstractmethod
-    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
-        r"""The law :math:`\pi` over :math:`\{1, …, T\}`."""
+    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
+        r"""The law :math:`\pi` over :math:`\{1, …, T\}`; over :math:`u \in [0, 1]` for ``math.inf`` steps."""
 
 
 class StratifiedTimesteps(Timesteps):
@@ -123,8 +149,12 @@ class StratifiedTimesteps(Timesteps):
             )
         self.reconstruction_share = reconstruction_share
 
-    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
         first = max(self.reconstruction_share, 1 / num_timesteps)
+        if num_timesteps == math.inf:
+            pi = torch.tensor([first, 1 - first], dtype=torch.float64, device=device)
+            return ContinuousTimestepDistribution(pi.log())
+        num_timesteps = int(num_timesteps)
         rest = (1 - first) / max(num_timesteps - 1, 1)
         pi = torch.full((num_timesteps,), rest, dtype=torch.float64, device=device)
         pi[0] = first
@@ -141,7 +171,8 @@ class UniformTimesteps(Timesteps):
     :class:`StratifiedTimesteps` is quieter at the same cost.
     """
 
-    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
+        num_timesteps = _check_finite(num_timesteps, self)
         pi = torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64, device=device)
         return IndependentTimestepDistribution(pi.log())
 
@@ -192,7 +223,8 @@ class ImportanceTimesteps(Timesteps):
         self.decay, self.uniform_share = decay, uniform_share
         self.moments: dict[int, float] = {}
 
-    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
+        num_timesteps = _check_finite(num_timesteps, self)
         start = self.start(num_timesteps, device)
         if not self.moments:
             return start
@@ -243,3 +275,12 @@ class ImportanceTimesteps(Timesteps):
             f"{type(self).__name__}(decay={self.decay}, uniform_share={self.uniform_share}, "
             f"{len(self.moments)} moments)"
         )
+
+
+def _check_finite(num_timesteps: float, law: Timesteps) -> int:
+    if num_timesteps == math.inf:
+        raise ValueError(
+            f"argument 'timesteps': got {law} for a continuous chain, of which no timestep has a "
+            "probability; expected a law with a share for the reconstruction. Use StratifiedTimesteps()."
+        )
+    return int(num_timesteps)

@@ -1,0 +1,328 @@
+r"""The bound to an asked-for Monte Carlo error, for the least network rows.
+
+A full sum over a chain of :math:`T` steps costs :math:`N T` network rows and is far more exact than anybody
+asks. Most of its terms are small or quiet. :func:`evaluate_bound` spends rows where the noise is, in one of
+two ways, and a pilot run says which:
+
+*Single timesteps.* Each datum has a few, drawn systematically (:math:`h` evenly spaced points through the
+quantile function) from a law that follows the noise of the terms,
+
+.. math::
+    \widehat{\mathrm{ELBO}} = -L_T - \frac1h \sum_{i=1}^h \frac{L_{t_i}}{\pi(t_i)}, \qquad
+    \pi(t) \propto \sqrt{E \operatorname{Var}[L_t \mid x_0]} .
+
+Of a row alone the analytic KL is the quietest estimate, being the mean of the log-ratio given :math:`x_t`.
+
+*Whole paths*, where the error asked for needs that many rows. Along a path log-ratios cancel: at an exact
+denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is noisy. In between it is
+
+.. math::
+    L_t = \mathrm{KL}_t
+        + c_t \Big( \log \frac{q(x_{t-1} \mid x_t, x_0)}{p(x_{t-1} \mid x_t)} - \mathrm{KL}_t \Big),
+
+whose bracket has mean zero, with :math:`c_t` zero (KL), one (path) or fitted (a control variate), whichever
+was the quietest in the pilot.
+
+All data together cover the timesteps evenly. Independent replicates of the whole give the error, which is
+honest for any way of drawing.
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
+    https://arxiv.org/abs/2107.00630
+    Monte Carlo theory, methods and examples (Owen, 2013), chapters 8 and 9. https://artowen.su.domains/mc/
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_diffusion.bounds import ROWS, Estimate, log_density
+from pyro_diffusion.chains import evaluating
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.observations import as_real, check_data
+
+__all__ = ["BoundEvaluation", "evaluate_bound"]
+
+_REPLICATES = 10  # at least, whose spread is the error
+_GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
+_PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
+_PILOT = 16  # pairs of rows of each group; paths of each datum, where paths are tried
+
+
+class BoundEvaluation(NamedTuple):
+    """The bound of every datum, with what it cost; nats per datum, float64."""
+
+    elbo: Tensor  #: an unbiased estimate of each datum's bound, ``(N,)``
+    standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``
+    monte_carlo_error: (
+        float  #: of the mean over data, whose draws are spread over the timesteps together
+    )
+    rows: int  #: network rows spent, the pilot's included
+    full_rows: float  #: those of one full sum, N T; infinite for the continuous chain
+    estimator: str  #: "timesteps", or what paths were summed: "KL", "path" or "control variate"
+    #: by group of timesteps: how often it is drawn, the reconstruction first; empty for paths
+    shares: Tensor
+    event_size: int  #: entries :math:`D` of one datum
+
+    def __repr__(self) -> str:
+        return (
+            f"BoundEvaluation({len(self.elbo)} data, elbo={self.mean()} nats per datum, {self.rows} network "
+            f"rows by {self.estimator}, {self.full_rows / self.rows:.3g} times fewer than one full sum)"
+        )
+
+    def mean(self) -> Estimate:
+        """Mean bound over data in nats per datum, with its errors."""
+        estimate = Estimate.of(self.elbo, self.standard_error)
+        return estimate._replace(monte_carlo_error=self.monte_carlo_error)
+
+    def bits_per_dim(self) -> Estimate:
+        r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors."""
+        nats, *errors = self.mean()
+        unit = self.event_size * math.log(2)
+        return Estimate(-nats / unit, *(error / unit for error in errors))
+
+
+@torch.no_grad()
+def evaluate_bound(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    *,
+    standard_error: float,
+    num_timesteps: float | None = None,
+    batch_size: int = ROWS,
+    max_rows: float = math.inf,
+) -> BoundEvaluation:
+    r"""Mean bound over data, until its Monte Carlo error is small enough.
+
+    Args:
+        diffusion: The model, of any kernels.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        standard_error: Monte Carlo error of the mean over data to reach, nats per datum.
+        num_timesteps: Another grid for the same curve, ``math.inf`` for the continuous chain; by default the
+            model's own.
+        batch_size: Network rows at a time.
+        max_rows: Network rows after which to give up; what was reached is in the result.
+
+    Returns:
+        :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
+        rows do not change. Draws go on until the *estimated* error is small enough, so that it is a little
+        low on average where few data leave it uncertain.
+
+    Raises:
+        ValueError: An error that is not positive, a schedule without the grid asked for; data as for the
+            programs.
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(1000))
+        >>> result = evaluate_bound(DiffusionModel(denoiser), torch.zeros(64, 2), standard_error=0.1)
+        >>> result.mean().monte_carlo_error < 0.1, result.full_rows / result.rows > 10
+        (True, True)
+    """
+    if not isinstance(standard_error, int | float) or not 0 < standard_error < math.inf:
+        raise ValueError(
+            f"argument 'standard_error': got {standard_error!r}; expected a positive number of nats per "
+            "datum, the Monte Carlo error of the mean over data. For bits per dimension, multiply by D ln 2."
+        )
+    if num_timesteps is not None and num_timesteps != math.inf:
+        diffusion = diffusion.with_num_timesteps(int(num_timesteps))
+    with evaluating(diffusion):
+        rows = _Rows(diffusion, check_data(x_0), num_timesteps == math.inf, batch_size)
+        draw, estimator, shares = _plan(rows, standard_error)
+        together = estimator == "timesteps"  # else every datum's draws are its own
+        least = _REPLICATES if together else max(2, math.ceil(30 / len(x_0)))
+        replicates = [draw() for _ in range(least)]
+        while (error := _error(replicates, together)) > standard_error and rows.spent < max_rows:
+            replicates.append(draw())
+    values = torch.stack(replicates)
+    return BoundEvaluation(
+        elbo=values.mean(0) + rows.known,
+        standard_error=(values.var(0) / len(values)).sqrt(),
+        monte_carlo_error=error,
+        rows=rows.spent,
+        full_rows=len(x_0) * rows.length,
+        estimator=estimator,
+        shares=shares,
+        event_size=x_0[0].numel(),
+    )
+
+
+class _Rows:
+    """Terms of single network rows, and of whole paths, for a model and its data."""
+
+    def __init__(
+        self, diffusion: DiffusionModel, x_0: Tensor, continuous: bool, batch_size: int
+    ) -> None:
+        self.diffusion, self.x_0, self.continuous = diffusion, x_0, continuous
+        self.batch_size, self.embedded = batch_size, diffusion.embed(x_0)
+        self.data: Any = as_real(x_0)
+        self.spent = 0
+        self.length = math.inf if continuous else diffusion.schedule.num_timesteps
+        # Edges of the groups: of t = 2 … T, or of u in [0, 1].
+        if continuous:
+            self.edges = torch.linspace(0, 1, _GROUPS + 1, dtype=torch.float64)
+        else:
+            steps = diffusion.schedule.num_timesteps - 1
+            groups = min(_GROUPS, steps)
+            self.edges = 2 + torch.linspace(0, steps, groups + 1, dtype=torch.float64).floor()
+        self.edges = self.edges.to(x_0.device)
+        self.sizes = torch.cat((torch.ones_like(self.edges[:1]), self.edges.diff()))
+        # What costs no row: the term at x_T, and the part of the likelihood that a transform makes.
+        last = torch.tensor(1.0 if continuous else diffusion.schedule.num_timesteps)
+        marginal = self._marginal(self.embedded, last.to(x_0.device))
+        self.known = -kl_divergence(marginal, diffusion.prior()).double()
+        self.log_volume = torch.zeros_like(self.known)
+        if diffusion.transform is not None:
+            self.log_volume = diffusion.log_volume(x_0).double()
+        self.known = self.known + self.log_volume
+
+    def _marginal(self, x_0: Tensor, t: Tensor) -> TorchDistribution:
+        if self.continuous:
+            return self.diffusion.marginal_at(x_0, t)
+        return self.diffusion.forward_marginal(x_0, t.long())
+
+    def timesteps(self, group: Tensor, position: Tensor) -> Tensor:
+        """Timesteps at a position in [0, 1) of a group; group 0 is the reconstruction."""
+        if len(self.edges) == 1:  # a chain of one step
+            return torch.ones_like(position)
+        inner = (group - 1).clamp(min=0)
+        start, end = self.edges[inner], self.edges[inner + 1]
+        t = start + position * (end - start)
+        first = 0.0 if self.continuous else 1.0
+        return torch.where(group == 0, first, t if self.continuous else t.floor())
+
+    def terms(self, data: Tensor, t: Tensor) -> Tensor:
+        """Terms of the bound at timesteps ``t`` of rows ``data``, with their signs; float64, ``(rows,)``."""
+        parts = zip(data.split(self.batch_size), t.split(self.batch_size), strict=True)
+        self.spent += len(data)
+        return torch.cat([self._terms(*part) for part in parts])
+
+    def _terms(self, data: Tensor, t: Tensor) -> Tensor:
+        x_0, first = self.embedded[data], t == (0 if self.continuous else 1)
+        x_t = self._marginal(x_0, t).sample()
+        if self.continuous:
+            q = self.diffusion.increment(x_t, x_0, t)
+            p, likelihood = self.diffusion.reverse_increment(x_t, t)
+        else:
+            p, likelihood = self.diffusion.reverse(x_t, t.long())
+            # Rows of the reconstruction have no posterior; any kernel will do there.
+            there = t.long().clamp(min=2, max=self.diffusion.schedule.num_timesteps)
+            q = p if first.all() else self.diffusion.forward_posterior(x_t, x_0, there)
+        kl, _, _ = _terms_of_draw(q, p)
+        reconstruction = log_density(likelihood, self.data[data]) - self.log_volume[data]
+        return torch.where(first, reconstruction, -kl)
+
+    def systematic(self, num_points: int, shares: Tensor) -> Tensor:
+        """One replicate of every datum's bound, less what is known: ``num_points`` rows of each."""
+        count, device = len(self.x_0), self.x_0.device
+        offset = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+        points = (torch.arange(num_points, device=device)[:, None] + offset.double()) / num_points
+        edges = torch.cat((torch.zeros_like(shares[:1]), shares.cumsum(0)))
+        group = torch.searchsorted(edges[1:-1].contiguous(), points.contiguous(), right=True)
+        position = ((points - edges[group]) / shares[group]).clamp(min=0, max=1 - 1e-9)
+        data = torch.arange(count, device=device).expand_as(group)
+        terms = self.terms(data.flatten(), self.timesteps(group, position).flatten())
+        return (terms.reshape(group.shape) * (self.sizes / shares)[group]).mean(0)
+
+    def paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole paths: the bound by KLs, less what is known, and what log-ratios add by group of sites."""
+        self.spent += len(data) * self.diffusion.schedule.num_timesteps
+        parts = [self._paths(part) for part in data.split(self.batch_size)]
+        bounds, excess = (torch.cat(x) for x in zip(*parts, strict=True))
+        return bounds, excess
+
+    def _paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        diffusion, x_0 = self.diffusion, self.embedded[data]
+        last = diffusion.schedule.num_timesteps
+        kl, x_t, ratio = _terms_of_draw(diffusion.terminal_marginal(x_0), diffusion.prior())
+        excess = torch.zeros(_PATH_GROUPS, len(data), dtype=torch.float64, device=x_0.device)
+        excess[-1] += ratio - kl
+        bound = torch.zeros_like(kl)
+        for t in range(last, 1, -1):
+            q, p = diffusion.forward_posterior(x_t, x_0, t), diffusion.denoiser(x_t, t)
+            kl, x_t, ratio = _terms_of_draw(q, p)
+            excess[(t - 1) * _PATH_GROUPS // last] += ratio - kl
+            bound -= kl
+        bound += log_density(diffusion.decode(x_t), self.data[data])
+        return bound - self.log_volume[data], excess.T
+
+
+def _terms_of_draw(q: TorchDistribution, p: TorchDistribution) -> tuple[Tensor, Tensor, Tensor]:
+    """The KL, a draw, and its log-ratio, which stands for the KL where that has no formula."""
+    x = q.sample()
+    ratio = log_density(q, x) - log_density(p, x)
+    try:
+        return kl_divergence(q, p).double(), x, ratio
+    except NotImplementedError:
+        return ratio, x, ratio
+
+
+def _error(replicates: list[Tensor], together: bool) -> float:
+    """Standard error of the mean over data and replicates, from the spread of the latter."""
+    values = torch.stack(replicates)
+    if together:
+        return (values.mean(1).std() / math.sqrt(len(values))).item()
+    return ((values.var(0).sum() / len(values)).sqrt() / values.shape[1]).item()
+
+
+def _plan(rows: _Rows, standard_error: float) -> tuple[Callable[[], Tensor], str, Tensor]:
+    """How to draw a replicate, from a pilot: the function, its name and the shares of the groups."""
+    count = len(rows.x_0)
+    shares, noise = _pilot(rows)
+    needed = noise / (count * standard_error**2)  # rows a datum
+    if rows.length > needed:
+        num_points = max(1, math.ceil(needed / _REPLICATES))
+        if num_points > 1:  # the reconstruction in every replicate
+            shares[0] = shares[0].clamp(min=1 / num_points)
+            shares[1:] *= (1 - shares[0]) / shares[1:].sum().clamp(min=1e-300)
+        return lambda: rows.systematic(num_points, shares), "timesteps", shares
+    strength, name = _path_pilot(rows)
+    data = torch.arange(count, device=rows.x_0.device)
+
+    def one_path() -> Tensor:
+        bound, excess = rows.paths(data)
+        return bound - excess @ strength
+
+    return one_path, name, shares[:0]
+
+
+def _pilot(rows: _Rows) -> tuple[Tensor, float]:
+    r"""How often to draw each group of timesteps, and :math:`(\sum_t \sqrt{E \operatorname{Var} L_t})^2`."""
+    groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(_PILOT)
+    data = torch.randint(len(rows.x_0), groups.shape, device=groups.device)
+    t = rows.timesteps(groups, torch.rand(groups.shape, dtype=torch.float64, device=groups.device))
+    pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, _PILOT)
+    variance = (pairs[0] - pairs[1]).square().mean(1) / 2
+    # A tenth of the rows by size: where a term is large, what little noise the pilot saw may be too little.
+    root, size = (rows.sizes * x for x in (variance.sqrt(), pairs.square().mean((0, 2)).sqrt()))
+    shares = 0.9 * root / root.sum().clamp(min=1e-300) + 0.1 * size / size.sum().clamp(min=1e-300)
+    shares = shares.clamp(min=1e-6)
+    shares = shares / shares.sum()
+    return shares, (root.square() / shares).sum().item()
+
+
+def _path_pilot(rows: _Rows) -> tuple[Tensor, str]:
+    """Coefficients of the log-ratios by group, and what a sum with them is called."""
+    count = min(len(rows.x_0), 8)
+    data = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
+    bound, excess = rows.paths(data.repeat(_PILOT))
+    bound, excess = bound.reshape(_PILOT, count), excess.reshape(_PILOT, count, -1)
+    bound, excess = (x - x.mean(0) for x in (bound, excess))
+    freedom = count * (_PILOT - 1)
+    flat = excess.flatten(0, 1)
+    ridge = 1e-9 * flat.square().sum().clamp(min=1e-300) * torch.eye(flat.shape[1]).to(flat)
+    fitted = torch.linalg.solve(flat.mT @ flat + ridge, flat.mT @ bound.flatten())
+    choices = {"KL": torch.zeros_like(fitted), "path": torch.ones_like(fitted)}
+    choices["control variate"] = fitted
+    variances = {
+        # A fit looks quieter than it is: it takes as many degrees of freedom as it has coefficients.
+        name: (bound - excess @ c).square().sum().item()
+        / (freedom - (len(c) if name == "control variate" else 0))
+        for name, c in choices.items()
+    }
+    name = min(variances, key=lambda choice: variances[choice])
+    return choices[name], name

@@ -1,0 +1,217 @@
+"""Binomial kernels, against enumeration of every path of a few bits."""
+
+import itertools
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch.distributions import kl_divergence
+
+from pyro_diffusion import (
+    MLP,
+    AlphaSchedule,
+    BernoulliDiffusion,
+    EnumeratedDenoiser,
+    LinearDecaySchedule,
+    MonotoneSchedule,
+    NeuralBernoulliDenoiser,
+    elbo_terms,
+    evaluate_bound,
+    importance_evidence,
+)
+
+ALPHA = torch.tensor([0.9, 0.7, 0.4], dtype=torch.float64)
+STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=2)), dtype=torch.float64)
+DATA = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+
+def transition_matrix(alpha, rate):
+    """q(b | a) of one bit, row a."""
+    noise = torch.tensor([1 - rate, rate], dtype=torch.float64)
+    return alpha * torch.eye(2, dtype=torch.float64) + (1 - alpha) * noise
+
+
+def exact(rate=0.5):
+    return BernoulliDiffusion(EnumeratedDenoiser(DATA, AlphaSchedule(ALPHA), WEIGHTS, rate=rate))
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.2])
+def test_kernels_against_bayes_rule_on_matrices(rate):
+    diffusion = exact(rate)
+    steps = [transition_matrix(a, rate) for a in ALPHA]
+    upto = [torch.eye(2, dtype=torch.float64)]
+    for step in steps:
+        upto.append(upto[-1] @ step)
+    for t in range(1, 4):
+        for a, b in itertools.product((0, 1), repeat=2):
+            x_a, x_b = (torch.full((1, 2), float(x), dtype=torch.float64) for x in (a, b))
+            log_q = diffusion.forward_transition(x_a, t).log_prob(x_b)
+            torch.testing.assert_close(log_q.exp(), steps[t - 1][a, b].square()[None])
+            log_q = diffusion.forward_marginal(x_a, t).log_prob(x_b)
+            torch.testing.assert_close(log_q.exp(), upto[t][a, b].square()[None])
+            if t == 1:
+                continue
+            joint = upto[t - 1][a] * steps[t - 1][:, b]  # over x_{t-1}, given x_0 = a and x_t = b
+            posterior = diffusion.forward_posterior(x_b, x_a, t)
+            torch.testing.assert_close(posterior.mean[0, 0], joint[1] / joint.sum())
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.2])
+def test_enumerated_kernel_is_the_product_of_the_true_marginals(rate):
+    diffusion = exact(rate)
+    steps = [transition_matrix(a, rate) for a in ALPHA]
+    upto = [torch.eye(2, dtype=torch.float64)]
+    for step in steps:
+        upto.append(upto[-1] @ step)
+    data, states = DATA.long(), STATES.long()
+    for t in range(1, 4):
+        # q(x_{t-1}, x_t) by summing over the data
+        before = upto[t - 1][data[:, None, :], states[None]].prod(-1)
+        joint = (WEIGHTS[:, None] * before).sum(0)[:, None] * steps[t - 1][
+            states[:, None], states[None]
+        ].prod(-1)
+        kernel = diffusion.denoiser(STATES, t)
+        for i in range(2):
+            truth = joint[states[:, i] == 1].sum(0) / joint.sum(0)
+            torch.testing.assert_close(kernel.mean[:, i], truth)
+
+
+def all_paths(diffusion, x_0):
+    """log p(x_{0:3}) and log q(x_{1:3} | x_0) of every path, and its terms by KL and by log-ratio."""
+    paths = torch.stack([torch.stack(p) for p in itertools.product(STATES, repeat=3)])  # (64, 3, 2)
+    x_1, x_2, x_3 = paths.unbind(1)
+    x_0 = x_0.expand(64, 2)
+    log_p = diffusion.prior().log_prob(x_3) + diffusion.denoiser(x_3, 3).log_prob(x_2)
+    log_p = log_p + diffusion.denoiser(x_2, 2).log_prob(x_1) + diffusion.decode(x_1).log_prob(x_0)
+    log_q = sum(
+        diffusion.forward_transition(a, t).log_prob(b)
+        for t, a, b in ((1, x_0, x_1), (2, x_1, x_2), (3, x_2, x_3))
+    )
+    return log_p, log_q
+
+
+def test_bound_and_evidence_against_every_path():
+    """Both guides, both forms: the mean over all paths is the enumerated bound, log Σ p the evidence."""
+    pyro.set_rng_seed(0)
+    diffusion = exact(0.3)
+    for x_0 in DATA:
+        log_p, log_q = all_paths(diffusion, x_0)
+        torch.testing.assert_close(log_q.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+        bound, evidence = (log_q.exp() * (log_p - log_q)).sum(), log_p.logsumexp(0)
+        batch = x_0.expand(100, 2)
+        for guide in (diffusion.guide, diffusion.posterior_guide):
+            mean = elbo_terms(diffusion.model, guide, batch, num_particles=100).mean()
+            assert abs(mean.value - bound.item()) < 4 * mean.monte_carlo_error
+        estimate = importance_evidence(
+            diffusion.model, diffusion.guide, batch, num_particles=100
+        ).mean()
+        assert abs(estimate.value - evidence.item()) < 5 * estimate.monte_carlo_error + 1e-3
+        assert bound < evidence
+
+
+def test_orders_agree_path_by_path():
+    diffusion = exact(0.3)
+    x_3, x_2, x_1 = torch.randint(2, (3, 50, 2)).double()
+    x_0 = DATA[torch.randint(3, (50,))]
+    forward = sum(
+        diffusion.forward_transition(a, t).log_prob(b)
+        for t, a, b in ((1, x_0, x_1), (2, x_1, x_2), (3, x_2, x_3))
+    )
+    backward = diffusion.terminal_marginal(x_0).log_prob(x_3)
+    backward = backward + diffusion.forward_posterior(x_3, x_0, 3).log_prob(x_2)
+    backward = backward + diffusion.forward_posterior(x_2, x_0, 2).log_prob(x_1)
+    torch.testing.assert_close(forward, backward, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_timesteps", "optimum"), [(200, -2.342), (1000, -2.326)])
+def test_best_bound_of_the_heartbeat(num_timesteps, optimum):
+    """Enumerated once and for all (facts, 23), with ᾱ_t = 1 − t/T."""
+    pyro.set_rng_seed(0)
+    alpha = [1 - 1 / (num_timesteps - t + 1) for t in range(1, num_timesteps)] + [1e-9]
+    heartbeats = torch.eye(5, dtype=torch.float64).repeat(1, 4)
+    diffusion = BernoulliDiffusion(EnumeratedDenoiser(heartbeats, AlphaSchedule(alpha)))
+    result = evaluate_bound(
+        diffusion, heartbeats.repeat(100, 1), standard_error=0.003 * math.log(2)
+    )
+    bits = result.mean().value / math.log(2)
+    assert abs(bits - optimum) < 0.0005 + 4 * result.monte_carlo_error / math.log(2)
+
+
+def test_zeros_are_exact_for_fair_bits_and_a_step_trains():
+    class Zeros(torch.nn.Module):
+        def forward(self, x_t, log_snr):
+            return torch.zeros_like(x_t)
+
+    schedule = LinearDecaySchedule(20)
+    fair = BernoulliDiffusion(NeuralBernoulliDenoiser(Zeros(), schedule, (6,)))
+    x_0 = torch.randint(2, (10, 6))
+    terms = elbo_terms(fair.model, fair.guide, x_0, num_particles=2)
+    torch.testing.assert_close(
+        terms.elbo, torch.full((10,), -6 * math.log(2)).double(), atol=1e-5, rtol=0
+    )
+    assert set(fair.sample(20).unique().tolist()) == {0.0, 1.0}
+
+    network = MLP((6,), hidden_size=16)
+    learned = BernoulliDiffusion(NeuralBernoulliDenoiser(network, schedule, (6,)))
+    for pair, elbo in (
+        (learned.subsampled(), TraceMeanField_ELBO()),
+        (learned.continuous(), TraceMeanField_ELBO()),
+        (learned, Trace_ELBO()),
+    ):
+        before = next(network.parameters()).clone()
+        SVI(pair.model, pair.guide, Adam({"lr": 0.1}), elbo).step(x_0)
+        assert not torch.equal(before, next(network.parameters()))
+
+
+def test_float32_keeps_small_changes():
+    """Steps of 1e-4: KLs of the kernels within 1e-4 of those in float64."""
+    diffusions = {
+        dtype: BernoulliDiffusion(
+            EnumeratedDenoiser(DATA.to(dtype), LinearDecaySchedule(10_000), WEIGHTS)
+        )
+        for dtype in (torch.float32, torch.float64)
+    }
+    t, x_t, x_0 = (
+        torch.randint(2, 10_000, (200,)),
+        torch.randint(2, (200, 2)),
+        DATA[torch.randint(3, (200,))],
+    )
+    single, double = (
+        kl_divergence(
+            d.forward_posterior(x_t.to(k), x_0.to(k), t), d.denoiser(x_t.to(k), t)
+        ).double()
+        for k, d in diffusions.items()
+    )
+    torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-9)
+
+
+def test_what_it_cannot_take_is_refused_in_words():
+    schedule = LinearDecaySchedule(5)
+    diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,)))
+    for x_0 in (torch.full((2, 4), 0.5), torch.full((2, 4), 2)):
+        with pytest.raises(ValueError, match="expected bits"):
+            Trace_ELBO().loss(diffusion.model, diffusion.guide, x_0)
+    with pytest.raises(ValueError, match="argument 'rate'"):
+        NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,), rate=1.0)
+    with pytest.raises(ValueError, match="argument 'schedule'"):
+        NeuralBernoulliDenoiser(MLP((4,)), MonotoneSchedule(5, event_shape=(4,)), (4,))
+    with pytest.raises(ValueError, match="arguments 'data' and 'weights'"):
+        EnumeratedDenoiser(torch.eye(3), schedule, torch.ones(2))
+    with pytest.raises(ValueError, match="no score"):
+        diffusion.denoiser.score(torch.zeros(1, 4), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="argument 'network'"):
+        BernoulliDiffusion(
+            NeuralBernoulliDenoiser(MLP((4,), num_outputs=2), schedule, (4,))
+        ).denoiser(torch.zeros(1, 4), 2)
+    with pytest.raises(ValueError, match="alpha_bar_min"):
+        LinearDecaySchedule(5, alpha_bar_max=0.1, alpha_bar_min=0.2)
+
+
+def test_learned_schedule_is_not_claimed_to_be_reparameterised():
+    schedule = MonotoneSchedule(5)
+    diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,)))
+    assert not diffusion.forward_marginal(torch.zeros(1, 4), 3).has_rsample
