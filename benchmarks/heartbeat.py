@@ -23,10 +23,12 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
+from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -46,7 +48,7 @@ TRAIN_COPIES, TRAIN_DRAWS = 50, 4  # of each sequence in a batch; of a timestep 
 READ_COPIES, READ_DRAWS = 400, 10
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     pyro.set_rng_seed(args.seed)
     schedule = LinearDecaySchedule().to(args.device)
@@ -66,7 +68,7 @@ def main():
     write(rows, fitted, fit_seconds, args)
 
 
-def fit(schedule, args):
+def fit(schedule: LinearDecaySchedule, args: argparse.Namespace) -> BernoulliDiffusion:
     """Plain SVI on the continuous pair; returns the average of the weights."""
     network = MLP((20,), hidden_size=HIDDEN_SIZE, num_blocks=NUM_BLOCKS).to(args.device)
     diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(network, schedule, event_shape=(20,)))
@@ -84,7 +86,9 @@ def fit(schedule, args):
 
 
 @torch.no_grad()
-def row(fitted, best, args):
+def row(
+    fitted: BernoulliDiffusion, best: BernoulliDiffusion, args: argparse.Namespace
+) -> dict[str, Any]:
     """The network's bound beside the best one, and a look at samples."""
     start = time.process_time()
     exact = enumerated_bound(best)
@@ -109,7 +113,7 @@ def row(fitted, best, args):
     }
 
 
-def draw(diffusion, seed, args):
+def draw(diffusion: BernoulliDiffusion, seed: int, args: argparse.Namespace) -> float:
     """An unbiased draw of the bound in bits; models of one schedule and dtype share the noise of a seed."""
     pyro.set_rng_seed(seed)
     pair = diffusion.subsampled(num_timesteps=READ_DRAWS)
@@ -117,7 +121,7 @@ def draw(diffusion, seed, args):
     return -TraceMeanField_ELBO().loss(pair.model, pair.guide, batch) / len(batch) / math.log(2)
 
 
-def enumerated_bound(diffusion):
+def enumerated_bound(diffusion: BernoulliDiffusion) -> float:
     """The bound of the best denoiser, in bits: the sum over all states of every timestep."""
     x_0 = HEARTBEATS[0].to(diffusion.device, diffusion.dtype)
     counts = torch.tensor(list(itertools.product(range(5), repeat=5)), device=x_0.device)
@@ -135,18 +139,23 @@ def enumerated_bound(diffusion):
     return bound.item() / math.log(2)
 
 
-def standard_error(draws):
+def standard_error(draws: Tensor) -> float:
     return (draws.std() / len(draws) ** 0.5).item()
 
 
-def markdown(r):
+def markdown(r: dict[str, Any]) -> str:
     return (
         f"| {r['num_timesteps']} | {r['bits']:.4f} | {r['best_bits']:.4f} | {r['standard_error']:.4f} | "
         f"{r['gap']:.4f} | {100 * r['heartbeats_among_samples']:.1f} % | {r['cpu_seconds']:.0f} |"
     )
 
 
-def write(rows, fitted, fit_seconds, args):
+def write(
+    rows: list[dict[str, Any]],
+    fitted: BernoulliDiffusion,
+    fit_seconds: float,
+    args: argparse.Namespace,
+) -> None:
     numbers = {
         "rows": rows,
         "log_p_bits": -math.log2(5),
@@ -180,7 +189,7 @@ def write(rows, fitted, fit_seconds, args):
     print(f"\nwrote {args.output / 'heartbeat.json'}")
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -25,6 +25,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -48,12 +49,15 @@ from pyro_diffusion import (
     LogSNRSchedule,
     NeuralBernoulliDenoiser,
     NeuralDenoiser,
+    PosteriorVariance,
     elbo_terms,
     evaluate_bound,
 )
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+Model = DiffusionModel | HierarchicalVAE
 
 SIDE, BETA = 8, 0.5 * math.log(1 + math.sqrt(2))
 CHANNELS, LADDER_CHANNELS = 44, 34
@@ -66,7 +70,7 @@ WARMUP_SHARE = 0.1  # of the ladder's steps, over which its KLs come in
 READ_BATCH = 512  # network rows at a time, few enough for a core's cache
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     pyro.set_rng_seed(args.seed)
     spins, source = load(args)
@@ -99,7 +103,7 @@ def main():
 # The data, and what is known of them.
 
 
-def load(args):
+def load(args: argparse.Namespace) -> tuple[Tensor, str]:
     """Configurations of 0 and 1, float, and where they are from."""
     if args.data is None:
         return exact_samples(args.num_data).to(args.device), "exact samples drawn here"
@@ -108,7 +112,7 @@ def load(args):
     return spins.to(args.device), f"{args.data.name}, beta_c"
 
 
-def transfer_powers():
+def transfer_powers() -> tuple[Tensor, list[Tensor]]:
     """The rows of a configuration, (256, 8) of ±1, and V¹ … V⁸ of the matrix between rows."""
     rows = 2.0 * (torch.arange(2**SIDE)[:, None] >> torch.arange(SIDE) & 1).double() - 1
     inside = (rows * rows.roll(1, -1)).sum(-1)
@@ -116,7 +120,7 @@ def transfer_powers():
     return rows, [torch.linalg.matrix_power(matrix, k) for k in range(1, SIDE + 1)]
 
 
-def exact_samples(number):
+def exact_samples(number: int) -> Tensor:
     """Independent configurations: the first row, then each given the one before it and the first."""
     rows, powers = transfer_powers()
     first = torch.multinomial(powers[-1].diagonal(), number, replacement=True)
@@ -126,36 +130,42 @@ def exact_samples(number):
     return ((rows[torch.stack(drawn, 1)] + 1) / 2).float()
 
 
-def log_probability(spins):
+def log_probability(spins: Tensor) -> Tensor:
     """−β H − log Z, nats, float64."""
     log_z = transfer_powers()[1][-1].trace().log()
     return -BETA * energy(spins).double() - log_z.to(spins.device)
 
 
-def energy(spins):
+def energy(spins: Tensor) -> Tensor:
     signs = 2 * spins - 1
     return -(signs * (signs.roll(1, -1) + signs.roll(1, -2))).sum((-1, -2))
 
 
-def magnetisation(spins):
+def magnetisation(spins: Tensor) -> Tensor:
     return (2 * spins - 1).sum((-1, -2))
 
 
 # The models.
 
 
-def bits():
+def bits() -> BernoulliDiffusion:
     schedule = LinearDecaySchedule()
     return BernoulliDiffusion(NeuralBernoulliDenoiser(TorusNetwork(), schedule, (SIDE, SIDE)))
 
 
-def gaussian():
+def gaussian() -> DiffusionModel:
     schedule = LogSNRSchedule(log_snr_max=3.5, log_snr_min=-8.5)
-    network, prediction = TorusNetwork(num_outputs=2), LevelPrediction(2)
-    return DiffusionModel(NeuralDenoiser(network, schedule, (SIDE, SIDE), prediction=prediction))
+    denoiser = NeuralDenoiser(
+        TorusNetwork(num_outputs=2),
+        schedule,
+        (SIDE, SIDE),
+        prediction=LevelPrediction(2),
+        variance=PosteriorVariance(),
+    )
+    return DiffusionModel(denoiser)
 
 
-def ladder():
+def ladder() -> HierarchicalVAE:
     """A ladder VAE of three convolutional levels, of 8 × 8, 4 × 4 and 2 × 2 sites."""
     width, (low, middle, high) = LADDER_CHANNELS, (shape[0] for shape in LATENT_SHAPES)
     path = [
@@ -183,7 +193,7 @@ def ladder():
 class TorusNetwork(nn.Module):
     """A residual network of circular convolutions, conditioned on log-SNR; zero at initialisation."""
 
-    def __init__(self, num_outputs=1, num_blocks=2):
+    def __init__(self, num_outputs: int = 1, num_blocks: int = 2) -> None:
         super().__init__()
         self.enter, self.leave = conv(1, CHANNELS), conv(CHANNELS, num_outputs)
         self.widen = nn.ModuleList(conv(CHANNELS, CHANNELS) for _ in range(num_blocks))
@@ -195,7 +205,7 @@ class TorusNetwork(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, x_t, log_snr):
+    def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         angles = log_snr[:, None] * self.frequencies
         waves = torch.cat([angles.sin(), angles.cos()], -1)
         conditions = self.condition(waves)[:, :, None, None].chunk(2 * len(self.widen), 1)
@@ -211,25 +221,25 @@ class TorusNetwork(nn.Module):
 class Gaussian(nn.Module):
     """Mean and scale of a level of the ladder, two halves of a network's channels."""
 
-    def __init__(self, *layers):
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.network = nn.Sequential(*layers)
 
-    def forward(self, h):
+    def forward(self, h: Tensor) -> dist.Independent:
         mean, raw = self.network(h).chunk(2, 1)
         return dist.Normal(mean, softplus(raw + 0.5413) + 1e-4).to_event(3)  # softplus(0.5413) = 1
 
 
 class ChannelsLast(nn.Module):
-    def forward(self, h):
+    def forward(self, h: Tensor) -> Tensor:
         return h.movedim(1, -1)
 
 
-def conv(channels, outputs, stride=1):
+def conv(channels: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels, outputs, 3, stride, padding=1, padding_mode="circular")
 
 
-def two_hidden(channels, width, outputs):
+def two_hidden(channels: int, width: int, outputs: int) -> tuple[nn.Module, ...]:
     return (
         conv(channels, width), nn.SiLU(), conv(width, width), nn.SiLU(), conv(width, outputs)
     )  # fmt: skip
@@ -238,7 +248,9 @@ def two_hidden(channels, width, outputs):
 # Fitting and reading.
 
 
-def fit(model, train, num_steps, args):
+def fit(
+    model: Model, train: Tensor, num_steps: int, args: argparse.Namespace
+) -> tuple[Model, float]:
     """Plain SVI; returns the average of the weights, and CPU seconds."""
     start = time.process_time()
     is_diffusion = isinstance(model, DiffusionModel)
@@ -266,7 +278,7 @@ def fit(model, train, num_steps, args):
     return average.module.eval(), time.process_time() - start
 
 
-def moved(batch):
+def moved(batch: Tensor) -> Tensor:
     """The batch under a symmetry of the torus: shift, rotation, reflection; each row with its own sign."""
     shifts = torch.randint(SIDE, (2,)).tolist()
     batch = torch.rot90(batch.roll(shifts, (-1, -2)), int(torch.randint(4, ())), (-2, -1))
@@ -277,7 +289,9 @@ def moved(batch):
 
 
 @torch.no_grad()
-def read(model, length, test, log_p, args):
+def read(
+    model: Model, length: float | None, test: Tensor, log_p: Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
     """The paired gap, and its two errors."""
     start = time.process_time()
     if length is None:
@@ -305,7 +319,7 @@ def read(model, length, test, log_p, args):
     }
 
 
-def draw(model, args):
+def draw(model: Model, args: argparse.Namespace) -> Tensor:
     """Samples, in parts that a core's cache holds."""
     if isinstance(model, DiffusionModel):
         model = model.with_num_timesteps(args.sampling_length)
@@ -313,7 +327,9 @@ def draw(model, args):
     return torch.cat([model.sample(part) for part in parts])
 
 
-def compare(samples, spins, args):
+def compare(
+    samples: dict[str, Tensor], spins: Tensor, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Distances of histograms from that of exact samples, and the figure."""
     number = args.num_samples
     exact, others = spins[:-number], {"exact": spins[-number:], **samples}
@@ -345,20 +361,20 @@ def compare(samples, spins, args):
     return distances
 
 
-def histogram(values):
+def histogram(values: Tensor) -> dict[int, float]:
     levels, counts = values.round().long().unique(return_counts=True)
     return dict(zip(levels.tolist(), (counts / len(values)).tolist(), strict=True))
 
 
-def standard_error(values):
+def standard_error(values: Tensor) -> float:
     return (values.std() / len(values) ** 0.5).item()
 
 
-def count(model):
+def count(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def markdown(r):
+def markdown(r: dict[str, Any]) -> str:
     length = {None: "", math.inf: "∞"}.get(r["num_timesteps"], str(r["num_timesteps"]))
     return (
         f"| {r['model']} | {r['parameters']:,} | {length} | {r['gap']:.3f} | {r['standard_error']:.3f} | "
@@ -366,7 +382,13 @@ def markdown(r):
     )
 
 
-def write(rows, distances, entropy, source, args):
+def write(
+    rows: list[dict[str, Any]],
+    distances: dict[str, dict[str, float]],
+    entropy: dict[str, float],
+    source: str,
+    args: argparse.Namespace,
+) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "output", "verbose")}
     numbers = {
         "rows": [r | {"num_timesteps": str(r["num_timesteps"])} for r in rows],
@@ -393,7 +415,7 @@ def write(rows, distances, entropy, source, args):
     os.replace(aside, args.output / "ising.json")
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -410,7 +432,7 @@ def parse_arguments():
         "read_error": 0.025,
         "ladder_particles": 20,
         "sampling_length": SAMPLING_LENGTH,
-        "num_samples": 10_000,
+        "num_samples": 5_000,
         "sample_chunks": 10,
     }
     smoke = {

@@ -30,6 +30,8 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions.kl import register_kl
+from torch.nn.functional import softplus
 
 from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
 from pyro_diffusion.diffusion import DiffusionModel
@@ -121,24 +123,27 @@ class BernoulliDenoiser(Denoiser, ABC):
     def change(self, t: int | Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`q(x_{t-1,i} \ne x_{t,i} \mid x_t, x_0)` if :math:`x_{0,i}` is the same bit, and if not."""
         t = check_timestep(t, self.schedule, at_least=1)
-        kept, kept_before = self.schedule.alpha_bar(t), self.schedule.alpha_bar(t - 1)
-        return self._change(self.schedule.beta(t), kept_before, kept, x_t)
+        return self._change(
+            self.schedule.beta(t), self.schedule.log_snr(t - 1), self.schedule.log_snr(t), x_t
+        )
 
     def change_rate(self, u: Tensor, x_u: Tensor) -> tuple[Tensor, Tensor]:
         """The same of the continuous chain, a rate in units of its time."""
         log_snr = self.schedule.log_snr_at(u)
-        kept = log_snr.sigmoid()
-        return self._change(-self.schedule.slope_at(u) * (1 - kept), kept, kept, x_u)
+        drawn = -self.schedule.slope_at(u) * (-log_snr).sigmoid()
+        return self._change(drawn, log_snr, log_snr, x_u)
 
     def _change(
-        self, drawn: Tensor, kept_before: Tensor, kept: Tensor, x: Tensor
+        self, drawn: Tensor, log_snr_before: Tensor, log_snr: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        drawn, kept_before, kept = (
-            pad(c, self.event_dim, x.dtype) for c in (drawn, kept_before, kept)
+        """Bayes' rule for a bit that was drawn anew, and was the other before; sums of positive numbers."""
+        levels = (log_snr_before, -log_snr_before, log_snr, -log_snr)
+        drawn, kept_before, lost_before, kept, lost = (
+            pad(c, self.event_dim, x.dtype) for c in (drawn, *(level.sigmoid() for level in levels))
         )
         one, other = self.rates(x)
-        same = drawn * one * (1 - kept_before) * other / (kept + (1 - kept) * one)
-        if_other = drawn * one * (kept_before + (1 - kept_before) * other) / ((1 - kept) * one)
+        same = drawn * one * lost_before * other / (kept + lost * one)
+        if_other = drawn * (kept_before + lost_before * other) / lost
         return same, if_other
 
     def rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,6 +404,13 @@ class Changes(dist.Poisson):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return self.sample(sample_shape)
+
+
+@register_kl(Noise, Noise)
+def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
+    """As torch's, which does not broadcast."""
+    ones = q.probs * (softplus(-p.logits) - softplus(-q.logits))
+    return ones + (1 - q.probs) * (softplus(p.logits) - softplus(q.logits))
 
 
 def signed_logits(changed: Tensor, x: Tensor) -> Tensor:

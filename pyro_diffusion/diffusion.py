@@ -12,7 +12,6 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
-import copy
 import math
 from typing import Any, Self
 
@@ -237,8 +236,8 @@ class DiffusionModel(Family):
         Raises:
             ValueError: A schedule that has one grid.
         """
-        model = copy.copy(self)
-        model._modules = self._modules.copy()
+        model = object.__new__(type(self))  # no copy, which would take a name of its own
+        model.__dict__.update(self.__dict__, _modules=self._modules.copy())
         model.denoiser = self.denoiser.with_schedule(
             self.schedule.with_num_timesteps(num_timesteps)
         )

@@ -49,6 +49,7 @@ from pyro_diffusion.observations import as_real, check_data
 __all__ = ["BoundEvaluation", "evaluate_bound"]
 
 _REPLICATES = 10  # at least, whose spread is the error
+_MOST_ROWS = 2**18  # of a replicate
 _GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
 _PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
 _PILOT = 16  # pairs of rows of each group; paths of each datum, where paths are tried
@@ -273,21 +274,29 @@ def _plan(rows: _Rows, standard_error: float) -> tuple[Callable[[], Tensor], str
     """How to draw a replicate, from a pilot: the function, its name and the shares of the groups."""
     count = len(rows.x_0)
     shares, noise = _pilot(rows)
-    needed = noise / (count * standard_error**2)  # rows a datum
-    if rows.length > needed:
-        num_points = max(1, math.ceil(needed / _REPLICATES))
-        if num_points > 1:  # the reconstruction in every replicate
-            shares[0] = shares[0].clamp(min=1 / num_points)
-            shares[1:] *= (1 - shares[0]) / shares[1:].sum().clamp(min=1e-300)
-        return lambda: rows.systematic(num_points, shares), "timesteps", shares
-    strength, name = _path_pilot(rows)
-    data = torch.arange(count, device=rows.x_0.device)
+    rows_needed = noise / (count * standard_error**2)  # of each datum
+    if rows.length < rows_needed:
+        strength, variance, name = _path_pilot(rows)
+        paths_needed = max(2, variance / (count * standard_error**2))
+        if rows.length * paths_needed < rows_needed:
+            return _path_replicate(rows, strength), name, shares[:0]
+    num_points = min(math.ceil(rows_needed / _REPLICATES), _MOST_ROWS // count)
+    num_points = max(num_points, 1)
+    if num_points > 1:  # the reconstruction in every replicate
+        shares[0] = shares[0].clamp(min=1 / num_points)
+        shares[1:] *= (1 - shares[0]) / shares[1:].sum().clamp(min=1e-300)
+    return lambda: rows.systematic(num_points, shares), "timesteps", shares
+
+
+def _path_replicate(rows: _Rows, strength: Tensor) -> Callable[[], Tensor]:
+    data = torch.arange(len(rows.x_0), device=rows.x_0.device)
 
     def one_path() -> Tensor:
+        """A path of every datum."""
         bound, excess = rows.paths(data)
         return bound - excess @ strength
 
-    return one_path, name, shares[:0]
+    return one_path
 
 
 def _pilot(rows: _Rows) -> tuple[Tensor, float]:
@@ -305,8 +314,8 @@ def _pilot(rows: _Rows) -> tuple[Tensor, float]:
     return shares, (root.square() / shares).sum().item()
 
 
-def _path_pilot(rows: _Rows) -> tuple[Tensor, str]:
-    """Coefficients of the log-ratios by group, and what a sum with them is called."""
+def _path_pilot(rows: _Rows) -> tuple[Tensor, float, str]:
+    """Coefficients of the log-ratios by group, a path's variance with them, and what the sum is called."""
     count = min(len(rows.x_0), 8)
     data = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
     bound, excess = rows.paths(data.repeat(_PILOT))
@@ -325,4 +334,4 @@ def _path_pilot(rows: _Rows) -> tuple[Tensor, str]:
         for name, c in choices.items()
     }
     name = min(variances, key=lambda choice: variances[choice])
-    return choices[name], name
+    return choices[name], variances[name], name

@@ -152,12 +152,13 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
     .. math::
         \theta \leftarrow \nabla_\theta\, E\, \hat L, \qquad
-        \eta \leftarrow -\nabla_\eta\, \frac1N \sum_{n=1}^N \hat L_n^2,
+        \eta \leftarrow -\nabla_\eta\, \tfrac12 \log \frac1N \sum_{n=1}^N \hat L_n^2,
 
     :math:`\hat L_n` one draw of the bound of a datum. The bound of a long chain does not depend on the
-    interior :math:`\eta` of its schedule, so that the mean of the squares falls as the variance does; it is
-    least where :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, :math:`\ell` the bound's rate in log-SNR.
-    One more backward pass a step::
+    interior :math:`\eta` of its schedule, so that the mean of the squares falls as the variance does (the
+    logarithm is there for optimisers that mind the scale of a gradient). It is least where
+    :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, :math:`\ell` the bound's rate in the log-SNR. It takes
+    one more backward pass a step::
 
         elbo = MinimumVarianceELBO([schedule.interior])
         svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-2}), elbo)
@@ -192,7 +193,10 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
             loss -= bound.sum().item()
             before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
             squares = torch.autograd.grad(
-                bound.square().mean(), self.parameters, retain_graph=True, allow_unused=True
+                bound.square().mean().log() / 2,
+                self.parameters,
+                retain_graph=True,
+                allow_unused=True,
             )
             (-bound.sum()).backward()
             for parameter, grad, square in zip(self.parameters, before, squares, strict=True):

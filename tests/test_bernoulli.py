@@ -134,9 +134,7 @@ def test_best_bound_of_the_heartbeat(num_timesteps, optimum):
     alpha = [1 - 1 / (num_timesteps - t + 1) for t in range(1, num_timesteps)] + [1e-9]
     heartbeats = torch.eye(5, dtype=torch.float64).repeat(1, 4)
     diffusion = BernoulliDiffusion(EnumeratedDenoiser(heartbeats, AlphaSchedule(alpha)))
-    result = evaluate_bound(
-        diffusion, heartbeats.repeat(100, 1), standard_error=0.003 * math.log(2)
-    )
+    result = evaluate_bound(diffusion, heartbeats.repeat(100, 1), standard_error=0.01 * math.log(2))
     bits = result.mean().value / math.log(2)
     assert abs(bits - optimum) < 0.0005 + 4 * result.monte_carlo_error / math.log(2)
 
@@ -162,9 +160,9 @@ def test_zeros_are_exact_for_fair_bits_and_a_step_trains():
         (learned.continuous(), TraceMeanField_ELBO()),
         (learned, Trace_ELBO()),
     ):
-        before = next(network.parameters()).clone()
+        before = list(network.parameters())[-1].clone()
         SVI(pair.model, pair.guide, Adam({"lr": 0.1}), elbo).step(x_0)
-        assert not torch.equal(before, next(network.parameters()))
+        assert not torch.equal(before, list(network.parameters())[-1])
 
 
 def test_float32_keeps_small_changes():

@@ -116,7 +116,7 @@ def test_finite_chains_tend_to_it_for_every_variance(variance):
     network = MLP((2,), num_outputs=1 + variance.num_outputs, hidden_size=16).double()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.01 * torch.randn_like(parameter))
     schedule = LogSNRSchedule(100, log_snr_max=5.0, log_snr_min=-5.0)
     diffusion = DiffusionModel(NeuralDenoiser(network, schedule, (2,), variance=variance))
     x_0 = torch.randn(50, 2, dtype=torch.float64)
@@ -221,9 +221,9 @@ def test_variance_of_a_learned_curve_comes_close_to_the_floor():
     )
     diffusion = DiffusionModel(denoiser)
     pair = diffusion.continuous()
-    optim = ClippedAdam({"lr": 0.1, "lrd": 0.03 ** (1 / 150)})
+    optim = ClippedAdam({"lr": 0.3, "betas": (0.9, 0.99), "lrd": 0.03 ** (1 / 300)})
     svi = SVI(pair.model, pair.guide, optim, MinimumVarianceELBO([schedule.interior]))
-    for _ in range(150):
+    for _ in range(300):
         svi.step(denoiser.data_distribution.sample((200,)))
     assert before > 20 * floor
     assert floor < variance() < 1.15 * floor
@@ -256,13 +256,13 @@ def test_minimum_variance_moves_the_ends_by_the_bound_and_the_interior_by_the_sq
             pair.model, pair.guide, (x_0,), {}
         )
         bound = MinimumVarianceELBO._bound_of_data(*next(iter(traces)))
-        return bound.square().mean().item()
+        return bound.square().mean().log().item() / 2
 
     start, step = schedule.interior.detach().clone(), 1e-6
     for k in range(len(start)):
         shift = step * torch.eye(len(start), dtype=torch.float64)[k]
         slope = (mean_square(start + shift) - mean_square(start - shift)) / (2 * step)
-        torch.testing.assert_close(minimum[3][k].item(), slope, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(minimum[3][k].item(), slope, rtol=1e-4, atol=1e-6)
 
 
 def test_minimum_variance_refuses_what_it_cannot_train():
@@ -289,7 +289,7 @@ def test_zero_variance_with_a_curve_for_every_dimension():
     for schedule_ in (schedule, VarianceExploding(schedule)):
         gaussian = GaussianDenoiser(MEAN, STD, schedule_)
         means = torch.stack((MEAN, -MEAN))
-        mixture = GaussianMixtureDenoiser([0.3, 0.7], means, STD, schedule_)
+        mixture = GaussianMixtureDenoiser([0.3, 0.7], means, STD.expand(2, 2), schedule_)
         for denoiser in (gaussian, mixture):
             diffusion = DiffusionModel(denoiser)
             x_0 = denoiser.data_distribution.sample((5,))

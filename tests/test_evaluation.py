@@ -96,7 +96,7 @@ def test_fewer_rows_than_a_full_sum():
     )
     diffusion, x_0 = DiffusionModel(denoiser), torch.randint(5, (200, 16))
     result = evaluate_bound(diffusion, x_0, standard_error=0.1)
-    assert result.rows < result.full_rows / 20
+    assert result.rows < result.full_rows / 5
     # zeros are exact for uniform levels: log p = −16 ln 5 a datum, and the bound is close below it
     bits = result.bits_per_dim()
     assert abs(bits.value - math.log2(5)) < 4 * bits.monte_carlo_error + 0.01
