@@ -432,7 +432,7 @@ def parse_arguments() -> argparse.Namespace:
         "read_error": 0.025,
         "ladder_particles": 20,
         "sampling_length": SAMPLING_LENGTH,
-        "num_samples": 5_000,
+        "num_samples": 4_000,
         "sample_chunks": 10,
     }
     smoke = {

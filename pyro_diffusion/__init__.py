@@ -75,6 +75,7 @@ from pyro_diffusion.plots import (
     plot_training,
     plot_trajectory,
 )
+from pyro_diffusion.report import Summary, summary
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -88,7 +89,12 @@ from pyro_diffusion.schedules import (
 from pyro_diffusion.sequential import smc_evidence
 from pyro_diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 from pyro_diffusion.transforms import Standardize
-from pyro_diffusion.variances import ForwardVariance, LearnedVariance, PosteriorVariance
+from pyro_diffusion.variances import (
+    ForwardVariance,
+    LearnedVariance,
+    OptimalVariance,
+    PosteriorVariance,
+)
 
 __version__ = "0.1.0"
 
@@ -137,11 +143,13 @@ __all__ = [
     "NeuralDenoiser",
     "NoisePrediction",
     "NoiseSchedule",
+    "OptimalVariance",
     "PoissonLikelihood",
     "PosteriorVariance",
     "ScorePrediction",
     "Standardize",
     "StratifiedTimesteps",
+    "Summary",
     "TimestepPlate",
     "TopDownEncoder",
     "TopDownGuide",
@@ -171,6 +179,7 @@ __all__ = [
     "simulation_based_calibration",
     "smc_evidence",
     "snr_weight",
+    "summary",
     "terminal_prior",
     "to_arviz",
 ]

@@ -198,7 +198,7 @@ class NeuralDenoiser(Denoiser):
             ``VelocityPrediction()``, ``ScorePrediction()`` (all of the state as the network sees it),
             or ``LevelPrediction(num_levels)`` for data on finitely many values.
         variance: Variance of the kernels: ``ForwardVariance()``, the default,
-            ``PosteriorVariance()`` or ``LearnedVariance()``.
+            ``PosteriorVariance()``, ``LearnedVariance()`` or ``OptimalVariance.from_data(…)``.
 
     Raises:
         ValueError: An argument of another kind. From a call: an output of another shape, or one

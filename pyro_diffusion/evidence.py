@@ -26,11 +26,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
-from pyro_diffusion.bounds import Estimate, join_chunks, trajectory_terms
+from pyro_diffusion.bounds import (
+    Estimate,
+    join_chunks,
+    log_density,
+    measure_of,
+    trajectory_terms,
+)
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
+from pyro_diffusion.observations import check_data
 
 __all__ = ["Evidence", "average", "fingerprint", "importance_evidence", "tail"]
 
@@ -70,7 +78,7 @@ class Evidence(NamedTuple):
             return self.standard_error < 0.5
         if self.ess_by_timestep is None:
             return self.pareto_k < good_k(self.num_particles)
-        return (self.ess >= 10) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
+        return (self.ess > 9.99) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
 
     def mean(self) -> Estimate:
         """Mean over data, with its errors as for the bound."""
@@ -99,7 +107,8 @@ def importance_evidence(
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories :math:`K` for each datum.
         state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`, the probability of an
-            individual state; needs the two chains ``diffusion.model`` and ``diffusion.guide``. 0 for data.
+            individual state; needs the two chains ``diffusion.model`` and ``diffusion.guide``. 0 for data;
+            at T it is the prior's, exactly.
         mask: Observed entries, boolean, of the data's shape.
         batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
         progress: Show a progress bar if it takes more than five seconds.
@@ -112,8 +121,8 @@ def importance_evidence(
         :math:`\hat k` says little.
 
     Raises:
-        ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`; a state outside ``1 … T − 1`` (at T it is
-            ``diffusion.prior().log_prob``), or of other programs than the two chains.
+        ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`; a state outside ``0 … T``, or of other
+            programs than the two chains.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -124,7 +133,10 @@ def importance_evidence(
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
     if state != 0:
-        model, guide = _of_state(model, guide, state, mask)
+        model, guide = check_chains(model, guide, state, mask)
+        if state == model.num_timesteps:
+            return at_the_end(model.prior(), x_0, num_particles)
+        model, guide = model.of_state(state), guide.of_state(state)
     chunks: dict[int, list[Tensor]] = defaultdict(list)
     for start, sites in trajectory_terms(
         model, guide, x_0, num_particles=num_particles, mask=mask, analytic_kl=False,
@@ -134,10 +146,16 @@ def importance_evidence(
     return average(join_chunks(chunks))._replace(data=fingerprint(x_0, mask), measure=sites.measure)
 
 
-def _of_state(
+def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evidence:
+    """Evidence of states at T, which is the prior's: there is nothing to average."""
+    log_p = log_density(prior, check_data(x_T)).expand(num_particles, len(x_T))
+    return average(log_p)._replace(data=fingerprint(x_T), measure=measure_of(prior))
+
+
+def check_chains(
     model: Callable[..., Any], guide: Callable[..., Any], state: int, mask: Tensor | None
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The part of two chains that ends, and starts, at a state."""
+) -> tuple[GenerativeChain, BottomUpGuide]:
+    """The two programs, if a state's evidence can be told from them."""
     if (
         not isinstance(model, GenerativeChain)
         or not isinstance(guide, BottomUpGuide)
@@ -148,13 +166,16 @@ def _of_state(
             f"{'' if mask is None else ' with a mask'}; expected the chain and its forward guide, whole. "
             "Pass diffusion.model and diffusion.guide."
         )
-    last = model.num_timesteps
-    if not isinstance(state, int) or not 0 < state < last:
+    check_state(state, model.num_timesteps)
+    return model, guide
+
+
+def check_state(state: int, num_timesteps: int) -> None:
+    """Raise a ``ValueError`` if a timestep is outside ``0 … T``."""
+    if not isinstance(state, int) or not 0 <= state <= num_timesteps:
         raise ValueError(
-            f"argument 'state': got {state!r}; expected a timestep in 1 … {last - 1}, or 0 for data. At "
-            f"{last} there is nothing to average: take diffusion.prior().log_prob(x)."
+            f"argument 'state': got {state!r}; expected a timestep in 0 … {num_timesteps}. Pass 0 for data."
         )
-    return model.of_state(state), guide.of_state(state)
 
 
 def average(log_weights: Tensor) -> Evidence:

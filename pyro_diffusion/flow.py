@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import Evidence, fingerprint
+from pyro_diffusion.evidence import Evidence, check_state, fingerprint
 from pyro_diffusion.observations import check_data
 
 __all__ = ["ode_log_likelihood"]
@@ -183,11 +183,7 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
 
 
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
-    last = diffusion.schedule.num_timesteps
-    if not isinstance(state, int) or not 0 <= state <= last:
-        raise ValueError(
-            f"argument 'state': got {state!r}; expected a timestep in 0 … {last}. Pass 0 for data."
-        )
+    check_state(state, diffusion.schedule.num_timesteps)
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
     if state == 0 and (diffusion.likelihood is not None or levels):
         what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)

@@ -67,11 +67,12 @@ class NoiseSchedule(nn.Module, ABC):
 
     def slope_at(self, u: Tensor) -> Tensor:
         r"""The curve's slope :math:`\lambda'(u) < 0`, float64, of the shape of :meth:`log_snr_at`."""
+        learned = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.enable_grad():
             u = u.detach().double().requires_grad_()
             # The curve is one for every entry of u, so that the gradient of a sum has all slopes.
-            (slope,) = torch.autograd.grad(self.log_snr_at(u).sum(), u, create_graph=True)
-        return slope if torch.is_grad_enabled() else slope.detach()
+            (slope,) = torch.autograd.grad(self.log_snr_at(u).sum(), u, create_graph=learned)
+        return slope
 
     @property
     @abstractmethod
@@ -140,6 +141,23 @@ class NoiseSchedule(nn.Module, ABC):
         t = self._check_timestep(t)
         previous, current = logsigmoid(self.log_snr(torch.stack(((t - 1).clamp(min=0), t))))
         return current - previous
+
+    def tail(self, t: int) -> "NoiseSchedule":
+        r"""The schedule of :math:`q(x_{t+1:T} \mid x_t)`: a chain of :math:`T - t` steps from a state.
+
+        Args:
+            t: Timestep of the state, in :math:`\{0, …, T - 1\}`.
+
+        Raises:
+            ValueError: A curve for each entry.
+        """
+        if self.event_dim:
+            raise ValueError(
+                f"argument 'schedule': got a curve for each of {self.event_shape.numel()} entries; expected "
+                "a single one. Ask for the data's own evidence, or use importance_evidence."
+            )
+        steps = torch.arange(t + 1, self.num_timesteps + 1, device=self.device)
+        return AlphaSchedule(self.alpha(steps)).to(self.device)
 
     def _check_timestep(self, t: int | Tensor) -> Tensor:
         if not isinstance(t, Tensor):
@@ -561,6 +579,14 @@ class VarianceExploding(NoiseSchedule):
 
     def slope_at(self, u: Tensor) -> Tensor:
         return self.schedule.slope_at(u)
+
+    def tail(self, t: int) -> NoiseSchedule:
+        if t == 0:
+            return self
+        # σ_s² − σ_t² of noise on top of a state, as the signal-to-noise ratio of a chain of its own
+        noise = self.noise(torch.arange(t, self.num_timesteps + 1, device=self.device)).square()
+        alpha_bar = 1 / (1 + noise - noise[0])
+        return VarianceExploding(AlphaSchedule(alpha_bar[1:] / alpha_bar[:-1]).to(self.device))
 
     def extra_repr(self) -> str:
         return f"{type(self.schedule).__name__}({self.schedule.extra_repr()})"

@@ -32,12 +32,20 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.bounds import ROWS, log_density, measure_of
 from pyro_diffusion.chains import evaluating
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import Evidence, fingerprint, tail
-from pyro_diffusion.kernels import chain_step, posterior_variance
+from pyro_diffusion.evidence import Evidence, at_the_end, check_state, fingerprint, tail
+from pyro_diffusion.kernels import (
+    ChainStep,
+    chain_step,
+    forward_posterior,
+    noised,
+    posterior_mean,
+    posterior_variance,
+)
 from pyro_diffusion.observations import as_real, check_data
 
 __all__ = ["smc_evidence"]
@@ -48,6 +56,7 @@ def smc_evidence(
     x_0: Tensor,
     *,
     num_particles: int,
+    state: int = 0,
     num_runs: int = 4,
     num_pilot: int = 128,
     progress: bool = True,
@@ -62,6 +71,7 @@ def smc_evidence(
         diffusion: The model; its own kernels are used, any schedule, prediction and likelihood.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Particles :math:`K` for each datum and run.
+        state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`; 0 for data.
         num_runs: Independent runs, whose spread is the standard error, at least 2.
         num_pilot: Particles of the pilot run, at least 25.
         progress: Show a progress bar if it takes more than five seconds.
@@ -75,7 +85,8 @@ def smc_evidence(
         run takes :math:`K T` network rows a datum.
 
     Raises:
-        ValueError: Fewer particles, runs or pilot particles than named; data as for the programs.
+        ValueError: Fewer particles, runs or pilot particles than named; a state outside ``0 … T``; a model
+            of bits, or a state under a curve for each entry; data as for the programs.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -92,8 +103,17 @@ def smc_evidence(
                 f"argument {name!r}: got {number!r}; expected a whole number of at least {least}. Leave out "
                 "what you do not need, and pass num_particles=1024, say."
             )
+    check_state(state, diffusion.schedule.num_timesteps)
+    if isinstance(diffusion, BernoulliDiffusion):
+        raise ValueError(
+            "argument 'diffusion': got a BernoulliDiffusion; expected Gaussian kernels, by whose means the "
+            "targets look ahead. Use importance_evidence."
+        )
+    if state == diffusion.schedule.num_timesteps:
+        return at_the_end(diffusion.prior(), x_0, num_particles)
+    target = _Target(diffusion, state)
     chunks = check_data(x_0).split(max(ROWS // max(num_particles, num_pilot), 1))
-    steps = len(chunks) * (num_runs + 1) * diffusion.schedule.num_timesteps
+    steps = len(chunks) * (num_runs + 1) * target.schedule.num_timesteps
     parts: list[list[_Run]] = []
     least_ess: list[Tensor] = []
     with (
@@ -101,9 +121,9 @@ def smc_evidence(
         tqdm(total=steps, desc="evidence", unit="step", delay=5, disable=not progress, leave=False) as bar,
     ):  # fmt: skip
         for data in chunks:
-            pilot = _run(diffusion, data, num_pilot, None, bar)
+            pilot = _run(target, data, num_pilot, None, bar)
             look_ahead = pilot.fitted()
-            runs = [_run(diffusion, data, num_particles, look_ahead, bar) for _ in range(num_runs)]
+            runs = [_run(target, data, num_particles, look_ahead, bar) for _ in range(num_runs)]
             parts.append(runs)
             on_the_way = torch.stack([run.ess for run in runs]).mean(0).min(0).values
             at_end = torch.stack([run.ess_at_end for run in runs]).mean(0)
@@ -155,26 +175,73 @@ class _Run(NamedTuple):
         return _LookAhead(strength, 1 / weight.square().sum(0) < len(weight) / 2)
 
 
+class _Target:
+    """What a run ends at: data, or states at a timestep, to which the chain from there is one of its own."""
+
+    def __init__(self, diffusion: DiffusionModel, state: int) -> None:
+        self.diffusion, self.state = diffusion, state
+        self.denoiser, self.event_dim = diffusion.denoiser, diffusion.denoiser.event_dim
+        self.schedule = diffusion.schedule.tail(state) if state else diffusion.schedule
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The target as a point of the chain."""
+        return x.to(self.diffusion.dtype) if self.state else self.diffusion.embed(x)
+
+    def start(self, x: Tensor) -> TorchDistribution:
+        """:math:`q(x_T)` given the target."""
+        log_snr = self.schedule.log_snr(self.schedule.num_timesteps)
+        return noised(x, log_snr, self.schedule, event_dim=self.event_dim)
+
+    def posterior(self, x_t: Tensor, x: Tensor, t: int) -> TorchDistribution:
+        r""":math:`q(x_{t-1} \mid x_t)` given the target."""
+        return forward_posterior(x_t, x, t, self.schedule, event_dim=self.event_dim)
+
+    def denoise(self, x_t: Tensor, t: int) -> Denoised:
+        """What the denoiser says of the datum, ``t`` steps from the target."""
+        return self.denoiser.denoise(x_t, self.diffusion.schedule.log_snr(t + self.state))
+
+    def kernel(self, x_t: Tensor, t: int, denoised: Denoised) -> TorchDistribution:
+        """The model's kernel there."""
+        return self.denoiser.reverse_kernel(x_t, t + self.state, denoised)
+
+    def decoder(self, x_t: Tensor, denoised: Denoised) -> TorchDistribution:
+        """The model's kernel into the target."""
+        if self.state:
+            return self.kernel(x_t, 1, denoised)
+        return self.diffusion.decode_denoised(x_t, denoised)
+
+    def estimate(self, x_t: Tensor, t: int, denoised: Denoised) -> Tensor:
+        """The mean of the target given :math:`x_t`: of the state through the estimate of its datum."""
+        if not self.state:
+            return denoised.x_0_hat
+        schedule, ends = self.diffusion.schedule, torch.tensor([self.state, t + self.state])
+        log_snr = schedule.log_snr(ends.to(x_t.device))
+        (signal, signal_t), (noise, noise_t) = (c.unbind() for c in schedule.scales(log_snr))
+        share = -torch.expm1(log_snr[1] - log_snr[0])
+        step = ChainStep(signal, noise, signal_t, noise_t, share)
+        return posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.event_dim)
+
+
 def _run(
-    diffusion: DiffusionModel,
+    target: _Target,
     x_0: Tensor,
     num_particles: int,
     look_ahead: _LookAhead | None,
     bar: tqdm,
 ) -> _Run:
     """One pass from x_T to x_0; without a look-ahead no particle is resampled, and the paths are kept."""
-    embedded = diffusion.embed(x_0)
+    embedded = target.embed(x_0)
     data: Any = as_real(x_0)
-    q: TorchDistribution = diffusion.terminal_marginal(embedded)
+    q: TorchDistribution = target.start(embedded)
     x_t = q.sample((num_particles,))
-    log_weight = _log_ratio(diffusion.prior(), q, x_t)
+    log_weight = _log_ratio(target.diffusion.prior(), q, x_t)
     log_psi = torch.zeros_like(log_weight)
     log_z = torch.zeros_like(log_weight[0])
     k = torch.full_like(log_z, -math.inf)
     ess, seen, weights = [], [], []
-    for t in range(diffusion.schedule.num_timesteps, 0, -1):
-        denoised = diffusion.denoiser.denoise(x_t, diffusion.schedule.log_snr(t))
-        features = _features(diffusion, x_t, t, denoised, embedded)
+    for t in range(target.schedule.num_timesteps, 0, -1):
+        denoised = target.denoise(x_t, t)
+        features = _features(target, x_t, t, denoised, embedded)
         if look_ahead is None:
             seen.append(features)
             weights.append(log_weight)
@@ -193,12 +260,12 @@ def _run(
                 denoised = _take_denoised(denoised, rows)
             log_psi = ahead
         if t > 1:
-            p = diffusion.denoiser.reverse_kernel(x_t, t, denoised)
-            q = diffusion.forward_posterior(x_t, embedded, t)
+            p = target.kernel(x_t, t, denoised)
+            q = target.posterior(x_t, embedded, t)
             x_t = q.sample()
             log_weight = log_weight + _log_ratio(p, q, x_t)
         else:
-            decoder = diffusion.decode_denoised(x_t, denoised)
+            decoder = target.decoder(x_t, denoised)
             log_weight = log_weight + log_density(decoder, data)
             log_weight = log_weight - log_psi
         bar.update()
@@ -216,24 +283,22 @@ def _run(
     )
 
 
-def _features(
-    diffusion: DiffusionModel, x_t: Tensor, t: int, denoised: Denoised, embedded: Tensor
-) -> Tensor:
+def _features(target: _Target, x_t: Tensor, t: int, denoised: Denoised, embedded: Tensor) -> Tensor:
     r""":math:`f_t(x_t)`, shape ``(K, N, 3)``.
 
     The kernel's variance is :math:`\tilde\beta_t + b_t^2 v_t`, :math:`b_t` the weight of
     :math:`\hat x_0` in its mean. Where a kernel leaves nothing beside :math:`\tilde\beta_t`,
     :math:`v_t` is that of data of unit variance.
     """
-    step = chain_step(t, diffusion.schedule).padded(diffusion.denoiser.missing_dim)
-    kernel = diffusion.denoiser.reverse_kernel(x_t, t, denoised)
+    step = chain_step(t, target.schedule).padded(target.event_dim - target.schedule.event_dim)
+    kernel = target.kernel(x_t, t, denoised)
     of_x_0_hat = step.signal_prev * step.share
     implied = (kernel.variance.double() - posterior_variance(step)) / of_x_0_hat**2
     unit = step.noise**2 / (step.signal**2 + step.noise**2)
     variance = torch.where(implied > 1e-6 * unit, implied, unit)
     x_0, state = embedded.double(), x_t.double()
     squares = (
-        (x_0 - denoised.x_0_hat.double()).square() / variance,
+        (x_0 - target.estimate(x_t, t, denoised).double()).square() / variance,
         (state - step.signal * x_0).square() / step.noise**2,
         state.square() / (step.signal**2 + step.noise**2),
     )

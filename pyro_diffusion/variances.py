@@ -18,15 +18,18 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_diffusion.kernels import ChainStep, posterior_variance
 
 __all__ = [
     "ForwardVariance",
     "LearnedVariance",
+    "OptimalVariance",
     "PosteriorVariance",
     "ReverseVariance",
     "exact_variance",
@@ -113,3 +116,101 @@ class LearnedVariance(ReverseVariance):
         log_variance = torch.lerp(log_lower, log_upper, weight)
         # Beyond any variance of use, and within what float32 can square.
         return log_variance.clamp(math.log(1e-20), math.log(1e20)).exp()
+
+
+class OptimalVariance(nn.Module, ReverseVariance):
+    r"""The variance that bounds best for given means, from data; one for all entries.
+
+    .. math::
+        \Sigma_t = \tilde\beta_t + \big(a_{t-1} (1 - e^{\lambda_t - \lambda_{t-1}})\big)^2\,
+            m(\lambda_t), \qquad
+        m(\lambda) = \tfrac1D\, E\, \lVert x_0 - \hat x_0(x_\lambda) \rVert^2,
+
+    which is where the mean KL of a step is least. The squared errors :math:`m` are those of a trained
+    network, :meth:`from_data`; they are interpolated between log-SNRs, so that any grid will do::
+
+        variance = OptimalVariance.from_data(diffusion, train)
+        denoiser = NeuralDenoiser(network, schedule, (64,), prediction=…, variance=variance)
+
+    Args:
+        log_snr: Log-SNRs, increasing, shape ``(G,)``.
+        mean_square: :math:`m` there, positive, ``(G,)``.
+
+    Raises:
+        ValueError: Numbers that are not of that kind.
+
+    References:
+        Analytic-DPM (Bao et al., 2022), theorem 1. https://arxiv.org/abs/2201.06503
+    """
+
+    log_snr: Tensor
+    log_mean_square: Tensor
+
+    def __init__(self, log_snr: Tensor, mean_square: Tensor) -> None:
+        super().__init__()
+        log_snr, mean_square = (torch.as_tensor(x).double() for x in (log_snr, mean_square))
+        increasing = log_snr.dim() == 1 and len(log_snr) > 1 and (log_snr.diff() > 0).all()
+        if not increasing or mean_square.shape != log_snr.shape or not (mean_square > 0).all():
+            raise ValueError(
+                f"arguments 'log_snr' and 'mean_square': got shapes {tuple(log_snr.shape)} and "
+                f"{tuple(mean_square.shape)}; expected two or more increasing log-SNRs, and as many positive "
+                "squared errors. Take OptimalVariance.from_data(diffusion, x_0)."
+            )
+        self.register_buffer("log_snr", log_snr)
+        self.register_buffer("log_mean_square", mean_square.log())
+
+    @classmethod
+    @torch.no_grad()
+    def from_data(
+        cls, diffusion: Any, x_0: Tensor, *, num_levels: int = 64, batch_size: int = 2048
+    ) -> "OptimalVariance":
+        """Squared errors of a model's estimates, over data and noise, at evenly spaced log-SNRs.
+
+        Args:
+            diffusion: The trained model.
+            x_0: Data that it was trained on, shape ``(N,)`` + the shape of one datum.
+            num_levels: Log-SNRs ``G``; as many times ``N`` network rows.
+            batch_size: Network rows at a time.
+
+        Raises:
+            ValueError: A schedule with a curve for each entry.
+        """
+        schedule, denoiser = diffusion.schedule, diffusion.denoiser
+        if schedule.event_dim:
+            raise ValueError(
+                "argument 'diffusion': got a schedule with a curve for each entry; expected a single curve, "
+                "because the squared errors are a function of one log-SNR. Use LearnedVariance()."
+            )
+        ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
+        levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
+        x_0, was_training = diffusion.embed(x_0), denoiser.training
+        denoiser.eval()
+        squares = []
+        for level in levels:
+            signal, noise = (scale.to(x_0.dtype) for scale in schedule.scales(level))
+            total = 0.0
+            for part in x_0.split(batch_size):
+                x_t = signal * part + noise * torch.randn_like(part)
+                error = part - denoiser.x_0_hat(x_t, level)
+                total += error.double().square().sum().item()
+            squares.append(total / x_0.numel())
+        denoiser.train(was_training)
+        return cls(levels, torch.tensor(squares, dtype=torch.float64).clamp(min=1e-12))
+
+    def forward(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
+        """Variance of :math:`x_{t-1}` given :math:`x_t`; see :class:`ReverseVariance`."""
+        log_snr = 2 * (step.signal.log() - step.noise.log())
+        index = torch.searchsorted(self.log_snr, log_snr.contiguous()).clamp(
+            1, len(self.log_snr) - 1
+        )
+        left, right = self.log_snr[index - 1], self.log_snr[index]
+        share = ((log_snr - left) / (right - left)).clamp(0, 1)
+        log_square = torch.lerp(self.log_mean_square[index - 1], self.log_mean_square[index], share)
+        return exact_variance(step, log_square.exp())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimalVariance":
+        # As a schedule's: the numbers keep float64, and only the device changes.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.log_snr)} levels)"

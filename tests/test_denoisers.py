@@ -35,6 +35,7 @@ from pyro_diffusion.schedules import (
     LogSNRSchedule,
     VarianceExploding,
 )
+from pyro_diffusion.variances import OptimalVariance
 
 PREDICTIONS = [
     NoisePrediction(),
@@ -509,3 +510,80 @@ def test_a_network_of_half_precision_leaves_the_chain_in_float32():
 def test_bad_oracles_are_refused_in_words(build, says):
     with pytest.raises(ValueError, match=says):
         build()
+
+
+class _ExactMean(nn.Module):
+    """The exact estimate of a Gaussian datum of standard deviation one half, as a network."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x, log_snr):
+        signal, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid()
+        gain = signal * 0.25 / (signal**2 * 0.25 + noise)
+        return self.gain * gain[:, None] * x
+
+
+def test_optimal_variance_is_the_exact_one_for_exact_means(double):
+    """Then the bound is log p on every path; β̃ and β lose nats (facts, 6). On another grid, too."""
+    torch.manual_seed(0)
+    x_0 = 0.5 * torch.randn(4000, 3)
+    for schedule in (LogSNRSchedule(40, log_snr_min=-14.0), LogSNRSchedule(7, log_snr_min=-14.0)):
+        plain = NeuralDenoiser(_ExactMean(), schedule, (3,), prediction=DataPrediction())
+        variance = OptimalVariance.from_data(DiffusionModel(plain), x_0)
+        exact = NeuralDenoiser(
+            _ExactMean(), schedule, (3,), prediction=DataPrediction(), variance=variance
+        )
+        for t in (1, 2, 5, 7):
+            x_t = torch.randn(4, 3)
+            ours = exact(x_t, t).variance
+            truth = GaussianDenoiser(torch.zeros(3), torch.full((3,), 0.5), schedule)(
+                x_t, t
+            ).variance
+            torch.testing.assert_close(ours, truth, rtol=0.1, atol=0)
+        gaps = {}
+        for name, denoiser in (("optimal", exact), ("forward", plain)):
+            diffusion = DiffusionModel(denoiser)
+            terms = elbo_terms(diffusion.model, diffusion.guide, x_0[:500], num_particles=4)
+            truth = torch.distributions.Normal(0, 0.5).log_prob(x_0[:500]).sum(1).mean().item()
+            gaps[name] = truth - terms.mean().value
+        assert gaps["optimal"] < 0.01
+        assert gaps["forward"] > 10 * gaps["optimal"]
+
+
+def test_optimal_variance_bounds_best_for_wrong_means(double):
+    """A neighbouring table of variances, larger or smaller, is worse: it is a minimum."""
+    torch.manual_seed(0)
+    schedule, x_0 = LogSNRSchedule(20), 0.5 * torch.randn(2000, 3)
+    network = _ExactMean(gain=0.9)
+    plain = NeuralDenoiser(network, schedule, (3,), prediction=DataPrediction())
+    best = OptimalVariance.from_data(DiffusionModel(plain), x_0)
+
+    def bound(factor):
+        variance = OptimalVariance(best.log_snr, best.log_mean_square.exp() * factor)
+        denoiser = NeuralDenoiser(
+            network, schedule, (3,), prediction=DataPrediction(), variance=variance
+        )
+        diffusion = DiffusionModel(denoiser)
+        torch.manual_seed(1)
+        return (
+            elbo_terms(diffusion.model, diffusion.posterior_guide, x_0, num_particles=1)
+            .mean()
+            .value
+        )
+
+    assert bound(1.0) > bound(1.3)
+    assert bound(1.0) > bound(0.75)
+
+
+def test_optimal_variance_travels_with_its_model_and_refuses_nonsense():
+    schedule = LogSNRSchedule(20)
+    variance = OptimalVariance(torch.tensor([-8.0, 8.0]), torch.tensor([1.0, 1e-3]))
+    denoiser = NeuralDenoiser(MLP((3,)), schedule, (3,), variance=variance).double()
+    assert variance.log_snr.dtype == torch.float64
+    assert "variance.log_mean_square" in denoiser.state_dict()
+    assert "OptimalVariance(2 levels)" in repr(denoiser)
+    for log_snr, square in (([1.0, 0.0], [1.0, 1.0]), ([0.0], [1.0]), ([0.0, 1.0], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="arguments 'log_snr' and 'mean_square'"):
+            OptimalVariance(torch.tensor(log_snr), torch.tensor(square))

@@ -7,19 +7,26 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.distributions import MultivariateNormal
 
 from pyro_diffusion import (
     MLP,
     AlphaSchedule,
+    BernoulliDiffusion,
     DataPrediction,
     DiffusionModel,
+    EnumeratedDenoiser,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     LevelPrediction,
+    LinearDecaySchedule,
     LogSNRSchedule,
+    MonotoneSchedule,
     NeuralDenoiser,
     PosteriorVariance,
+    VarianceExploding,
     importance_evidence,
+    ode_log_likelihood,
     smc_evidence,
 )
 
@@ -190,3 +197,36 @@ def test_chunks_change_nothing_but_the_noise(double):
     assert evidence.ess_by_timestep.shape == (20, 20)
     expected = log_evidence(diffusion, x_0[:1])
     assert ((evidence.log_evidence - expected).abs() < 6 * evidence.standard_error + 0.05).all()
+
+
+@pytest.mark.parametrize("t", [1, 10, 20])
+@pytest.mark.parametrize("explode", [False, True])
+def test_probability_of_a_state(t, explode):
+    """The exact chain's log p(x_t), on either scale, with constant weights; the flow's and the weights' too."""
+    pyro.set_rng_seed(0)
+    schedule = LogSNRSchedule(20, log_snr_max=8.0, log_snr_min=-60.0)
+    schedule = VarianceExploding(schedule) if explode else schedule
+    mean = torch.tensor([0.3, -0.5], dtype=torch.float64)
+    covariance = torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64)
+    denoiser = GaussianDenoiser.from_covariance(mean, covariance, schedule)
+    diffusion = DiffusionModel(denoiser)
+    x_t = diffusion.forward_marginal(denoiser.data_distribution.sample((6,)), t).sample()
+    signal, noise = schedule.signal(t), schedule.noise(t)
+    law = MultivariateNormal(signal * mean, signal**2 * covariance + noise**2 * torch.eye(2))
+    evidence = smc_evidence(diffusion, x_t, num_particles=30, state=t)
+    torch.testing.assert_close(evidence.log_evidence, law.log_prob(x_t), rtol=0, atol=1e-8)
+    assert evidence.reliable.all()
+    flow = ode_log_likelihood(diffusion, x_t, state=t, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(flow.log_evidence, law.log_prob(x_t), rtol=0, atol=1e-3)
+
+
+def test_bits_and_timesteps_outside_are_refused():
+    bits = BernoulliDiffusion(EnumeratedDenoiser(torch.eye(3), LinearDecaySchedule(5)))
+    with pytest.raises(ValueError, match="Gaussian kernels"):
+        smc_evidence(bits, torch.eye(3), num_particles=10)
+    schedule = MonotoneSchedule(5, event_shape=(3,))
+    diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(3), torch.ones(3), schedule))
+    with pytest.raises(ValueError, match="argument 'state'"):
+        smc_evidence(diffusion, torch.eye(3), num_particles=10, state=6)
+    with pytest.raises(ValueError, match="argument 'schedule'"):
+        smc_evidence(diffusion, torch.eye(3), num_particles=10, state=2)

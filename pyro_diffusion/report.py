@@ -1,0 +1,169 @@
+r"""Every estimate of :math:`\log p(x_0)` of one model on one data set, told apart by what it estimates.
+
+Three densities go by the name of a diffusion model's likelihood. The *chain* of :math:`T` steps has one; the
+chain *without end*, :math:`T \to \infty`, has another; and the *probability flow*, an ordinary differential
+equation with the same score, has a third. They agree for an exact denoiser, and for no other. Within a group
+there are bounds, which are below in expectation, and estimates, which agree within their errors or are wrong:
+:func:`summary` asserts that, and compares nothing across groups.
+
+References:
+    Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), section 4 (which
+    likelihood is whose). https://arxiv.org/abs/2101.09258
+"""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_diffusion.bernoulli import BernoulliDiffusion
+from pyro_diffusion.bounds import Estimate
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evaluation import evaluate_bound
+from pyro_diffusion.evidence import Evidence, importance_evidence
+from pyro_diffusion.flow import ode_log_likelihood
+from pyro_diffusion.schedules import AlphaSchedule
+from pyro_diffusion.sequential import smc_evidence
+
+__all__ = ["Summary", "SummaryRow", "summary"]
+
+_TOLERANCE = 5.0  # joint standard errors beyond which two estimates disagree
+
+
+class SummaryRow(NamedTuple):
+    """One estimate; nats per datum."""
+
+    model: str  #: whose density: "chain, T = …", "chain, T → ∞" or "probability flow"
+    estimator: str  #: how it was estimated
+    kind: str  #: "bound" or "estimate"
+    value: Estimate  #: mean over data, with its errors
+    reliable: int  #: data whose estimate can be trusted; all of them for a bound
+    num_data: int  #: all data
+    bias: float = (
+        0.0  #: by how much the mean of an estimate is low, to first order; it is not taken out
+    )
+
+
+class Summary(NamedTuple):
+    """Estimates of one model's log-density on one data set, grouped by whose density it is."""
+
+    rows: tuple[SummaryRow, ...]
+
+    def __repr__(self) -> str:
+        return f"Summary of {self.rows[0].num_data} data, nats per datum\n{self.table()}"
+
+    def groups(self) -> dict[str, list[SummaryRow]]:
+        """Rows by the model whose density they estimate."""
+        names = dict.fromkeys(row.model for row in self.rows)
+        return {name: [row for row in self.rows if row.model == name] for name in names}
+
+    def table(self) -> str:
+        """A line for each estimate, under the model whose density it is."""
+        width = max(len(row.estimator) for row in self.rows)
+        lines = []
+        for model, rows in self.groups().items():
+            lines.append(model)
+            for row in rows:
+                word = f"  {row.kind:8s}  {row.estimator:{width}s}  {row.value}"
+                if row.reliable < row.num_data:
+                    word += f", reliable for {row.reliable} of {row.num_data}"
+                lines.append(word)
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Assert that within each group estimates agree, and that no bound is above one.
+
+        Two numbers disagree beyond five joint Monte Carlo errors and the biases of logarithms of averages. An
+        estimate that is not reliable for every datum is a lower bound in expectation, and is held to that.
+
+        Raises:
+            ValueError: Two rows that disagree; one of the two programs, or its guide, is wrong.
+        """
+        for rows in self.groups().values():
+            trusted = [r for r in rows if r.kind == "estimate" and r.reliable == r.num_data]
+            for row in rows:
+                for other in trusted:
+                    error = math.hypot(row.value.monte_carlo_error, other.value.monte_carlo_error)
+                    slack = _TOLERANCE * error + row.bias + other.bias + 1e-3
+                    excess = row.value.value - other.value.value
+                    wrong = excess > slack or (row in trusted and -excess > slack)
+                    if row is not other and wrong:
+                        expected = "one density" if row in trusted else "a bound below"
+                        raise ValueError(
+                            f"{row.model}: got {row.value} nats per datum by {row.estimator} and "
+                            f"{other.value} by {other.estimator}; expected {expected}, within errors. Check "
+                            "that the programs are those of one model, and its kernels."
+                        )
+
+
+def summary(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    *,
+    standard_error: float = 0.1,
+    num_particles: int = 64,
+    num_runs: int = 4,
+) -> Summary:
+    r"""All that can be said of :math:`\log p(x_0)`, in groups that are different models.
+
+    Sequential Monte Carlo costs ``(num_runs · num_particles + 128) · T`` network rows a datum and importance
+    weights ``num_particles · T``: begin with few data. What does not apply is left out: the chain without end
+    for an ``AlphaSchedule``, the flow for data with a mass, sequential Monte Carlo for bits.
+
+    Args:
+        diffusion: The model.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        standard_error: Monte Carlo error of the bounds' means, nats per datum.
+        num_particles: Particles for each datum.
+        num_runs: Independent runs of sequential Monte Carlo.
+
+    Returns:
+        :class:`Summary`; ``print`` it.
+
+    Raises:
+        ValueError: Estimates of one density that disagree (:meth:`Summary.check`); arguments as the
+            estimators.
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(10, log_snr_max=14))
+        >>> result = summary(DiffusionModel(denoiser), torch.zeros(30, 2))
+        >>> list(result.groups())
+        ['chain, T = 10', 'chain, T → ∞', 'probability flow']
+    """
+    chain = f"chain, T = {diffusion.schedule.num_timesteps}"
+    by_weights = importance_evidence(
+        diffusion.model, diffusion.guide, x_0, num_particles=num_particles
+    )
+    rows = [_bound(chain, diffusion, x_0, standard_error, None), _estimate(chain, by_weights)]
+    if not isinstance(diffusion, BernoulliDiffusion):
+        by_runs = smc_evidence(diffusion, x_0, num_particles=num_particles, num_runs=num_runs)
+        rows.append(_estimate(chain, by_runs))
+    if not isinstance(diffusion.schedule, AlphaSchedule):
+        rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, math.inf))
+    if by_weights.measure == "density":
+        rows.append(_estimate("probability flow", ode_log_likelihood(diffusion, x_0)))
+    result = Summary(tuple(rows))
+    result.check()
+    return result
+
+
+def _bound(
+    model: str,
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    standard_error: float,
+    num_timesteps: float | None,
+) -> SummaryRow:
+    result = evaluate_bound(
+        diffusion, x_0, standard_error=standard_error, num_timesteps=num_timesteps
+    )
+    name = f"bound by {result.estimator}"
+    return SummaryRow(model, name, "bound", result.mean(), len(x_0), len(x_0))
+
+
+def _estimate(model: str, evidence: Evidence) -> SummaryRow:
+    reliable, num_data = int(evidence.reliable.sum()), len(evidence.reliable)
+    bias = evidence.standard_error.square().mean().item() / 2
+    return SummaryRow(
+        model, evidence.estimator, "estimate", evidence.mean(), reliable, num_data, bias
+    )
