@@ -197,7 +197,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     args.num_steps, args.num_repeats, args.num_samples = (
-        (20, 2, 20) if args.smoke else (7000, 30, 500)
+        (20, 2, 20) if args.smoke else (5000, 12, 500)
     )
     return args
 

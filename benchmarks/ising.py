@@ -49,7 +49,6 @@ from pyro_diffusion import (
     LogSNRSchedule,
     NeuralBernoulliDenoiser,
     NeuralDenoiser,
-    PosteriorVariance,
     elbo_terms,
     evaluate_bound,
 )
@@ -155,14 +154,8 @@ def bits() -> BernoulliDiffusion:
 
 def gaussian() -> DiffusionModel:
     schedule = LogSNRSchedule(log_snr_max=3.5, log_snr_min=-8.5)
-    denoiser = NeuralDenoiser(
-        TorusNetwork(num_outputs=2),
-        schedule,
-        (SIDE, SIDE),
-        prediction=LevelPrediction(2),
-        variance=PosteriorVariance(),
-    )
-    return DiffusionModel(denoiser)
+    network, prediction = TorusNetwork(num_outputs=2), LevelPrediction(2)
+    return DiffusionModel(NeuralDenoiser(network, schedule, (SIDE, SIDE), prediction=prediction))
 
 
 def ladder() -> HierarchicalVAE:
@@ -432,7 +425,7 @@ def parse_arguments() -> argparse.Namespace:
         "read_error": 0.025,
         "ladder_particles": 20,
         "sampling_length": SAMPLING_LENGTH,
-        "num_samples": 4_000,
+        "num_samples": 2_000,
         "sample_chunks": 10,
     }
     smoke = {

@@ -56,7 +56,7 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP, FeedForward
-from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO
+from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO, bound_by_datum
 from pyro_diffusion.parameterizations import (
     DataPrediction,
     LevelPrediction,
@@ -157,6 +157,7 @@ __all__ = [
     "VarianceExploding",
     "VelocityPrediction",
     "active_units",
+    "bound_by_datum",
     "compare",
     "elbo_terms",
     "evaluate_bound",

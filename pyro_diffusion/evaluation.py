@@ -327,10 +327,10 @@ def _path_pilot(rows: _Rows) -> tuple[Tensor, float, str]:
     fitted = torch.linalg.solve(flat.mT @ flat + ridge, flat.mT @ bound.flatten())
     choices = {"KL": torch.zeros_like(fitted), "path": torch.ones_like(fitted)}
     choices["control variate"] = fitted
+    # A fit takes as many degrees of freedom as it has coefficients, and misses what the pilot did not see.
+    handicap = {"control variate": 1.5 * freedom / (freedom - len(fitted))}
     variances = {
-        # A fit looks quieter than it is: it takes as many degrees of freedom as it has coefficients.
-        name: (bound - excess @ c).square().sum().item()
-        / (freedom - (len(c) if name == "control variate" else 0))
+        name: (bound - excess @ c).square().sum().item() / freedom * handicap.get(name, 1.0)
         for name, c in choices.items()
     }
     name = min(variances, key=lambda choice: variances[choice])

@@ -14,10 +14,11 @@ References:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
@@ -25,7 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-__all__ = ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO"]
+__all__ = ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO", "bound_by_datum"]
 
 
 class KLWarmup(Messenger):
@@ -189,7 +190,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
         """The loss, minus the bound; gradients of it, and of the squares, are added to the parameters'."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            bound = self._bound_of_data(model_trace, guide_trace) / self.num_particles
+            bound = _bound_of_data(model_trace, guide_trace) / self.num_particles
             loss -= bound.sum().item()
             before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
             squares = torch.autograd.grad(
@@ -209,27 +210,51 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
                 parameter.grad = square if grad is None else grad + square
         return loss
 
-    @staticmethod
-    def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
-        """One draw of the bound for each datum, ``(N,)``."""
-        total: Tensor = torch.zeros(())
-        for name, p in model_trace.nodes.items():
-            if p["type"] != "sample" or site_is_subsample(p):
-                continue
-            if p["is_observed"]:
-                term = scale_and_mask(p["fn"].log_prob(p["value"]), p["scale"], p["mask"])
-            else:
-                q = guide_trace.nodes[name]
-                try:
-                    kl = kl_divergence(q["fn"], p["fn"])
-                except NotImplementedError:  # no formula
-                    kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
-                term = -scale_and_mask(kl, q["scale"], q["mask"])
-            if not any(plate.vectorized and plate.dim == -1 for plate in p["cond_indep_stack"]):
-                raise ValueError(
-                    f"site {name!r}: got a site outside of every plate; expected all sites in the data "
-                    "plate, because the variance is that of a datum's bound. Put it into the plate."
-                )
-            term = term.expand(torch.broadcast_shapes(term.shape, p["fn"].batch_shape))
-            total = total + term.reshape(-1, term.shape[-1]).sum(0)
-        return total
+
+def bound_by_datum(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
+) -> Tensor:
+    r"""One draw of the bound of every datum, :math:`\hat L_n`: what ``TraceMeanField_ELBO`` adds up.
+
+    For any pair, a subsampled one included, with analytic KLs where there is a formula.
+
+    Args:
+        model: Program for :math:`p`, called as ``model(x_0)``.
+        guide: Program for :math:`q`, called as ``guide(x_0)``, in the model's order.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        given: Other arguments of both programs.
+
+    Returns:
+        Shape ``(N,)``, nats; a mean over data has the spread of these over :math:`\sqrt N` as its error.
+
+    Raises:
+        ValueError: A site outside of a data plate at dim −1.
+    """
+    drawn = poutine.trace(guide).get_trace(x_0, **given)
+    scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x_0, **given)
+    return _bound_of_data(scored, drawn)
+
+
+def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
+    """One draw of the bound for each datum, ``(N,)``."""
+    total: Tensor = torch.zeros(())
+    for name, p in model_trace.nodes.items():
+        if p["type"] != "sample" or site_is_subsample(p):
+            continue
+        if p["is_observed"]:
+            term = scale_and_mask(p["fn"].log_prob(p["value"]), p["scale"], p["mask"])
+        else:
+            q = guide_trace.nodes[name]
+            try:
+                kl = kl_divergence(q["fn"], p["fn"])
+            except NotImplementedError:  # no formula
+                kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+            term = -scale_and_mask(kl, q["scale"], q["mask"])
+        if not any(plate.vectorized and plate.dim == -1 for plate in p["cond_indep_stack"]):
+            raise ValueError(
+                f"site {name!r}: got a site outside of every plate; expected all sites in the data "
+                "plate, because the variance is that of a datum's bound. Put it into the plate."
+            )
+        term = term.expand(torch.broadcast_shapes(term.shape, p["fn"].batch_shape))
+        total = total + term.reshape(-1, term.shape[-1]).sum(0)
+    return total

@@ -22,6 +22,11 @@ LISTED = {
 
 
 BENCHMARKS = {
+    "heartbeat.py": ["best", "heartbeats among samples", "log p is -2.3219"],
+    "ising.py": ["log p(x) − bound", "ladder VAE", "total variation"],
+    "lengths.py": ["variance", "of a full sum", "| inf | any |"],
+    "toys.py": ["gap, paired", "8 Gaussians", "moons"],
+    "variance.py": ["learned / floor", "stratified", "one a dimension"],
     "smc.py": ["sequential", "importance", "exact", "reliable"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],

@@ -202,7 +202,7 @@ def test_chunks_change_nothing_but_the_noise(double):
 @pytest.mark.parametrize("t", [1, 10, 20])
 @pytest.mark.parametrize("explode", [False, True])
 def test_probability_of_a_state(t, explode):
-    """The exact chain's log p(x_t), on either scale, with constant weights; the flow's and the weights' too."""
+    """The exact chain's log p(x_t), on either scale, with constant weights; the flow's, too."""
     pyro.set_rng_seed(0)
     schedule = LogSNRSchedule(20, log_snr_max=8.0, log_snr_min=-60.0)
     schedule = VarianceExploding(schedule) if explode else schedule
