@@ -249,7 +249,7 @@ def parse_arguments() -> argparse.Namespace:
     args.num_epochs, args.bits_error, args.oracle_error, args.lengths = (
         (2, 0.1, 0.1, (2, 10, math.inf))
         if args.smoke
-        else (300, 0.003, 2e-3, (10, 30, 100, 300, 1000, 3000, 10_000, math.inf))
+        else (300, 0.005, 2e-3, (10, 30, 100, 300, 1000, 3000, 10_000, math.inf))
     )
     return args
 

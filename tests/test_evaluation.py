@@ -111,6 +111,11 @@ def test_a_transform_adds_its_volume_without_noise():
     outside = evaluate_bound(scaled, x_0, standard_error=1e-3)
     shift = transform.log_abs_det_jacobian(x_0, transform(x_0)).reshape(50, -1).sum(1)
     torch.testing.assert_close(outside.elbo, inside.elbo + shift, atol=5e-3, rtol=0)
+    # by single timesteps, too, where the reconstruction is drawn
+    truth = plain.denoiser.data_distribution.log_prob(transform(x_0)).add(shift).mean().item()
+    drawn = evaluate_bound(scaled.with_num_timesteps(2000), x_0, standard_error=0.5)
+    assert drawn.estimator == "timesteps"
+    assert abs(drawn.mean().value - truth) < 4 * drawn.monte_carlo_error
 
 
 def test_bits():

@@ -29,6 +29,7 @@ from pyro_diffusion import (
     ode_log_likelihood,
     smc_evidence,
 )
+from pyro_diffusion.sequential import _Target
 
 
 def gaussian(num_timesteps, dimension=3):
@@ -230,3 +231,19 @@ def test_bits_and_timesteps_outside_are_refused():
         smc_evidence(diffusion, torch.eye(3), num_particles=10, state=6)
     with pytest.raises(ValueError, match="argument 'schedule'"):
         smc_evidence(diffusion, torch.eye(3), num_particles=10, state=2)
+
+
+@pytest.mark.parametrize("explode", [False, True])
+def test_look_ahead_to_a_state_is_its_conditional_mean(explode):
+    """E[x_s | x_t] by regression; where weights are constant nothing else asks for it."""
+    schedule = LogSNRSchedule(20)
+    schedule = VarianceExploding(schedule) if explode else schedule
+    denoiser = GaussianDenoiser(
+        torch.tensor([0.3]).double(), torch.tensor([0.5]).double(), schedule
+    )
+    target, x_t = _Target(DiffusionModel(denoiser), 5), torch.randn(7, 1).double()
+    signal, noise = schedule.signal(torch.tensor([5, 12])), schedule.noise(torch.tensor([5, 12]))
+    of_state, of_x_t = (signal * 0.5).square() + noise.square()
+    ratio = signal[1] / signal[0]
+    expected = signal[0] * 0.3 + ratio * of_state / of_x_t * (x_t - signal[1] * 0.3)
+    torch.testing.assert_close(target.estimate(x_t, 7, target.denoise(x_t, 7)), expected)
