@@ -55,7 +55,8 @@ class BernoulliDenoiser(Denoiser, ABC):
         rate: :math:`r` in (0, 1), the rate that bits decay to.
 
     Raises:
-        ValueError: A rate outside (0, 1), a schedule by dimension, or data other than 0 and 1.
+        ValueError: A rate outside (0, 1), a schedule that is learned or by dimension, or data other than 0
+            and 1.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class BernoulliDenoiser(Denoiser, ABC):
                 f"argument 'rate': got {rate!r}; expected a number in (0, 1), the probability of a one among "
                 "bits that are all noise. The mean of the data, or 0.5."
             )
-        if schedule.event_dim:
+        if schedule.event_dim or any(p.requires_grad for p in schedule.parameters()):
             raise ValueError(
-                "argument 'schedule': got a curve for each entry; expected a single one for bits. Build the "
-                "schedule without event_shape."
+                f"argument 'schedule': got {schedule}, learned or with a curve for each entry; expected "
+                "a single fixed curve, because draws of bits have no gradient. Use LinearDecaySchedule(1000), or "
+                "call schedule.requires_grad_(False)."
             )
         self.rate = float(rate)
 
@@ -204,14 +206,19 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the network's first parameter."""
-        return next((p.dtype for p in self.network.parameters()), torch.get_default_dtype())
+        """Dtype of the network's first parameter; float32 for a network of half precision."""
+        return torch.promote_types(self._network_dtype, torch.float32)
+
+    @property
+    def _network_dtype(self) -> torch.dtype:
+        floating = (p.dtype for p in self.network.parameters() if p.is_floating_point())
+        return next(floating, torch.get_default_dtype())
 
     def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         batch_shape = self._batch_shape(x_t)
         spins = 2 * x_t - 1
-        flat = spins.reshape(-1, *self.event_shape)
-        output = self.network(flat, log_snr.expand(batch_shape).reshape(-1).to(x_t.dtype))
+        flat, dtype = spins.reshape(-1, *self.event_shape), self._network_dtype
+        output = self.network(flat.to(dtype), log_snr.expand(batch_shape).reshape(-1).to(dtype))
         if output.shape != flat.shape or not output.isfinite().all():
             raise ValueError(
                 f"argument 'network': got an output of shape {tuple(output.shape)}, or one with NaN or "
@@ -219,7 +226,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
                 "Lower the learning rate, and keep the batch axis in front."
             )
         same, other = self.log_noise_ratio(x_t, log_snr)
-        return output.reshape(x_t.shape) + spins * (same - other)
+        return output.reshape(x_t.shape).to(x_t.dtype) + spins * (same - other)
 
 
 class EnumeratedDenoiser(BernoulliDenoiser):
@@ -262,7 +269,8 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         super().__init__(schedule, tuple(data.shape[1:]), rate)
         weights = torch.ones(len(data)) if weights is None else weights
         if (
-            not data.is_floating_point()
+            data.dim() < 2
+            or not data.is_floating_point()
             or weights.shape != data.shape[:1]
             or not (weights > 0).all()
         ):
@@ -303,15 +311,14 @@ class BernoulliDiffusion(DiffusionModel):
 
     ``model``, ``guide``, ``posterior_guide``, ``subsampled()``, ``continuous()`` and ``sample()`` are those
     of any :class:`~pyro_diffusion.diffusion.DiffusionModel`, and so are the functions that take them. Sites
-    of the guides have no parameters; they count as reparameterised, and a schedule cannot be learned through
-    them.
+    of the guides have no parameters and count as reparameterised: a schedule cannot be learned through them.
 
     Args:
         denoiser: The reverse kernels, which bring schedule, rate and event shape.
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
 
     Raises:
-        ValueError: Another denoiser; from a program: data other than bits, or of another shape.
+        ValueError: Another denoiser; from a program: data other than bits, of another shape, or with gaps.
 
     Example:
         >>> denoiser = NeuralBernoulliDenoiser(MLP((20,)), LinearDecaySchedule(200), event_shape=(20,))
@@ -330,6 +337,15 @@ class BernoulliDiffusion(DiffusionModel):
     def __init__(self, denoiser: BernoulliDenoiser, *, name: str | None = None) -> None:
         check_argument("denoiser", denoiser, BernoulliDenoiser, "NeuralBernoulliDenoiser(…)")
         super().__init__(denoiser, name=name)
+
+    def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            raise ValueError(
+                "argument 'mask': got one for a BernoulliDiffusion; expected none, because the zero that "
+                "stands for a gap is a bit as well. Leave out data with gaps, or use a DiffusionModel with "
+                "LevelPrediction(2)."
+            )
+        return super().embed(x_0)
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)`: independent bits at the rate."""

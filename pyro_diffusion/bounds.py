@@ -43,11 +43,11 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from tqdm.auto import tqdm
 
-from pyro_diffusion.chains import BottomUpSite, SubsampledProgram, evaluating
+from pyro_diffusion.chains import BottomUpSite, SubsampledProgram
 from pyro_diffusion.kernels import check_timestep
 from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import ParamScope
+from pyro_diffusion.store import ParamScope, evaluating
 
 if TYPE_CHECKING:
     import xarray
@@ -338,7 +338,7 @@ def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
         t: Timestep in ``{1, …, T − 1}``; an integer or a LongTensor.
 
     Returns:
-        The weight, float64, of ``t``'s shape.
+        The weight, float64, of ``t``'s shape (+ the schedule's event shape).
 
     Raises:
         ValueError: ``t`` outside ``{1, …, T − 1}``.

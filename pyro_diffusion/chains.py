@@ -518,19 +518,6 @@ class ProgramPair(NamedTuple):
 
 
 @contextmanager
-def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Switch modules to evaluation mode (no dropout), and back to what each was before."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules() if m.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
-
-
-@contextmanager
 def naming(site: str) -> Iterator[None]:
     """Let an error from a kernel say at which site it happened."""
     try:

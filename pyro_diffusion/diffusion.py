@@ -215,6 +215,10 @@ class DiffusionModel(Family):
             https://arxiv.org/abs/2107.00630
         """
         _check_draws(num_timesteps)
+        if (
+            self.schedule.num_timesteps == 1
+        ):  # which stands at λ(1) alone, without a λ(0) to decode from
+            return self.with_num_timesteps(2).continuous(num_timesteps, timesteps=timesteps)
         return TimestepPlate(
             self.embed,
             self.marginal_at,

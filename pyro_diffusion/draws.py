@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
-from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.families import Family
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.store import evaluating
 
 if TYPE_CHECKING:
     import xarray
@@ -373,7 +373,9 @@ def _importance(evidence: Evidence) -> "xarray.Dataset":
 def _schedule(schedule: NoiseSchedule) -> "xarray.Dataset":
     t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
     curves = {"alpha_bar": schedule.alpha_bar(t), "log_snr": schedule.log_snr(t)}
-    return _dataset({name: (("timestep",), x) for name, x in curves.items()}, timestep=as_numpy(t))
+    # of a curve for each entry, the mean
+    means = {name: x.reshape(len(t), -1).mean(1) for name, x in curves.items()}
+    return _dataset({name: (("timestep",), x) for name, x in means.items()}, timestep=as_numpy(t))
 
 
 def as_numpy(x: Tensor) -> np.ndarray:

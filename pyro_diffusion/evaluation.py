@@ -23,8 +23,9 @@ denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is
 whose bracket has mean zero, with :math:`c_t` zero (KL), one (path) or fitted (a control variate), whichever
 was the quietest in the pilot.
 
-All data together cover the timesteps evenly. Independent replicates of the whole give the error, which is
-honest for any way of drawing.
+All data together cover the timesteps evenly. Independent replicates of the whole give the error, whatever the
+way of drawing. It is looked at rarely: each time that it is too large the rows are at least tripled, so that
+stopping where it happens to be small biases the mean little.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
@@ -42,23 +43,24 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_diffusion.bounds import ROWS, Estimate, log_density
-from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.observations import as_real, check_data
+from pyro_diffusion.store import evaluating
 
 __all__ = ["BoundEvaluation", "evaluate_bound"]
 
-_REPLICATES = 10  # at least, whose spread is the error
-_MOST_ROWS = 2**18  # of a replicate
+_REPLICATES, _PATH_REPLICATES = 16, 8  # whose spread is the error
+_LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of all replicates to begin with; of one replicate
 _GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
 _PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
-_PILOT = 16  # pairs of rows of each group; paths of each datum, where paths are tried
+_PILOT = 512  # pairs of rows, at least 16 of each group
+_PILOT_PATHS = 16  # of each of eight data, where paths are tried
 
 
 class BoundEvaluation(NamedTuple):
     """The bound of every datum, with what it cost; nats per datum, float64."""
 
-    elbo: Tensor  #: an unbiased estimate of each datum's bound, ``(N,)``
+    elbo: Tensor  #: an estimate of each datum's bound, ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``
     monte_carlo_error: (
         float  #: of the mean over data, whose draws are spread over the timesteps together
@@ -107,16 +109,17 @@ def evaluate_bound(
         num_timesteps: Another grid for the same curve, ``math.inf`` for the continuous chain; by default the
             model's own.
         batch_size: Network rows at a time.
-        max_rows: Network rows after which to give up; what was reached is in the result.
+        max_rows: Network rows after which no more are begun; what was reached is in the result. The pilot
+            run and the first replicates are spent in any case.
 
     Returns:
         :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
-        rows do not change. Draws go on until the *estimated* error is small enough, so that it is a little
-        low on average where few data leave it uncertain.
+        rows do not change. The error is estimated, from 16 replicates (8 where paths are summed), and where a
+        few data or rare terms dominate it may be low, and the bound with it a little high.
 
     Raises:
-        ValueError: An error that is not positive, a schedule without the grid asked for; data as for the
-            programs.
+        ValueError: An error that is not positive, a schedule without the grid asked for, a term that is not
+            finite; data as for the programs.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(1000))
@@ -129,25 +132,34 @@ def evaluate_bound(
             f"argument 'standard_error': got {standard_error!r}; expected a positive number of nats per "
             "datum, the Monte Carlo error of the mean over data. For bits per dimension, multiply by D ln 2."
         )
-    if num_timesteps is not None and num_timesteps != math.inf:
-        diffusion = diffusion.with_num_timesteps(int(num_timesteps))
+    continuous = num_timesteps == math.inf
+    if num_timesteps is not None and not continuous:
+        diffusion = diffusion.with_num_timesteps(num_timesteps)  # type: ignore[arg-type]
+    elif continuous and diffusion.schedule.num_timesteps == 1:
+        diffusion = diffusion.with_num_timesteps(2)  # one step stands at λ(1) alone
     with evaluating(diffusion):
-        rows = _Rows(diffusion, check_data(x_0), num_timesteps == math.inf, batch_size)
-        draw, estimator, shares = _plan(rows, standard_error)
-        together = estimator == "timesteps"  # else every datum's draws are its own
-        least = _REPLICATES if together else max(2, math.ceil(30 / len(x_0)))
-        replicates = [draw() for _ in range(least)]
-        while (error := _error(replicates, together)) > standard_error and rows.spent < max_rows:
-            replicates.append(draw())
-    values = torch.stack(replicates)
+        rows = _Rows(diffusion, check_data(x_0), continuous, batch_size)
+        plan = _plan(rows, standard_error)
+        # Of few data some rows more: a small sample of rare terms has a small spread.
+        largest = min(_MOST_ROWS, max_rows / plan.num_replicates) / plan.rows_of_one
+        largest = max(1, math.floor(largest))
+        size = max(plan.size, math.ceil(_LEAST_ROWS / (plan.num_replicates * plan.rows_of_one)))
+        size = total = min(size, largest)
+        values = torch.stack([plan.replicate(size) for _ in range(plan.num_replicates)])
+        while (error := _error_of_mean(values)) > standard_error and rows.spent < max_rows:
+            size = total * max(2, math.ceil((error / standard_error) ** 2) - 1)
+            size = min(size, largest)
+            more = torch.stack([plan.replicate(size) for _ in range(plan.num_replicates)])
+            values = (total * values + size * more) / (total + size)
+            total += size
     return BoundEvaluation(
         elbo=values.mean(0) + rows.known,
         standard_error=(values.var(0) / len(values)).sqrt(),
         monte_carlo_error=error,
         rows=rows.spent,
         full_rows=len(x_0) * rows.length,
-        estimator=estimator,
-        shares=shares,
+        estimator=plan.name,
+        shares=plan.shares,
         event_size=x_0[0].numel(),
     )
 
@@ -200,7 +212,14 @@ class _Rows:
         """Terms of the bound at timesteps ``t`` of rows ``data``, with their signs; float64, ``(rows,)``."""
         parts = zip(data.split(self.batch_size), t.split(self.batch_size), strict=True)
         self.spent += len(data)
-        return torch.cat([self._terms(*part) for part in parts])
+        terms = torch.cat([self._terms(*part) for part in parts])
+        if not terms.isfinite().all():
+            where = t[~terms.isfinite()][0].item()
+            raise ValueError(
+                f"timestep {where:g}: got a term of the bound that is NaN or infinite; expected finite "
+                "numbers. Check the parameters for NaN, and the data for values outside the support."
+            )
+        return terms
 
     def _terms(self, data: Tensor, t: Tensor) -> Tensor:
         x_0, first = self.embedded[data], t == (0 if self.continuous else 1)
@@ -262,49 +281,62 @@ def _terms_of_draw(q: TorchDistribution, p: TorchDistribution) -> tuple[Tensor, 
         return ratio, x, ratio
 
 
-def _error(replicates: list[Tensor], together: bool) -> float:
-    """Standard error of the mean over data and replicates, from the spread of the latter."""
-    values = torch.stack(replicates)
-    if together:
-        return (values.mean(1).std() / math.sqrt(len(values))).item()
-    return ((values.var(0).sum() / len(values)).sqrt() / values.shape[1]).item()
+def _error_of_mean(values: Tensor) -> float:
+    """Standard error of the mean over data and replicates, ``(R, N)``, from the spread of the latter."""
+    return (values.mean(1).std() / math.sqrt(len(values))).item()
 
 
-def _plan(rows: _Rows, standard_error: float) -> tuple[Callable[[], Tensor], str, Tensor]:
-    """How to draw a replicate, from a pilot: the function, its name and the shares of the groups."""
+class _Plan(NamedTuple):
+    replicate: Callable[[int], Tensor]  # of every datum's bound less what is known, for a size
+    size: int  # to begin with: timesteps, or paths, of each datum
+    num_replicates: int
+    rows_of_one: int  # network rows of a replicate of size one
+    name: str
+    shares: Tensor
+
+
+def _plan(rows: _Rows, standard_error: float) -> _Plan:
+    """What to draw, from a pilot."""
     count = len(rows.x_0)
     shares, noise = _pilot(rows)
     rows_needed = noise / (count * standard_error**2)  # of each datum
     if rows.length < rows_needed:
         strength, variance, name = _path_pilot(rows)
-        paths_needed = max(2, variance / (count * standard_error**2))
+        paths_needed = max(_PATH_REPLICATES, variance / (count * standard_error**2))
         if rows.length * paths_needed < rows_needed:
-            return _path_replicate(rows, strength), name, shares[:0]
-    num_points = min(math.ceil(rows_needed / _REPLICATES), _MOST_ROWS // count)
-    num_points = max(num_points, 1)
-    if num_points > 1:  # the reconstruction in every replicate
-        shares[0] = shares[0].clamp(min=1 / num_points)
-        shares[1:] *= (1 - shares[0]) / shares[1:].sum().clamp(min=1e-300)
-    return lambda: rows.systematic(num_points, shares), "timesteps", shares
 
+            def sum_of_paths(size: int) -> Tensor:
+                """Whole paths of every datum, with the coefficients of the pilot."""
+                data = torch.arange(count, device=rows.x_0.device).repeat(size)
+                bound, excess = rows.paths(data)
+                return (bound - excess @ strength).reshape(size, count).mean(0)
 
-def _path_replicate(rows: _Rows, strength: Tensor) -> Callable[[], Tensor]:
-    data = torch.arange(len(rows.x_0), device=rows.x_0.device)
+            size = math.ceil(paths_needed / _PATH_REPLICATES)
+            one = count * int(rows.length)
+            return _Plan(sum_of_paths, size, _PATH_REPLICATES, one, name, shares[:0])
+    size = math.ceil(rows_needed / _REPLICATES)
 
-    def one_path() -> Tensor:
-        """A path of every datum."""
-        bound, excess = rows.paths(data)
-        return bound - excess @ strength
+    def single_timesteps(size: int) -> Tensor:
+        """A few timesteps of every datum; the reconstruction among them, where there are two or more."""
+        first = shares[0] if size == 1 else shares[0].clamp(min=1 / size)
+        rest = shares[1:] * (1 - first) / shares[1:].sum().clamp(min=1e-300)
+        return rows.systematic(size, torch.cat((first[None], rest)))
 
-    return one_path
+    return _Plan(single_timesteps, size, _REPLICATES, count, "timesteps", shares)
 
 
 def _pilot(rows: _Rows) -> tuple[Tensor, float]:
     r"""How often to draw each group of timesteps, and :math:`(\sum_t \sqrt{E \operatorname{Var} L_t})^2`."""
-    groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(_PILOT)
-    data = torch.randint(len(rows.x_0), groups.shape, device=groups.device)
+    num_pairs = max(16, _PILOT // len(rows.sizes))
+    groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(num_pairs)
+    order = torch.randperm(
+        len(groups), device=groups.device
+    )  # every datum is seen, if there are few
+    data = order % len(rows.x_0)
+    if len(rows.x_0) > len(groups):
+        data = torch.randint(len(rows.x_0), groups.shape, device=groups.device)
     t = rows.timesteps(groups, torch.rand(groups.shape, dtype=torch.float64, device=groups.device))
-    pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, _PILOT)
+    pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, num_pairs)
     variance = (pairs[0] - pairs[1]).square().mean(1) / 2
     # A tenth of the rows by size: where a term is large, what little noise the pilot saw may be too little.
     root, size = (rows.sizes * x for x in (variance.sqrt(), pairs.square().mean((0, 2)).sqrt()))
@@ -318,10 +350,10 @@ def _path_pilot(rows: _Rows) -> tuple[Tensor, float, str]:
     """Coefficients of the log-ratios by group, a path's variance with them, and what the sum is called."""
     count = min(len(rows.x_0), 8)
     data = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
-    bound, excess = rows.paths(data.repeat(_PILOT))
-    bound, excess = bound.reshape(_PILOT, count), excess.reshape(_PILOT, count, -1)
+    bound, excess = rows.paths(data.repeat(_PILOT_PATHS))
+    bound, excess = bound.reshape(_PILOT_PATHS, count), excess.reshape(_PILOT_PATHS, count, -1)
     bound, excess = (x - x.mean(0) for x in (bound, excess))
-    freedom = count * (_PILOT - 1)
+    freedom = count * (_PILOT_PATHS - 1)
     flat = excess.flatten(0, 1)
     ridge = 1e-9 * flat.square().sum().clamp(min=1e-300) * torch.eye(flat.shape[1]).to(flat)
     fitted = torch.linalg.solve(flat.mT @ flat + ridge, flat.mT @ bound.flatten())

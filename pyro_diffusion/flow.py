@@ -29,10 +29,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_diffusion.chains import evaluating
+from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, check_state, fingerprint
 from pyro_diffusion.observations import check_data
+from pyro_diffusion.store import evaluating
 
 __all__ = ["ode_log_likelihood"]
 
@@ -73,7 +74,8 @@ def ode_log_likelihood(
         names them). Weights and their diagnostics are NaN.
 
     Raises:
-        ValueError: A model with a likelihood or over levels; a timestep outside ``0 … T``; fewer than two
+        ValueError: A model with a likelihood, over levels or bits, or with a curve for each entry;
+            a timestep outside ``0 … T``; fewer than two
             probes; data as for the programs.
 
     Example:
@@ -184,6 +186,13 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
 
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
     check_state(state, diffusion.schedule.num_timesteps)
+    bits = isinstance(diffusion, BernoulliDiffusion)
+    if bits or diffusion.schedule.event_dim:
+        what = "a BernoulliDiffusion" if bits else "a schedule with a curve for each entry"
+        raise ValueError(
+            f"argument 'diffusion': got {what}; expected real-valued states at one log-SNR, along which the "
+            "flow runs. Use importance_evidence."
+        )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
     if state == 0 and (diffusion.likelihood is not None or levels):
         what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)

@@ -171,7 +171,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
     Raises:
         ValueError: No parameters; from a step, sites outside a data plate at dim −1, or a parameter that the
-            bound does not depend on.
+            bound does not depend on, or draws that are not reparameterised.
     """
 
     def __init__(self, parameters: Iterable[Tensor], **arguments: Any) -> None:
@@ -190,6 +190,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
         """The loss, minus the bound; gradients of it, and of the squares, are added to the parameters'."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            _check_reparameterised(guide_trace)
             bound = _bound_of_data(model_trace, guide_trace) / self.num_particles
             loss -= bound.sum().item()
             before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
@@ -209,6 +210,19 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
                     )
                 parameter.grad = square if grad is None else grad + square
         return loss
+
+
+def _check_reparameterised(guide_trace: Any) -> None:
+    for name, site in guide_trace.nodes.items():
+        latent = (
+            site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        )
+        if latent and not site["fn"].has_rsample:
+            raise ValueError(
+                f"site {name!r}: got draws of a {type(site['fn']).__name__}, which are not reparameterised; "
+                "expected draws that have a gradient, of which that of the variance is made. Use a schedule "
+                "that is fixed."
+            )
 
 
 def bound_by_datum(

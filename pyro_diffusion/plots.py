@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms
-from pyro_diffusion.chains import evaluating
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.store import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -331,7 +331,8 @@ def _columns(
 
 
 def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
-    log_snr = diffusion.schedule.log_snr(torch.tensor(timesteps)).tolist()
+    levels = diffusion.schedule.log_snr(torch.tensor(timesteps)).reshape(len(timesteps), -1)
+    log_snr = levels.mean(1).tolist()
     return [
         f"$t = {t}$\n" + ("data; $\\hat x_0(x_1)$" if t == 0 else f"$\\lambda = {value:.1f}$")
         for t, value in zip(timesteps, log_snr, strict=True)

@@ -66,7 +66,12 @@ class NoiseSchedule(nn.Module, ABC):
         r"""The curve :math:`\lambda(u)`, :math:`u \in [0, 1]`; float64, ``u``'s shape + ``event_shape``."""
 
     def slope_at(self, u: Tensor) -> Tensor:
-        r"""The curve's slope :math:`\lambda'(u) < 0`, float64, of the shape of :meth:`log_snr_at`."""
+        r"""The curve's slope :math:`\lambda'(u) < 0`, float64, of the shape of :meth:`log_snr_at`.
+
+        A schedule with a curve for each entry brings its own; of one curve the gradient is it.
+        """
+        if self.event_dim:
+            raise NotImplementedError(f"{type(self).__name__} has curves by entry, and no slope_at")
         learned = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.enable_grad():
             u = u.detach().double().requires_grad_()

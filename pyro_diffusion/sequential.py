@@ -34,7 +34,6 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.bounds import ROWS, log_density, measure_of
-from pyro_diffusion.chains import evaluating
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, at_the_end, check_state, fingerprint, tail
@@ -47,6 +46,7 @@ from pyro_diffusion.kernels import (
     posterior_variance,
 )
 from pyro_diffusion.observations import as_real, check_data
+from pyro_diffusion.store import evaluating
 
 __all__ = ["smc_evidence"]
 

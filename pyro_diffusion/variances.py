@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.kernels import ChainStep, posterior_variance
+from pyro_diffusion.observations import check_data
+from pyro_diffusion.store import evaluating
 
 __all__ = [
     "ForwardVariance",
@@ -173,29 +175,27 @@ class OptimalVariance(nn.Module, ReverseVariance):
             batch_size: Network rows at a time.
 
         Raises:
-            ValueError: A schedule with a curve for each entry.
+            ValueError: A schedule with a curve for each entry, or of one step.
         """
         schedule, denoiser = diffusion.schedule, diffusion.denoiser
-        if schedule.event_dim:
+        if schedule.event_dim or schedule.num_timesteps == 1:
             raise ValueError(
-                "argument 'diffusion': got a schedule with a curve for each entry; expected a single curve, "
+                f"argument 'diffusion': got {schedule}; expected a single curve and two timesteps or more, "
                 "because the squared errors are a function of one log-SNR. Use LearnedVariance()."
             )
         ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
         levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
-        x_0, was_training = diffusion.embed(x_0), denoiser.training
-        denoiser.eval()
-        squares = []
-        for level in levels:
-            signal, noise = (scale.to(x_0.dtype) for scale in schedule.scales(level))
-            total = 0.0
-            for part in x_0.split(batch_size):
-                x_t = signal * part + noise * torch.randn_like(part)
-                error = part - denoiser.x_0_hat(x_t, level)
-                total += error.double().square().sum().item()
-            squares.append(total / x_0.numel())
-        denoiser.train(was_training)
-        return cls(levels, torch.tensor(squares, dtype=torch.float64).clamp(min=1e-12))
+        x_0, squares = diffusion.embed(check_data(x_0)), []
+        with evaluating(denoiser):
+            for level in levels:
+                signal, noise = (scale.to(x_0.dtype) for scale in schedule.scales(level))
+                total = 0.0
+                for part in x_0.split(batch_size):
+                    x_t = signal * part + noise * torch.randn_like(part)
+                    error = part - denoiser.x_0_hat(x_t, level)
+                    total += error.double().square().sum().item()
+                squares.append(total / x_0.numel())
+        return cls(levels, torch.tensor(squares).to(levels).clamp(min=1e-12))
 
     def forward(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
         """Variance of :math:`x_{t-1}` given :math:`x_t`; see :class:`ReverseVariance`."""

@@ -16,11 +16,13 @@ from pyro_diffusion import (
     BernoulliDiffusion,
     EnumeratedDenoiser,
     LinearDecaySchedule,
+    MinimumVarianceELBO,
     MonotoneSchedule,
     NeuralBernoulliDenoiser,
     elbo_terms,
     evaluate_bound,
     importance_evidence,
+    ode_log_likelihood,
 )
 
 ALPHA = torch.tensor([0.9, 0.7, 0.4], dtype=torch.float64)
@@ -212,6 +214,12 @@ def test_what_it_cannot_take_is_refused_in_words():
         NeuralBernoulliDenoiser(MLP((4,)), MonotoneSchedule(5, event_shape=(4,)), (4,))
     with pytest.raises(ValueError, match="arguments 'data' and 'weights'"):
         EnumeratedDenoiser(torch.eye(3), schedule, torch.ones(2))
+    with pytest.raises(ValueError, match="arguments 'data' and 'weights'"):
+        EnumeratedDenoiser(torch.ones(3), schedule)
+    with pytest.raises(ValueError, match="argument 'mask'"):
+        diffusion.guide(torch.zeros(2, 4), mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="BernoulliDiffusion"):
+        ode_log_likelihood(diffusion, torch.zeros(2, 4), state=2)
     with pytest.raises(ValueError, match="no score"):
         diffusion.denoiser.score(torch.zeros(1, 4), torch.tensor(0.0))
     with pytest.raises(ValueError, match="argument 'network'"):
@@ -222,7 +230,34 @@ def test_what_it_cannot_take_is_refused_in_words():
         LinearDecaySchedule(5, alpha_bar_max=0.1, alpha_bar_min=0.2)
 
 
-def test_learned_schedule_is_not_claimed_to_be_reparameterised():
+def test_learned_schedules_are_refused_and_never_claimed_to_be_reparameterised():
     schedule = MonotoneSchedule(5)
+    with pytest.raises(ValueError, match="argument 'schedule'"):
+        NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,))
+    schedule.requires_grad_(False)
     diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,)))
+    schedule.requires_grad_(True)
     assert not diffusion.forward_marginal(torch.zeros(1, 4), 3).has_rsample
+    pair = diffusion.continuous()
+    with pytest.raises(ValueError, match="not reparameterised"):
+        MinimumVarianceELBO([schedule.interior]).loss_and_grads(
+            pair.model, pair.guide, torch.zeros(2, 4)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_of_half_precision_leave_the_chain_as_exact_as_it_is(dtype):
+    class Zeros(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(20, dtype=dtype))
+
+        def forward(self, x_t, log_snr):
+            assert x_t.dtype == log_snr.dtype == dtype
+            return self.bias.expand(len(x_t), 20)
+
+    denoiser = NeuralBernoulliDenoiser(Zeros(), LinearDecaySchedule(50_000), (20,))
+    assert denoiser.dtype == torch.float32
+    x_0 = torch.randint(2, (50, 20)).float()
+    result = evaluate_bound(BernoulliDiffusion(denoiser), x_0, standard_error=0.02)
+    assert abs(result.mean().value + 20 * math.log(2)) < 4 * result.monte_carlo_error + 1e-3

@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pytest
@@ -35,7 +36,12 @@ from pyro_diffusion import (
     elbo_terms,
     evaluate_bound,
     forward_increment,
+    ode_log_likelihood,
+    plot_denoised,
+    plot_trajectory,
     snr_weight,
+    summary,
+    to_arviz,
 )
 
 MEAN = torch.tensor([0.3, -0.5], dtype=torch.float64)
@@ -128,6 +134,33 @@ def test_finite_chains_tend_to_it_for_every_variance(variance):
     gaps = [float(limit.mean()) - float(result.mean()) for result in fine]
     assert abs(gaps[0]) < 4 * 0.14
     assert abs(gaps[1]) > abs(gaps[0])
+
+
+def test_a_chain_of_one_step_has_the_same_limit():
+    pyro.set_rng_seed(0)
+    diffusion = DiffusionModel(GaussianDenoiser(MEAN, STD, curve(1)))
+    x_0 = diffusion.denoiser.data_distribution.sample((500,))
+    truth = diffusion.denoiser.data_distribution.log_prob(x_0).mean().item()
+    value, error = draws_of_bound(diffusion.continuous(4), x_0, TraceMeanField_ELBO())
+    assert abs(value - truth) < 4 * error
+    result = evaluate_bound(diffusion, x_0, standard_error=0.1, num_timesteps=math.inf)
+    assert abs(result.mean().value - truth) < 4 * result.monte_carlo_error
+
+
+def test_what_reads_a_schedule_reads_one_for_every_dimension():
+    pyro.set_rng_seed(0)
+    schedule = monotone(6, event_shape=(2,))
+    diffusion = DiffusionModel(GaussianDenoiser(MEAN, STD, schedule))
+    x_0 = diffusion.denoiser.data_distribution.sample((30,))
+    data = to_arviz(diffusion, x_0, num_draws=25, timesteps=[1, 6])
+    assert data.constant_data["log_snr"].dims == ("timestep",)
+    plot_trajectory(diffusion, x_0)
+    plot_denoised(diffusion, x_0)
+    plt.close("all")
+    with pytest.raises(ValueError, match="a curve for each entry"):
+        ode_log_likelihood(diffusion, x_0)
+    result = summary(diffusion, x_0, standard_error=0.5, num_particles=16)
+    assert list(result.groups()) == ["chain, T = 6", "chain, T → ∞"]
 
 
 def test_with_num_timesteps_shares_parameters_and_names():
