@@ -142,16 +142,19 @@ def fit(oracle: Any, ends: list[float], args: argparse.Namespace) -> MonotoneSch
     schedule = MonotoneSchedule(1000, log_snr_max=ends[0], log_snr_min=ends[1])
     schedule.log_snr_min.requires_grad_(False)
     schedule.log_range.requires_grad_(False)
-    train(DiffusionModel(oracle(schedule)), schedule, args)
+    train(DiffusionModel(oracle(schedule)), schedule, 0.3, args)
     return schedule
 
 
-def train(diffusion: DiffusionModel, schedule: MonotoneSchedule, args: argparse.Namespace) -> None:
+def train(
+    diffusion: DiffusionModel, schedule: MonotoneSchedule, lr: float, args: argparse.Namespace
+) -> None:
+    """The interior for the variance, and the ends, if they are learned, for the bound."""
     pair, law = diffusion.continuous(), diffusion.denoiser.data_distribution
     decay = {"betas": (0.9, 0.99), "lrd": 0.02 ** (1 / args.num_steps)}
 
     def settings(name: str) -> dict[str, Any]:
-        return decay | {"lr": 0.3 if name.endswith("interior") else 0.01}
+        return decay | {"lr": lr if name.endswith("interior") else 0.002}
 
     elbo = MinimumVarianceELBO([schedule.interior])
     svi = SVI(pair.model, pair.guide, ClippedAdam(settings), elbo)
@@ -186,7 +189,7 @@ def by_dimension(event_shape: tuple[int, ...], args: argparse.Namespace) -> dict
         high, low = high.max(), low.min()
     schedule = MonotoneSchedule(50, log_snr_max=high, log_snr_min=low, event_shape=event_shape)
     diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(32), std, schedule))
-    train(diffusion, schedule, args)
+    train(diffusion, schedule, 0.05 if event_shape else 0.3, args)  # each at its best
     law = diffusion.denoiser.data_distribution
     x_0 = law.sample((args.num_rows,))
     with torch.no_grad():

@@ -71,8 +71,8 @@ class BernoulliDenoiser(Denoiser, ABC):
         if schedule.event_dim or any(p.requires_grad for p in schedule.parameters()):
             raise ValueError(
                 f"argument 'schedule': got {schedule}, learned or with a curve for each entry; expected "
-                "a single fixed curve, because draws of bits have no gradient. Use LinearDecaySchedule(1000), or "
-                "call schedule.requires_grad_(False)."
+                "a single fixed curve, because draws of bits have no gradient. Use LinearDecaySchedule(1000) "
+                "or schedule.requires_grad_(False)."
             )
         self.rate = float(rate)
 

@@ -24,7 +24,7 @@ whose bracket has mean zero, with :math:`c_t` zero (KL), one (path) or fitted (a
 was the quietest in the pilot.
 
 All data together cover the timesteps evenly. Independent replicates of the whole give the error, whatever the
-way of drawing. It is looked at rarely: each time that it is too large the rows are at least tripled, so that
+way of drawing. It is looked at rarely: each time that it is too large the rows are doubled at least, so that
 stopping where it happens to be small biases the mean little.
 
 References:
@@ -49,7 +49,7 @@ from pyro_diffusion.store import evaluating
 
 __all__ = ["BoundEvaluation", "evaluate_bound"]
 
-_REPLICATES, _PATH_REPLICATES = 16, 8  # whose spread is the error
+_REPLICATES, _PATH_REPLICATES = 16, 10  # whose spread is the error
 _LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of all replicates to begin with; of one replicate
 _GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
 _PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
@@ -114,7 +114,7 @@ def evaluate_bound(
 
     Returns:
         :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
-        rows do not change. The error is estimated, from 16 replicates (8 where paths are summed), and where a
+        rows do not change. The error is estimated, from 16 replicates (10 where paths are summed), and where a
         few data or rare terms dominate it may be low, and the bound with it a little high.
 
     Raises:
@@ -147,8 +147,8 @@ def evaluate_bound(
         size = total = min(size, largest)
         values = torch.stack([plan.replicate(size) for _ in range(plan.num_replicates)])
         while (error := _error_of_mean(values)) > standard_error and rows.spent < max_rows:
-            size = total * max(2, math.ceil((error / standard_error) ** 2) - 1)
-            size = min(size, largest)
+            times = max(1, 1.2 * (error / standard_error) ** 2 - 1)
+            size = min(math.ceil(total * times), largest)
             more = torch.stack([plan.replicate(size) for _ in range(plan.num_replicates)])
             values = (total * values + size * more) / (total + size)
             total += size
@@ -311,10 +311,10 @@ def _plan(rows: _Rows, standard_error: float) -> _Plan:
                 bound, excess = rows.paths(data)
                 return (bound - excess @ strength).reshape(size, count).mean(0)
 
-            size = math.ceil(paths_needed / _PATH_REPLICATES)
+            size = math.ceil(1.2 * paths_needed / _PATH_REPLICATES)
             one = count * int(rows.length)
             return _Plan(sum_of_paths, size, _PATH_REPLICATES, one, name, shares[:0])
-    size = math.ceil(rows_needed / _REPLICATES)
+    size = math.ceil(1.2 * rows_needed / _REPLICATES)
 
     def single_timesteps(size: int) -> Tensor:
         """A few timesteps of every datum; the reconstruction among them, where there are two or more."""
