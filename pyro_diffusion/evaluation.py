@@ -114,8 +114,8 @@ def evaluate_bound(
 
     Returns:
         :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
-        rows do not change. The error is estimated, from 16 replicates (10 where paths are summed), and where a
-        few data or rare terms dominate it may be low, and the bound with it a little high.
+        rows do not change. The error is estimated, from 16 replicates (10 where paths are summed); where few
+        data or rare terms dominate it may be low, and the bound with it a little high.
 
     Raises:
         ValueError: An error that is not positive, a schedule without the grid asked for, a term that is not

@@ -159,7 +159,7 @@ def _bound(
     result = evaluate_bound(
         diffusion, x_0, standard_error=standard_error, num_timesteps=num_timesteps
     )
-    name = f"bound by {result.estimator}"
+    name = f"by {result.estimator}"
     return SummaryRow(model, name, "bound", result.mean(), len(x_0), len(x_0))
 
 
