@@ -61,7 +61,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|"
     )
     rows = []
-    for length in LENGTHS:
+    for length in args.lengths:
         rows.append(row(*(d.with_num_timesteps(length) for d in (fitted, best)), args))
         print(markdown(rows[-1]), flush=True)
     print(f"\nbits/sequence; log p is {-math.log2(5):.4f}. {fit_seconds:.0f} CPU seconds to fit")
@@ -117,7 +117,7 @@ def draw(diffusion: BernoulliDiffusion, seed: int, args: argparse.Namespace) -> 
     """An unbiased draw of the bound in bits; models of one schedule and dtype share the noise of a seed."""
     pyro.set_rng_seed(seed)
     pair = diffusion.subsampled(num_timesteps=READ_DRAWS)
-    batch = HEARTBEATS.repeat(READ_COPIES, 1).to(args.device, diffusion.dtype)
+    batch = HEARTBEATS.repeat(args.read_copies, 1).to(args.device, diffusion.dtype)
     return -TraceMeanField_ELBO().loss(pair.model, pair.guide, batch) / len(batch) / math.log(2)
 
 
@@ -169,7 +169,7 @@ def write(
         "hidden_size": HIDDEN_SIZE,
         "num_blocks": NUM_BLOCKS,
         "fit_cpu_seconds": round(fit_seconds, 1),
-        "read_rows": len(HEARTBEATS) * READ_COPIES,
+        "read_rows": len(HEARTBEATS) * args.read_copies,
         "read_timesteps": READ_DRAWS,
         "read_repeats": args.num_repeats,
         "num_samples": args.num_samples,
@@ -199,6 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     args.num_steps, args.num_repeats, args.num_samples = (
         (20, 2, 20) if args.smoke else (5000, 12, 500)
     )
+    args.lengths, args.read_copies = ((5, 10), 10) if args.smoke else (LENGTHS, READ_COPIES)
     return args
 
 

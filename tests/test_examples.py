@@ -23,7 +23,7 @@ LISTED = {
 
 BENCHMARKS = {
     "heartbeat.py": ["best", "heartbeats among samples", "log p is -2.3219"],
-    "ising.py": ["log p(x) − bound", "ladder VAE", "total variation"],
+    "ising.py": ["log p − bound", "ladder VAE", "total variation"],
     "lengths.py": ["variance", "of a full sum", "| inf | any |"],
     "toys.py": ["gap, paired", "8 Gaussians", "moons"],
     "variance.py": ["learned / floor", "stratified", "one a dimension"],
