@@ -9,7 +9,7 @@ quantile function) from a law that follows the noise of the terms,
 
 .. math::
     \widehat{\mathrm{ELBO}} = -L_T - \frac1h \sum_{i=1}^h \frac{L_{t_i}}{\pi(t_i)}, \qquad
-    \pi(t) \propto \sqrt{E \operatorname{Var}[L_t \mid x_0]} .
+    \pi(t) \propto \sqrt{\operatorname{Var} L_t} .
 
 Of a row alone the analytic KL is the quietest estimate, being the mean of the log-ratio given :math:`x_t`.
 
@@ -316,34 +316,31 @@ def _plan(rows: _Rows, standard_error: float) -> _Plan:
             return _Plan(sum_of_paths, size, _PATH_REPLICATES, one, name, shares[:0])
     size = math.ceil(1.2 * rows_needed / _REPLICATES)
 
-    def single_timesteps(size: int) -> Tensor:
-        """A few timesteps of every datum; the reconstruction among them, where there are two or more."""
-        first = shares[0] if size == 1 else shares[0].clamp(min=1 / size)
-        rest = shares[1:] * (1 - first) / shares[1:].sum().clamp(min=1e-300)
-        return rows.systematic(size, torch.cat((first[None], rest)))
-
-    return _Plan(single_timesteps, size, _REPLICATES, count, "timesteps", shares)
+    return _Plan(
+        lambda size: rows.systematic(size, shares), size, _REPLICATES, count, "timesteps", shares
+    )
 
 
 def _pilot(rows: _Rows) -> tuple[Tensor, float]:
-    r"""How often to draw each group of timesteps, and :math:`(\sum_t \sqrt{E \operatorname{Var} L_t})^2`."""
+    r"""How often to draw each group of timesteps, and the noise of a datum's single row by that."""
     num_pairs = max(16, _PILOT // len(rows.sizes))
     groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(num_pairs)
-    order = torch.randperm(
-        len(groups), device=groups.device
-    )  # every datum is seen, if there are few
-    data = order % len(rows.x_0)
+    # Every datum is seen, if there are few.
+    data = torch.randperm(len(groups), device=groups.device) % len(rows.x_0)
     if len(rows.x_0) > len(groups):
         data = torch.randint(len(rows.x_0), groups.shape, device=groups.device)
     t = rows.timesteps(groups, torch.rand(groups.shape, dtype=torch.float64, device=groups.device))
     pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, num_pairs)
-    variance = (pairs[0] - pairs[1]).square().mean(1) / 2
+    variance = (
+        pairs.transpose(0, 1).flatten(1).var(1)
+    )  # over data as well: few rows see few of them
+    noise = (pairs[0] - pairs[1]).square().mean(1) / 2
     # A tenth of the rows by size: where a term is large, what little noise the pilot saw may be too little.
     root, size = (rows.sizes * x for x in (variance.sqrt(), pairs.square().mean((0, 2)).sqrt()))
     shares = 0.9 * root / root.sum().clamp(min=1e-300) + 0.1 * size / size.sum().clamp(min=1e-300)
     shares = shares.clamp(min=1e-6)
     shares = shares / shares.sum()
-    return shares, (root.square() / shares).sum().item()
+    return shares, (rows.sizes.square() * noise / shares).sum().item()
 
 
 def _path_pilot(rows: _Rows) -> tuple[Tensor, float, str]:
@@ -355,7 +352,7 @@ def _path_pilot(rows: _Rows) -> tuple[Tensor, float, str]:
     bound, excess = (x - x.mean(0) for x in (bound, excess))
     freedom = count * (_PILOT_PATHS - 1)
     flat = excess.flatten(0, 1)
-    ridge = 1e-9 * flat.square().sum().clamp(min=1e-300) * torch.eye(flat.shape[1]).to(flat)
+    ridge = 1e-9 * flat.square().sum().clamp(min=1e-200) * torch.eye(flat.shape[1]).to(flat)
     fitted = torch.linalg.solve(flat.mT @ flat + ridge, flat.mT @ bound.flatten())
     choices = {"KL": torch.zeros_like(fitted), "path": torch.ones_like(fitted)}
     choices["control variate"] = fitted
