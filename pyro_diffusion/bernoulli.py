@@ -25,6 +25,7 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -58,6 +59,8 @@ class BernoulliDenoiser(Denoiser, ABC):
         ValueError: A rate outside (0, 1), a schedule that is learned or by dimension, or data other than 0
             and 1.
     """
+
+    states: ClassVar[str] = "bits"
 
     def __init__(
         self, schedule: NoiseSchedule, event_shape: tuple[int, ...], rate: float = 0.5
@@ -240,7 +243,7 @@ class EnumeratedDenoiser(BernoulliDenoiser):
     that change together in one step change independently under the kernel.
 
     Args:
-        data: All values of the data, bits, shape ``(K,) + event_shape``, float.
+        data: All values of the data, bits, shape ``(K,) + event_shape``.
         schedule: Noise schedule of the chain.
         weights: Their probabilities, ``(K,)``, normalised here; equal ones by default.
         rate: :math:`r`, the rate that bits decay to.
@@ -267,17 +270,14 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         rate: float = 0.5,
     ) -> None:
         super().__init__(schedule, tuple(data.shape[1:]), rate)
+        data = data if data.is_floating_point() else data.to(torch.get_default_dtype())
         weights = torch.ones(len(data)) if weights is None else weights
-        if (
-            data.dim() < 2
-            or not data.is_floating_point()
-            or weights.shape != data.shape[:1]
-            or not (weights > 0).all()
-        ):
+        fit = data.dim() > 1 and weights.shape == data.shape[:1]
+        if not fit or not (weights > 0).all():
             raise ValueError(
-                f"arguments 'data' and 'weights': got {data.dtype} of shape {tuple(data.shape)} and "
-                f"weights of shape {tuple(weights.shape)}; expected float bits and a positive weight "
-                "for each value. Call data.float(), and leave out values of probability zero."
+                f"arguments 'data' and 'weights': got shapes {tuple(data.shape)} and {tuple(weights.shape)}; "
+                "expected (K,) + event_shape, every value once, and K positive weights. Leave out values of "
+                "probability zero."
             )
         self.register_buffer("values", data.clone())
         self.register_buffer("log_weights", (weights / weights.sum()).log().to(data))
@@ -332,6 +332,7 @@ class BernoulliDiffusion(DiffusionModel):
         https://arxiv.org/abs/1503.03585
     """
 
+    states: ClassVar[str] = "bits"
     denoiser: BernoulliDenoiser
 
     def __init__(self, denoiser: BernoulliDenoiser, *, name: str | None = None) -> None:

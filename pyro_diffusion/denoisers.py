@@ -17,7 +17,7 @@ References:
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import pyro.distributions as dist
 import torch
@@ -68,6 +68,8 @@ class Denoiser(nn.Module, ABC):
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum, in the chain's space.
     """
+
+    states: ClassVar[str] = "real numbers"  #: what the chain's states are
 
     def __init__(self, schedule: NoiseSchedule, event_shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ References:
 """
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -75,6 +75,8 @@ class DiffusionModel(Family):
         torch.Size([3, 2])
     """
 
+    states: ClassVar[str] = "real numbers"  #: what the chain's states are
+
     def __init__(
         self,
         denoiser: Denoiser,
@@ -84,6 +86,12 @@ class DiffusionModel(Family):
         name: str | None = None,
     ) -> None:
         check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
+        if denoiser.states != self.states:
+            raise ValueError(
+                f"argument 'denoiser': got {type(denoiser).__name__}, whose states are {denoiser.states}; "
+                f"expected {self.states} for a {type(self).__name__}. Pass it to the model of its kind, "
+                "BernoulliDiffusion for bits."
+            )
         super().__init__(denoiser.event_shape, likelihood, transform, name)
         if getattr(likelihood, "num_outputs", 1) > 1:
             raise ValueError(
@@ -305,6 +313,11 @@ class DiffusionModel(Family):
         else:
             kernel = self.likelihood(denoised.x_0_hat)
         return self.data_kernel(kernel, x_1.shape[: x_1.dim() - self.denoiser.event_dim])
+
+
+def check_diffusion(diffusion: Any) -> DiffusionModel:
+    """``diffusion``, if it is a model and not one of its programs, or another family."""
+    return check_argument("diffusion", diffusion, DiffusionModel, "the DiffusionModel itself")
 
 
 def _check_draws(num_timesteps: int) -> None:

@@ -34,6 +34,7 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_diffusion.bounds import ROWS, Estimate, log_density
-from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.observations import as_real, check_data
 from pyro_diffusion.store import evaluating
 
@@ -73,9 +74,10 @@ class BoundEvaluation(NamedTuple):
     event_size: int  #: entries :math:`D` of one datum
 
     def __repr__(self) -> str:
+        full = f"; one full sum: {self.full_rows:,.0f}" if self.full_rows < math.inf else ""
         return (
-            f"BoundEvaluation({len(self.elbo)} data, elbo={self.mean()} nats per datum, {self.rows} network "
-            f"rows by {self.estimator}, {self.full_rows / self.rows:.3g} times fewer than one full sum)"
+            f"BoundEvaluation({len(self.elbo)} data, elbo={self.mean()} nats per datum, {self.rows:,} "
+            f"network rows by {self.estimator}{full})"
         )
 
     def mean(self) -> Estimate:
@@ -98,7 +100,7 @@ def evaluate_bound(
     standard_error: float,
     num_timesteps: float | None = None,
     batch_size: int = ROWS,
-    max_rows: float = math.inf,
+    max_rows: float = 1e7,
 ) -> BoundEvaluation:
     r"""Mean bound over data, until its Monte Carlo error is small enough.
 
@@ -109,7 +111,7 @@ def evaluate_bound(
         num_timesteps: Another grid for the same curve, ``math.inf`` for the continuous chain; by default the
             model's own.
         batch_size: Network rows at a time.
-        max_rows: Network rows after which no more are begun; what was reached is in the result. The pilot
+        max_rows: Network rows after which no more are begun; a warning then says what was reached. The pilot
             run and the first replicates are spent in any case.
 
     Returns:
@@ -132,6 +134,19 @@ def evaluate_bound(
             f"argument 'standard_error': got {standard_error!r}; expected a positive number of nats per "
             "datum, the Monte Carlo error of the mean over data. For bits per dimension, multiply by D ln 2."
         )
+    check_diffusion(diffusion)
+    if not isinstance(batch_size, int) or batch_size < 1 or not isinstance(max_rows, int | float):
+        raise ValueError(
+            f"arguments 'batch_size' and 'max_rows': got {batch_size!r} and {max_rows!r}; expected a whole "
+            "number of network rows at a time, and a number of rows in all. Leave them out."
+        )
+    if (isinstance(num_timesteps, float) and num_timesteps != math.inf) or isinstance(
+        num_timesteps, str
+    ):
+        raise ValueError(
+            f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at least 1, or "
+            "math.inf for the chain without end. Leave it out for the model's own."
+        )
     continuous = num_timesteps == math.inf
     if num_timesteps is not None and not continuous:
         diffusion = diffusion.with_num_timesteps(num_timesteps)  # type: ignore[arg-type]
@@ -152,6 +167,13 @@ def evaluate_bound(
             more = torch.stack([plan.replicate(size) for _ in range(plan.num_replicates)])
             values = (total * values + size * more) / (total + size)
             total += size
+    if error > standard_error:
+        needed = rows.spent * (error / standard_error) ** 2
+        warnings.warn(
+            f"argument 'max_rows': {rows.spent:,} network rows leave a Monte Carlo error of {error:.3g} nats "
+            f"per datum; {standard_error:g} would need about {needed:.2g}.",
+            stacklevel=2,
+        )
     return BoundEvaluation(
         elbo=values.mean(0) + rows.known,
         standard_error=(values.var(0) / len(values)).sqrt(),

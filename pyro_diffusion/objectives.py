@@ -157,7 +157,8 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
     :math:`\hat L_n` one draw of the bound of a datum. The bound of a long chain does not depend on the
     interior :math:`\eta` of its schedule, so that the mean of the squares falls as the variance does (the
-    logarithm is there for optimisers that mind the scale of a gradient). It is least where
+    logarithm is there for optimisers that mind the scale of a gradient). For a continuous pair, and in good
+    approximation for a long chain: of a short one the bound itself depends on :math:`\eta`. It is least where
     :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, :math:`\ell` the bound's rate in the log-SNR. It takes
     one more backward pass a step::
 
@@ -176,8 +177,9 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
     def __init__(self, parameters: Iterable[Tensor], **arguments: Any) -> None:
         super().__init__(**arguments)
-        # A tensor is an iterable of its rows.
-        self.parameters = [] if isinstance(parameters, Tensor) else list(parameters)
+        # A tensor is an iterable, too, of its rows.
+        proper = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
+        self.parameters = list(parameters) if proper else []
         if not self.parameters or not all(
             isinstance(p, Tensor) and p.is_leaf for p in self.parameters
         ):

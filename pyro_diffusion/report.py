@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.bounds import Estimate
-from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.evaluation import evaluate_bound
 from pyro_diffusion.evidence import Evidence, importance_evidence
 from pyro_diffusion.flow import ode_log_likelihood
+from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import AlphaSchedule
 from pyro_diffusion.sequential import smc_evidence
 
@@ -130,6 +131,7 @@ def summary(
         >>> list(result.groups())
         ['chain, T = 10', 'chain, T → ∞', 'probability flow']
     """
+    check_diffusion(diffusion).embed(check_data(x_0))  # to refuse data before anything is spent
     chain = f"chain, T = {diffusion.schedule.num_timesteps}"
     by_weights = importance_evidence(
         diffusion.model, diffusion.guide, x_0, num_particles=num_particles

@@ -479,6 +479,11 @@ class MonotoneSchedule(NoiseSchedule):
         event_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__(num_timesteps)
+        if not isinstance(event_shape, tuple):
+            raise ValueError(
+                f"argument 'event_shape': got {event_shape!r}; expected a tuple, the shape of a datum whose "
+                "entries have curves of their own. Pass (2,) for pairs of numbers."
+            )
         if not isinstance(num_pieces, int) or num_pieces < 1:
             raise ValueError(
                 f"argument 'num_pieces': got {num_pieces!r}; expected a whole number of at least 1, the "
@@ -525,6 +530,11 @@ class MonotoneSchedule(NoiseSchedule):
         )
 
     @property
+    def log_snr_max(self) -> Tensor:
+        r""":math:`\lambda(0)`, of ``event_shape``."""
+        return self.log_snr_min + self.log_range.exp()
+
+    @property
     def num_pieces(self) -> int:
         """Pieces :math:`K` of the range."""
         return self.interior.shape[-1] - 1
@@ -538,6 +548,14 @@ class MonotoneSchedule(NoiseSchedule):
     def extra_repr(self) -> str:
         shape = f", event_shape={tuple(self.event_shape)}" if self.event_dim else ""
         return f"{super().extra_repr()}, num_pieces={self.num_pieces}{shape}"
+
+    def __repr__(self) -> str:
+        high, low = (
+            ", ".join(f"{end:.4g}" for end in ends.flatten()[:4].tolist())
+            + ("…" if ends.numel() > 4 else "")
+            for ends in (self.log_snr_max.detach(), self.log_snr_min.detach())
+        )
+        return f"{type(self).__name__}({self.extra_repr()}, log_snr_max={high}, log_snr_min={low})"
 
 
 class VarianceExploding(NoiseSchedule):

@@ -129,7 +129,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
         m(\lambda) = \tfrac1D\, E\, \lVert x_0 - \hat x_0(x_\lambda) \rVert^2,
 
     which is where the mean KL of a step is least. The squared errors :math:`m` are those of a trained
-    network, :meth:`from_data`; they are interpolated between log-SNRs, so that any grid will do::
+    network, :meth:`from_data`, and want to be taken anew after more training; they are interpolated between
+    log-SNRs, so that any grid will do::
 
         variance = OptimalVariance.from_data(diffusion, train)
         denoiser = NeuralDenoiser(network, schedule, (64,), prediction=…, variance=variance)
@@ -177,6 +178,11 @@ class OptimalVariance(nn.Module, ReverseVariance):
         Raises:
             ValueError: A schedule with a curve for each entry, or of one step.
         """
+        if getattr(getattr(diffusion, "denoiser", None), "states", None) != "real numbers":
+            raise ValueError(
+                f"argument 'diffusion': got a {type(diffusion).__name__}; expected a DiffusionModel of real "
+                "numbers, whose kernels have a variance. Pass the model itself, trained."
+            )
         schedule, denoiser = diffusion.schedule, diffusion.denoiser
         if schedule.event_dim or schedule.num_timesteps == 1:
             raise ValueError(

@@ -298,8 +298,12 @@ def test_minimum_variance_moves_the_ends_by_the_bound_and_the_interior_by_the_sq
 def test_minimum_variance_refuses_what_it_cannot_train():
     with pytest.raises(ValueError, match="argument 'parameters'"):
         MinimumVarianceELBO([])
-    with pytest.raises(ValueError, match="argument 'parameters'"):
-        MinimumVarianceELBO(torch.zeros(3))
+    for wrong in (torch.zeros(3), monotone(), [monotone()]):
+        with pytest.raises(ValueError, match="argument 'parameters'"):
+            MinimumVarianceELBO(wrong)
+    with pytest.raises(ValueError, match="argument 'event_shape'"):
+        MonotoneSchedule(10, event_shape=2)
+    assert "log_snr_max=12, log_snr_min=-14" in repr(monotone())
     diffusion = DiffusionModel(GaussianDenoiser(MEAN, STD, monotone()))
     pair, stranger = diffusion.continuous(), monotone().interior
     with pytest.raises(ValueError, match="does not depend on"):

@@ -19,10 +19,12 @@ from pyro_diffusion import (
     LinearDecaySchedule,
     LogSNRSchedule,
     NeuralDenoiser,
+    OptimalVariance,
     PosteriorVariance,
     Standardize,
     elbo_terms,
     evaluate_bound,
+    summary,
 )
 
 
@@ -146,7 +148,8 @@ def test_continuous_bound_is_the_limit():
 def test_rows_have_a_limit_and_nonsense_is_refused():
     diffusion = DiffusionModel(gaussian(50))
     x_0 = torch.zeros(50, 2, dtype=torch.float64)
-    result = evaluate_bound(diffusion, x_0, standard_error=1e-9, max_rows=1)
+    with pytest.warns(UserWarning, match="1e-09 would need about"):
+        result = evaluate_bound(diffusion, x_0, standard_error=1e-9, max_rows=1)
     assert result.rows < 40_000
     assert "network rows" in repr(result)
     for error in (0, -1.0, math.inf, "small"):
@@ -207,3 +210,38 @@ def test_a_term_that_is_not_finite_is_named():
             standard_error=1.0,
             num_timesteps=2.9,
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "argument"),
+    [
+        ({"batch_size": -1}, "batch_size"),
+        ({"max_rows": "9"}, "max_rows"),
+        ({"num_timesteps": "inf"}, "math.inf"),
+        ({"num_timesteps": math.nan}, "math.inf"),
+    ],
+)
+def test_other_arguments_are_refused_in_words(given, argument):
+    x_0 = torch.zeros(5, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=argument):
+        evaluate_bound(DiffusionModel(gaussian(5)), x_0, standard_error=1.0, **given)
+
+
+def test_programs_and_denoisers_of_another_kind_are_refused():
+    diffusion, x_0 = DiffusionModel(gaussian(5)), torch.zeros(5, 2, dtype=torch.float64)
+    for wrong in (diffusion.model, diffusion.continuous(), "diffusion"):
+        for function in (
+            lambda d: evaluate_bound(d, x_0, standard_error=1.0),
+            lambda d: summary(d, x_0),
+        ):
+            with pytest.raises(ValueError, match="argument 'diffusion'"):
+                function(wrong)
+        with pytest.raises(ValueError, match="argument 'diffusion'"):
+            OptimalVariance.from_data(wrong, x_0)
+    bits = EnumeratedDenoiser(torch.eye(3, dtype=torch.long), LinearDecaySchedule(5))
+    with pytest.raises(ValueError, match="whose states are bits"):
+        DiffusionModel(bits)
+    with pytest.raises(ValueError, match="whose kernels have a variance"):
+        OptimalVariance.from_data(BernoulliDiffusion(bits), torch.eye(3))
+    with pytest.raises(ValueError, match=r"data of shape \(5, 3\)"):
+        summary(diffusion, torch.zeros(5, 3, dtype=torch.float64))
