@@ -207,7 +207,9 @@ def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ax.axhline(limit, color="0.4", lw=1, label="T → ∞")
         # What β̃ costs at few steps would hide the rest.
         top = max(-r["bound"] / per for r in rows if r["variance"] == "β")
-        ax.set(xscale="log", xlabel="T", title=name, ylim=(None, max(top, limit) + 0.1 * abs(top)))
+        low = min(-r["bound"] / per for r in rows)
+        margin = 0.1 * (top - low)
+        ax.set(xscale="log", xlabel="T", title=name, ylim=(low - margin, top + margin))
         ax.set_ylabel("−bound, " + ("bits/dim" if name == "digits" else "nats/dim"))
         ax.legend(frameon=False)
     aside = path.with_name(f".{path.name}.part")

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributions.kl import register_kl
 from torch.nn.functional import softplus
 
-from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
+from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument, network_dtype
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.kernels import check_timestep, pad
 from pyro_diffusion.schedules import NoiseSchedule
@@ -210,17 +210,12 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network's first parameter; float32 for a network of half precision."""
-        return torch.promote_types(self._network_dtype, torch.float32)
-
-    @property
-    def _network_dtype(self) -> torch.dtype:
-        floating = (p.dtype for p in self.network.parameters() if p.is_floating_point())
-        return next(floating, torch.get_default_dtype())
+        return torch.promote_types(network_dtype(self.network), torch.float32)
 
     def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         batch_shape = self._batch_shape(x_t)
         spins = 2 * x_t - 1
-        flat, dtype = spins.reshape(-1, *self.event_shape), self._network_dtype
+        flat, dtype = spins.reshape(-1, *self.event_shape), network_dtype(self.network)
         output = self.network(flat.to(dtype), log_snr.expand(batch_shape).reshape(-1).to(dtype))
         if output.shape != flat.shape or not output.isfinite().all():
             raise ValueError(
@@ -300,9 +295,8 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         log_share = log_share.log_softmax(-1).unsqueeze(-1)
         ones = torch.where(values == 1, log_share, -torch.inf).logsumexp(-2)
         zeros = torch.where(values == 0, log_share, -torch.inf).logsumexp(-2)
-        limit = -(
-            torch.finfo(x_t.dtype).max ** 0.25
-        )  # a bit that is the same in all data: beyond any doubt
+        # A bit that is the same in all data is beyond any doubt, and finite.
+        limit = -(torch.finfo(x_t.dtype).max ** 0.25)
         return (ones.clamp(min=limit) - zeros.clamp(min=limit)).reshape(x_t.shape)
 
 

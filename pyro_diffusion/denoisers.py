@@ -232,14 +232,7 @@ class NeuralDenoiser(Denoiser):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network's first parameter; float32 for a network of half precision."""
-        return torch.promote_types(self._network_dtype, torch.float32)
-
-    @property
-    def _network_dtype(self) -> torch.dtype:
-        for parameter in self.network.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-        return torch.get_default_dtype()
+        return torch.promote_types(network_dtype(self.network), torch.float32)
 
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         batch_shape = self._batch_shape(x_t)
@@ -265,7 +258,7 @@ class NeuralDenoiser(Denoiser):
 
     def _call_network(self, state: Tensor, log_snr: Tensor) -> Tensor:
         """The network's output, with batch and event dimensions as the state has them."""
-        dtype = self._network_dtype
+        dtype = network_dtype(self.network)
         flat = state.reshape(-1, *self.event_shape).to(dtype)
         output = self.network(flat, log_snr.reshape(-1).to(dtype))
         count = self.prediction.num_outputs + self.variance.num_outputs
@@ -567,6 +560,12 @@ def _check_std(argument: str, std: Tensor, mean: Tensor) -> Tensor:
             f"means' shape {tuple(mean.shape)}. A constant entry has no density: drop it."
         )
     return expanded
+
+
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """Dtype of a network's first parameter of floating point, in which it wants its states."""
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
 
 
 def check_argument(name: str, value: Any, kind: type, example: str) -> Any:

@@ -179,19 +179,11 @@ class DiffusionModel(Family):
         _check_draws(num_timesteps)
         if self.schedule.num_timesteps == 1:
             return ProgramPair(self.model, self.posterior_guide)
-        return TimestepPlate(
-            self.embed,
-            self.forward_marginal,
-            self.forward_posterior,
-            self.prior,
-            self.reverse,
-            num_timesteps=num_timesteps,
-            chain_length=self.schedule.num_timesteps,
-            timesteps=timesteps,
-            owner=self,
-            below="denoiser.schedule",
-            state_mask=self.embed_mask,
-            log_volume=None if self.transform is None else self.log_volume,
+        return self._plate(
+            (self.forward_marginal, self.forward_posterior, self.reverse),
+            self.schedule.num_timesteps,
+            num_timesteps,
+            timesteps,
         )
 
     def continuous(
@@ -223,24 +215,37 @@ class DiffusionModel(Family):
             https://arxiv.org/abs/2107.00630
         """
         _check_draws(num_timesteps)
-        if (
-            self.schedule.num_timesteps == 1
-        ):  # which stands at λ(1) alone, without a λ(0) to decode from
-            return self.with_num_timesteps(2).continuous(num_timesteps, timesteps=timesteps)
+        model = self.with_both_ends()
+        kernels = model.marginal_at, model.increment, model.reverse_increment
+        return model._plate(kernels, math.inf, num_timesteps, timesteps)
+
+    def _plate(
+        self,
+        kernels: tuple[Any, Any, Any],
+        chain_length: float,
+        num_timesteps: int,
+        timesteps: Timesteps | None,
+    ) -> TimestepPlate:
+        """Random timesteps of a chain with the given marginal, posterior and reverse kernels."""
+        marginal, posterior, reverse = kernels
         return TimestepPlate(
             self.embed,
-            self.marginal_at,
-            self.increment,
+            marginal,
+            posterior,
             self.prior,
-            self.reverse_increment,
+            reverse,
             num_timesteps=num_timesteps,
-            chain_length=math.inf,
+            chain_length=chain_length,
             timesteps=timesteps,
             owner=self,
             below="denoiser.schedule",
             state_mask=self.embed_mask,
             log_volume=None if self.transform is None else self.log_volume,
         )
+
+    def with_both_ends(self) -> Self:
+        r"""The model itself; of one step, which stands at :math:`\lambda(1)` alone, that of two."""
+        return self if self.schedule.num_timesteps > 1 else self.with_num_timesteps(2)
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
         """The same model, parameters and their names included, on another grid of its schedule.

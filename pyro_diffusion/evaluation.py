@@ -150,8 +150,8 @@ def evaluate_bound(
     continuous = num_timesteps == math.inf
     if num_timesteps is not None and not continuous:
         diffusion = diffusion.with_num_timesteps(num_timesteps)  # type: ignore[arg-type]
-    elif continuous and diffusion.schedule.num_timesteps == 1:
-        diffusion = diffusion.with_num_timesteps(2)  # one step stands at λ(1) alone
+    elif continuous:
+        diffusion = diffusion.with_both_ends()
     with evaluating(diffusion):
         rows = _Rows(diffusion, check_data(x_0), continuous, batch_size)
         plan = _plan(rows, standard_error)

@@ -604,8 +604,6 @@ class VarianceExploding(NoiseSchedule):
         return self.schedule.slope_at(u)
 
     def tail(self, t: int) -> NoiseSchedule:
-        if t == 0:
-            return self
         # σ_s² − σ_t² of noise on top of a state, as the signal-to-noise ratio of a chain of its own
         noise = self.noise(torch.arange(t, self.num_timesteps + 1, device=self.device)).square()
         alpha_bar = 1 / (1 + noise - noise[0])

@@ -176,7 +176,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
             batch_size: Network rows at a time.
 
         Raises:
-            ValueError: A schedule with a curve for each entry, or of one step.
+            ValueError: Another thing than a model of real numbers; a schedule with a curve for each entry, or
+                of one step; data as for the programs.
         """
         if getattr(getattr(diffusion, "denoiser", None), "states", None) != "real numbers":
             raise ValueError(

@@ -37,6 +37,15 @@ def transition_matrix(alpha, rate):
     return alpha * torch.eye(2, dtype=torch.float64) + (1 - alpha) * noise
 
 
+def matrices(rate):
+    """q(x_t | x_{t-1}) of every step, and q(x_t | x_0) from t = 0 on."""
+    steps = [transition_matrix(a, rate) for a in ALPHA]
+    upto = [torch.eye(2, dtype=torch.float64)]
+    for step in steps:
+        upto.append(upto[-1] @ step)
+    return steps, upto
+
+
 def exact(rate=0.5):
     return BernoulliDiffusion(EnumeratedDenoiser(DATA, AlphaSchedule(ALPHA), WEIGHTS, rate=rate))
 
@@ -44,10 +53,7 @@ def exact(rate=0.5):
 @pytest.mark.parametrize("rate", [0.5, 0.2])
 def test_kernels_against_bayes_rule_on_matrices(rate):
     diffusion = exact(rate)
-    steps = [transition_matrix(a, rate) for a in ALPHA]
-    upto = [torch.eye(2, dtype=torch.float64)]
-    for step in steps:
-        upto.append(upto[-1] @ step)
+    steps, upto = matrices(rate)
     for t in range(1, 4):
         for a, b in itertools.product((0, 1), repeat=2):
             x_a, x_b = (torch.full((1, 2), float(x), dtype=torch.float64) for x in (a, b))
@@ -65,10 +71,7 @@ def test_kernels_against_bayes_rule_on_matrices(rate):
 @pytest.mark.parametrize("rate", [0.5, 0.2])
 def test_enumerated_kernel_is_the_product_of_the_true_marginals(rate):
     diffusion = exact(rate)
-    steps = [transition_matrix(a, rate) for a in ALPHA]
-    upto = [torch.eye(2, dtype=torch.float64)]
-    for step in steps:
-        upto.append(upto[-1] @ step)
+    steps, upto = matrices(rate)
     data, states = DATA.long(), STATES.long()
     for t in range(1, 4):
         # q(x_{t-1}, x_t) by summing over the data
