@@ -14,6 +14,7 @@ from pyro_diffusion.bernoulli import (
 )
 from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, snr_weight
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate, TopDownGuide
+from pyro_diffusion.compilation import compile_elbo
 from pyro_diffusion.denoisers import (
     Denoised,
     Denoiser,
@@ -159,6 +160,7 @@ __all__ = [
     "active_units",
     "bound_by_datum",
     "compare",
+    "compile_elbo",
     "elbo_terms",
     "evaluate_bound",
     "forward_increment",

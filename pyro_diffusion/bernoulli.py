@@ -37,6 +37,7 @@ from torch.nn.functional import softplus
 from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument, network_dtype
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.kernels import check_timestep, pad
+from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -106,11 +107,11 @@ class BernoulliDenoiser(Denoiser, ABC):
 
     def embed(self, x_0: Tensor) -> Tensor:
         bits = x_0 if x_0.is_floating_point() else x_0.to(self.dtype)
-        other = (bits != 0) & (bits != 1)
-        if other.any():
+        proper = (bits == 0) | (bits == 1)
+        if not holds(proper):
             raise ValueError(
-                f"site 'x_0': got the value {bits[other][0].item():g}; expected bits, 0 and 1. Map spins of "
-                "±1 by (s + 1) / 2."
+                f"site 'x_0': got the value {bits[~proper][0].item():g}; expected bits, 0 and 1. Map spins "
+                "of ±1 by (s + 1) / 2."
             )
         return bits
 
@@ -217,7 +218,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
         spins = 2 * x_t - 1
         flat, dtype = spins.reshape(-1, *self.event_shape), network_dtype(self.network)
         output = self.network(flat.to(dtype), log_snr.expand(batch_shape).reshape(-1).to(dtype))
-        if output.shape != flat.shape or not output.isfinite().all():
+        if output.shape != flat.shape or not holds(output.isfinite()):
             raise ValueError(
                 f"argument 'network': got an output of shape {tuple(output.shape)}, or one with NaN or "
                 f"infinite values; expected finite numbers of shape {tuple(flat.shape)}, one for each bit. "

@@ -30,6 +30,7 @@ from pyro_diffusion.kernels import (
     pad,
     posterior_mean,
 )
+from pyro_diffusion.observations import holds
 from pyro_diffusion.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.variances import (
@@ -271,7 +272,7 @@ class NeuralDenoiser(Denoiser):
                 f"{self.prediction} and {self.variance} need. Keep the batch axis in front; MLP takes "
                 f"num_outputs={count}."
             )
-        if not output.isfinite().all():
+        if not holds(output.isfinite()):
             raise ValueError(
                 "argument 'network': got an output with NaN or infinite values; expected finite "
                 "numbers. Lower the learning rate or clip gradients, and check the data's scale."

@@ -30,6 +30,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -251,7 +252,7 @@ def pad(coefficient: Tensor, missing_dim: int, dtype: torch.dtype) -> Tensor:
 def check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:
     """``t`` as a tensor on the schedule's device, if no timestep is below ``at_least``."""
     t = torch.as_tensor(t, device=schedule.device)
-    if t.numel() and int(t.min()) < at_least:
+    if not holds(t >= at_least):
         raise ValueError(
             f"argument 't': got a timestep of {int(t.min())}; expected {at_least} … "
             f"{schedule.num_timesteps}. Timestep 0 is the datum, into which no step leads, and "

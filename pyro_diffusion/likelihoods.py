@@ -37,6 +37,7 @@ from torch.distributions import constraints
 from torch.nn.functional import one_hot
 from torch.special import log_ndtr
 
+from pyro_diffusion.observations import holds
 from pyro_diffusion.parameterizations import check_num_levels, embed_levels
 
 __all__ = [
@@ -328,7 +329,7 @@ class PoissonLikelihood(Likelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         counts = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
         valid = (counts >= 0) & (counts == counts.round())
-        if not valid.all():
+        if not holds(valid):
             raise ValueError(
                 f"site 'x_0': got the value {counts[~valid][0].item():g}; expected counts, whole "
                 "numbers of at least 0. Pass raw counts: subtract no background and divide by no "

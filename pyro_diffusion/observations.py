@@ -7,7 +7,14 @@ Under a ``mask`` of observed entries a site has the terms of those entries only,
 
 which is the marginal of a kernel whose entries are independent given what it is conditioned on. What
 stands in an unobserved entry of the data does not matter, NaN included.
+
+Every check of values in the package asks :func:`holds`, so that a program can also be run where there are
+no values to look at: while it is traced into a graph.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
@@ -20,9 +27,28 @@ __all__ = [
     "check_event_shape",
     "check_mask",
     "check_observed",
+    "holds",
     "observed_part",
+    "unchecked",
     "zeroed",
 ]
+
+_checked: ContextVar[bool] = ContextVar("checked", default=True)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds in every entry; inside :func:`unchecked` nobody looks, and it does."""
+    return not _checked.get() or bool(condition.all())
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Take values on trust, shapes and types not: for a program that is traced, not run."""
+    token = _checked.set(False)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
 
 
 def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistribution:
@@ -64,7 +90,7 @@ def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         mask = _check_rows(check_mask(mask, x_0))
         x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
-    if not x_0.isfinite().all():
+    if not holds(x_0.isfinite()):
         raise ValueError(
             f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
             f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "
@@ -75,7 +101,8 @@ def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _first_observed(x_0: Tensor, mask: Tensor) -> Tensor:
     first = mask.byte().argmax(0, keepdim=True)
-    return torch.where(mask.any(0), x_0.gather(0, first), x_0[mask][0])
+    anywhere = mask.flatten().byte().argmax()
+    return torch.where(mask.any(0), x_0.gather(0, first), x_0.take(anywhere))
 
 
 def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
@@ -93,7 +120,7 @@ def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
 
 def _check_rows(mask: Tensor) -> Tensor:
     observed = mask.flatten(1).any(1) if mask.dim() > 1 else mask
-    if not observed.all():
+    if not holds(observed):
         raise ValueError(
             f"argument 'mask': got {int((~observed).sum())} of {len(mask)} data without any observed "
             f"entry, the first at row {int((~observed).nonzero()[0])}; expected at least one for each. "

@@ -26,6 +26,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from pyro_diffusion.observations import holds
+
 __all__ = [
     "DataPrediction",
     "LevelPrediction",
@@ -180,7 +182,7 @@ def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
     """
     levels = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
     inside = (levels >= 0) & (levels <= num_levels - 1) & (levels == levels.round())
-    if not inside.all():
+    if not holds(inside):
         raise ValueError(
             f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
             f"0 … {num_levels - 1}, the levels of this model. Pass raw levels, which the model "

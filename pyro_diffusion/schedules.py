@@ -34,6 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from pyro_diffusion.observations import holds
+
 __all__ = [
     "AlphaSchedule",
     "CosineSchedule",
@@ -171,11 +173,9 @@ class NoiseSchedule(nn.Module, ABC):
             t = torch.tensor(t if inside else 0, device=self.device)
         elif t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             inside, got = False, f"a tensor of {t.dtype}"
-        elif t.numel():
-            low, high = (int(bound) for bound in t.aminmax())
-            inside, got = low >= 0 and high <= self.num_timesteps, f"values from {low} to {high}"
         else:
-            inside, got = True, ""
+            inside = holds((t >= 0) & (t <= self.num_timesteps))
+            got = "" if inside else "values from {} to {}".format(*map(int, t.aminmax()))
         t = t.to(self.device)
         if not inside:
             raise ValueError(

@@ -222,15 +222,22 @@ class ImportanceTimesteps(Timesteps):
         self.start = StratifiedTimesteps(reconstruction_share)
         self.decay, self.uniform_share = decay, uniform_share
         self.moments: dict[int, float] = {}
+        # Laws by length and device, changed in place: a compiled program reads them where they are.
+        self._laws: dict[tuple[int, torch.device], Tensor] = {}
 
     def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
         num_timesteps = _check_finite(num_timesteps, self)
-        start = self.start(num_timesteps, device)
+        if (num_timesteps, device) not in self._laws:
+            self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
+        return TimestepDistribution(self._laws[num_timesteps, device])
+
+    def _log_pi(self, num_timesteps: int, device: torch.device) -> Tensor:
+        start = self.start(num_timesteps, device).log_pi
         if not self.moments:
             return start
         root = torch.as_tensor(self._roots(num_timesteps), device=device)
         pi = (1 - self.uniform_share) * root / root.sum()
-        return TimestepDistribution((pi + self.uniform_share * start.log_pi.exp()).log())
+        return (pi + self.uniform_share * start.exp()).log()
 
     def _roots(self, num_timesteps: int) -> np.ndarray:
         """Square roots of the moments; the reconstruction's stands alone, the KLs' are interpolated."""
@@ -269,6 +276,8 @@ class ImportanceTimesteps(Timesteps):
             mean = max(squares[t == step].mean().item(), 1e-30)
             before = self.moments.get(step, mean)
             self.moments[step] = self.decay * before + (1 - self.decay) * mean
+        for (length, device), law in self._laws.items():
+            law.copy_(self._log_pi(length, device))
 
     def __repr__(self) -> str:
         return (

@@ -25,9 +25,10 @@ except ImportError as error:
 
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import SubsampledProgram
+from pyro_diffusion.compilation import compile_elbo
 from pyro_diffusion.store import check_state
 
-__all__ = ["SVIModule"]
+__all__ = ["SVIModule", "compile_elbo"]
 
 _NUM_BLOCKS = 5  # of timesteps, whose terms are logged together
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_diffusion.observations import check_data, check_mask
+from pyro_diffusion.observations import check_data, check_mask, holds
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
@@ -133,7 +133,7 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
     domain = transform.domain
     base = getattr(domain, "base_constraint", domain)
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
-    inside = domain.check(x_0).all() and all(e is None or (x_0 != e).all() for e in edges)
+    inside = holds(domain.check(x_0)) and all(e is None or holds(x_0 != e) for e in edges)
     try:
         y = transform(x_0)
     except RuntimeError as error:
@@ -141,12 +141,12 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             f"argument 'transform': got {transform}, which does not take data of shape "
             f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
         ) from error
-    if inside and y.isfinite().all() and not isinstance(transform, nn.Module):
+    if inside and holds(y.isfinite()) and not isinstance(transform, nn.Module):
         # A clamped or saturated transform moves a datum by about the size of its entry.
         eps, size = torch.finfo(y.dtype).eps, x_0.abs()
         tolerance = eps**0.5 * size.amax(0) + eps * size.amax()
-        inside = ((transform.inv(y) - x_0).abs() <= tolerance).all()
-    if not inside or not y.isfinite().all():
+        inside = holds((transform.inv(y) - x_0).abs() <= tolerance)
+    if not inside or not holds(y.isfinite()):
         low, high = x_0.aminmax()
         raise ValueError(
             f"argument 'transform': got data from {low.item():g} to {high.item():g}, on which "

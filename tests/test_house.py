@@ -39,6 +39,7 @@ ORDER = [
     "report",
     "draws",
     "diagnostics",
+    "compilation",
     "training",
     "plots",
     "__init__",

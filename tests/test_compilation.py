@@ -1,0 +1,488 @@
+"""Compiled ELBOs: the same numbers as the programs that they were traced from."""
+
+import copy
+import shutil
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from torch import nn
+
+from pyro_diffusion import (
+    MLP,
+    BernoulliDiffusion,
+    DiffusionModel,
+    FreeBitsELBO,
+    HierarchicalVAE,
+    ImportanceTimesteps,
+    KLWarmup,
+    LearnedVariance,
+    LevelPrediction,
+    LogSNRSchedule,
+    MinimumVarianceELBO,
+    NeuralBernoulliDenoiser,
+    NeuralDenoiser,
+    Standardize,
+    compile_elbo,
+)
+
+interpreted = partial(compile_elbo, backend=None)
+
+
+def tiny(num_outputs=1, dropout=0.0):
+    network = MLP((3,), hidden_size=8, num_blocks=1, num_outputs=num_outputs, dropout=dropout)
+    nn.init.normal_(network.decode.weight)
+    return network
+
+
+def diffusion_model(num_timesteps=4, dropout=0.0, **arguments):
+    schedule = LogSNRSchedule(num_timesteps, learnable=True)
+    denoiser = NeuralDenoiser(tiny(dropout=dropout), schedule, event_shape=(3,), **arguments)
+    return DiffusionModel(denoiser).double()
+
+
+def programs():
+    """Name, model, guide, ELBO and data: the package's programs."""
+    torch.manual_seed(0)
+    x_0 = torch.randn(5, 3, dtype=torch.float64)
+    diffusion = diffusion_model()
+    sub, continuous = diffusion.subsampled(2), diffusion.continuous()
+    learned = NeuralDenoiser(
+        tiny(2), LogSNRSchedule(4), event_shape=(3,), variance=LearnedVariance()
+    )
+    learned = DiffusionModel(learned, transform=Standardize(torch.ones(3), 2 * torch.ones(3)))
+    levels = NeuralDenoiser(
+        tiny(4), LogSNRSchedule(4), event_shape=(3,), prediction=LevelPrediction(4)
+    )
+    levels = DiffusionModel(levels).double().subsampled()
+    bits = BernoulliDiffusion(NeuralBernoulliDenoiser(tiny(), LogSNRSchedule(4), (3,)))
+    hvae = HierarchicalVAE((3,), latent_sizes=(2, 2)).double()
+    pair = learned.subsampled()
+    return {
+        "forward": (diffusion.model, diffusion.guide, Trace_ELBO(), x_0),
+        "posterior": (diffusion.model, diffusion.posterior_guide, TraceMeanField_ELBO(), x_0),
+        "subsampled": (sub.model, sub.guide, TraceMeanField_ELBO(), x_0),
+        "sampled": (sub.model, sub.guide, Trace_ELBO(num_particles=2), x_0),
+        "vectorized": (
+            diffusion.model,
+            diffusion.posterior_guide,
+            TraceMeanField_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+            x_0,
+        ),
+        "continuous": (continuous.model, continuous.guide, TraceMeanField_ELBO(), x_0),
+        "transform": (pair.model, pair.guide, TraceMeanField_ELBO(), x_0.float()),
+        "levels": (levels.model, levels.guide, TraceMeanField_ELBO(), torch.randint(4, (5, 3))),
+        "bits": (
+            bits.model,
+            bits.posterior_guide,
+            TraceMeanField_ELBO(),
+            torch.randint(2, (5, 3)).float(),
+        ),
+        "hvae": (hvae.model, hvae.guide, Trace_ELBO(), x_0),
+        "free_bits": (diffusion.model, diffusion.posterior_guide, FreeBitsELBO(0.5), x_0),
+    }
+
+
+def loss_and_grads(loss, x_0, seed, **given):
+    """A loss and its gradients by name, with the noise of a seed."""
+    loss.zero_grad()
+    torch.manual_seed(seed)
+    value = loss(x_0, **given)
+    value.backward()
+    named = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
+    return value.detach(), {name: grad.clone() for name, grad in named.items()}
+
+
+def assert_same(ours, theirs, rtol=1e-10):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=rtol, atol=1e-12, check_dtype=False)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        scale = grad.abs().max().item() + 1e-12
+        torch.testing.assert_close(ours[1][name], grad, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("name", list(programs()))
+def test_the_graph_is_the_elbo(name):
+    model, guide, elbo, x_0 = programs()[name]
+    compiled = interpreted(model, guide, elbo)
+    rtol = 1e-10 if x_0.dtype == torch.float64 or name == "levels" else 1e-5
+    for seed in (1, 2):  # the first of them traces
+        ours = loss_and_grads(compiled, x_0, seed)
+        assert_same(ours, loss_and_grads(elbo(model, guide), x_0, seed), rtol)
+    assert list(dict(compiled.named_parameters())) == list(
+        dict(elbo(model, guide).named_parameters())
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_inductor_makes_the_same_numbers():
+    denoiser = NeuralDenoiser(tiny(), LogSNRSchedule(4), event_shape=(3,))
+    pair, x_0 = DiffusionModel(denoiser).double().subsampled(), torch.randn(5, 3).double()
+    model, guide = pair.model, pair.guide
+    elbo = Trace_ELBO()  # every draw is in it, so that none is optimised away
+    compiled = compile_elbo(model, guide, elbo)
+    for seed in (1, 2):
+        ours = loss_and_grads(compiled, x_0, seed)
+        assert_same(ours, loss_and_grads(elbo(model, guide), x_0, seed), 1e-8)
+
+
+def test_draws_are_new_seeded_and_not_moved_by_tracing():
+    model, guide, elbo, x_0 = programs()["subsampled"]
+    compiled = interpreted(model, guide, elbo)
+    torch.manual_seed(7)
+    losses = [compiled(x_0).item() for _ in range(4)]
+    assert len(set(losses)) == 4
+    torch.manual_seed(7)
+    assert losses == [compiled(x_0).item() for _ in range(4)]
+
+
+def test_unbiased_over_draws():
+    """The mean of compiled draws is the bound, of which the whole chain gives another estimate."""
+    diffusion = diffusion_model()
+    x_0 = torch.randn(5, 3, dtype=torch.float64)
+    pair = diffusion.subsampled()
+    compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
+    whole = TraceMeanField_ELBO()(diffusion.model, diffusion.posterior_guide)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        ours = torch.stack([compiled(x_0) for _ in range(1500)])
+        theirs = torch.stack([whole(x_0) for _ in range(300)])
+    error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+    assert abs(ours.mean() - theirs.mean()) < 5 * error
+    assert error < 0.05 * theirs.mean()
+
+
+def test_without_gradients():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    with torch.no_grad():
+        assert not compiled(x_0).requires_grad
+    assert compiled(x_0).requires_grad
+
+
+def test_gradients_accumulate_and_are_scaled():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    _, once = loss_and_grads(compiled, x_0, 1)
+    compiled.zero_grad()
+    for _ in range(2):
+        torch.manual_seed(1)
+        (compiled(x_0) / 5).backward()
+    for name, p in compiled.named_parameters():
+        torch.testing.assert_close(p.grad, once[name] * 2 / 5)
+
+
+def test_retraced_for_what_a_graph_cannot_change():
+    diffusion = diffusion_model(dropout=0.5)
+    pair = diffusion.subsampled()
+    elbo = TraceMeanField_ELBO()
+    compiled = interpreted(pair.model, pair.guide, elbo)
+    x_0 = torch.randn(6, 3, dtype=torch.float64)
+
+    def agree(*args, **kwargs):
+        ours = loss_and_grads(compiled, *args, **kwargs)
+        assert_same(ours, loss_and_grads(elbo(pair.model, pair.guide), *args, **kwargs))
+
+    agree(x_0, 1)
+    agree(x_0[:4], 1)
+    agree(x_0, 1, num_data=60)
+    mask = torch.rand(6, 3) < 0.7
+    mask[:, 0] = True
+    agree(x_0, 1, mask=mask)
+    diffusion.eval()
+    agree(x_0, 1)
+    diffusion.denoiser.network.decode.weight.requires_grad_(False)
+    agree(x_0, 1)
+    diffusion.denoiser.network.decode.weight.requires_grad_(True)
+    agree(x_0, 1)
+    diffusion.train()
+    assert len(compiled._graphs) == 6
+    agree(x_0, 2)
+    assert len(compiled._graphs) == 6
+
+
+def test_what_changes_in_place_reaches_the_graph():
+    diffusion = diffusion_model(num_timesteps=20)
+    timesteps = ImportanceTimesteps()
+    pair = diffusion.subsampled(timesteps=timesteps)
+    x_0 = torch.randn(6, 3, dtype=torch.float64)
+    elbo = TraceMeanField_ELBO()
+    compiled = interpreted(pair.model, pair.guide, elbo)
+    before = loss_and_grads(compiled, x_0, 3)
+    timesteps.observe(pair.model, pair.guide, x_0)
+    state = diffusion.state_dict()
+    state = {n: torch.randn_like(v) if n.endswith("weight") else v for n, v in state.items()}
+    state["denoiser.schedule.log_range"] = torch.tensor(2.5)
+    diffusion.load_state_dict(state)
+    after = loss_and_grads(compiled, x_0, 3)
+    assert abs(after[0] - before[0]) > 1
+    assert_same(after, loss_and_grads(elbo(pair.model, pair.guide), x_0, 3))
+    assert len(compiled._graphs) == 1
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    loss_and_grads(compiled, x_0, 1)
+    twin = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(0.1)
+    ours, theirs = loss_and_grads(compiled, x_0, 1), loss_and_grads(twin, x_0, 1)
+    assert ours[0] != theirs[0]
+    assert_same(theirs, loss_and_grads(elbo(twin.model, twin.guide), x_0, 1))
+
+
+def test_mixed_precision():
+    diffusion = diffusion_model().float()
+    pair = diffusion.subsampled()
+    x_0 = torch.randn(16, 3)
+    compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
+    full = loss_and_grads(compiled, x_0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = loss_and_grads(compiled, x_0, 1)
+        theirs = loss_and_grads(TraceMeanField_ELBO()(pair.model, pair.guide), x_0, 1)
+    assert_same(ours, theirs, 1e-5)
+    assert ours[0] != full[0]
+    assert_same(loss_and_grads(compiled, x_0, 1), full)
+
+
+class VAE(nn.Module):
+    """As in Pyro's tutorial: methods that state modules by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO()])
+def test_vae_of_pyros_tutorial(elbo):
+    torch.manual_seed(0)
+    vae, x = VAE(), (torch.rand(20, 6) < 0.5).float()
+    compiled = interpreted(vae.model, vae.guide, elbo)
+    compiled(x)
+    names = [name for name, _ in compiled.named_parameters()]
+    assert names == [
+        "encoder$$$weight", "encoder$$$bias", "decoder$$$weight", "decoder$$$bias"
+    ]  # fmt: skip
+    assert set(names) == set(pyro.get_param_store().keys())
+    value, grads = loss_and_grads(compiled, x, 3)
+    vae.zero_grad()
+    torch.manual_seed(3)
+    assert elbo.loss_and_grads(vae.model, vae.guide, x) == pytest.approx(value.item(), rel=1e-6)
+    torch.testing.assert_close(grads["encoder$$$weight"], vae.encoder.weight.grad)
+    optimizer = torch.optim.Adam(compiled.parameters(), lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = compiled(x)
+        loss.backward()
+        optimizer.step()
+    assert loss < value - 5
+
+
+def eight_schools(data):
+    y, sigma = data.unbind(1)
+    eta = pyro.sample("eta", dist.Normal(torch.zeros(8), 1).to_event(1))
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 10).to_event(1))
+    tau = pyro.sample("tau", dist.HalfCauchy(25 * torch.ones(1)).to_event(1))
+    pyro.sample("obs", dist.Normal(mu + tau * eta, sigma).to_event(1), obs=y)
+
+
+def eight_schools_guide(data):
+    positive = dist.constraints.positive
+    for name, size in (("eta", 8), ("mu", 1), ("log_tau", 1)):
+        loc = pyro.param(f"m_{name}", torch.zeros(size))
+        scale = pyro.param(f"s_{name}", torch.ones(size), constraint=positive)
+        q = dist.Normal(loc, scale)
+        if name == "log_tau":
+            q, name = dist.TransformedDistribution(q, dist.transforms.ExpTransform()), "tau"
+        pyro.sample(name, q.to_event(1))
+
+
+SCHOOLS = torch.tensor(
+    [[28.0, 15], [8, 10], [-3, 16], [7, 11], [-1, 9], [1, 11], [18, 10], [12, 18]]
+)
+
+
+def posterior_of_mu():
+    """Mean and standard deviation: given tau, the schools' results are Gaussian with the mean mu."""
+    y, sigma = SCHOOLS.double().unbind(1)
+    tau = torch.linspace(0.01, 200, 20_000, dtype=torch.float64)
+    variance = sigma**2 + tau[:, None] ** 2
+    precision = (1 / variance).sum(1) + 1 / 10**2
+    mean = (y / variance).sum(1) / precision
+    covariance = torch.diag_embed(variance) + 10**2
+    evidence = dist.MultivariateNormal(torch.zeros(8).double(), covariance).log_prob(y)
+    weight = (evidence + dist.HalfCauchy(25.0).log_prob(tau)).softmax(0)
+    mu = (weight * mean).sum()
+    return mu.item(), (weight * (1 / precision + mean**2)).sum().sub(mu**2).sqrt().item()
+
+
+def test_eight_schools_of_functions_alone():
+    torch.manual_seed(0)
+    compiled = interpreted(eight_schools, eight_schools_guide, Trace_ELBO())
+    assert list(compiled.parameters()) == []
+    compiled(SCHOOLS)
+    assert dict(compiled.named_parameters()).keys() == pyro.get_param_store().keys()
+    value, grads = loss_and_grads(compiled, SCHOOLS, 3)
+    compiled.zero_grad()
+    torch.manual_seed(3)
+    loss = Trace_ELBO().loss_and_grads(eight_schools, eight_schools_guide, SCHOOLS)
+    assert loss == pytest.approx(value.item(), rel=1e-6)
+    for name, p in compiled.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)
+    optimizer = torch.optim.Adam(compiled.parameters(), lr=0.03)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        compiled(SCHOOLS).backward()
+        optimizer.step()
+    mean, std = posterior_of_mu()
+    assert abs(pyro.param("m_mu").item() - mean) < 0.3 * std
+    assert 0.5 * std < pyro.param("s_mu").item() < 1.1 * std  # a product of factors is too narrow
+
+
+def test_draws_that_are_not_reparameterised():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.3)))
+            pyro.sample("x", dist.Normal(2 * z - 1, 1), obs=x)
+
+    def guide(x):
+        logit = pyro.param("logit", lambda: torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logit.expand(len(x))))
+
+    x = torch.randn(30)
+    compiled = interpreted(model, guide, Trace_ELBO())
+    compiled(x)
+    ours = loss_and_grads(compiled, x, 1)
+    pyro.param("logit").grad = None
+    torch.manual_seed(1)
+    loss = Trace_ELBO().loss_and_grads(model, guide, x)
+    assert loss == pytest.approx(ours[0].item(), rel=1e-6)
+    torch.testing.assert_close(ours[1]["logit"], pyro.param("logit").grad)
+
+
+def _choose(z):
+    return 2 * z if z.sum() > 0 else z
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_choose, "control flow that depends on a tensor's values.*torch.where"),
+        (lambda z: z + float(z[0].detach()), "control flow that depends on a tensor's values"),
+        (lambda z: z + sum(z.tolist()), "Tensor.tolist"),
+        (lambda z: z + float(z.detach().numpy()[0]), "Tensor.numpy"),
+        (lambda z: z + z[z > 0].sum(), "shape depends on a tensor's values"),
+        (lambda z: z + z.nonzero().sum(), "shape depends on a tensor's values"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(change, message):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1))
+            pyro.sample("x", dist.Normal(change(z), 1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x)), 1))
+
+    with pytest.raises(ValueError, match=message):
+        interpreted(model, guide, Trace_ELBO())(torch.randn(5))
+
+
+def test_a_program_that_is_another_each_time_is_refused():
+    calls = []
+
+    def model(x):
+        calls.append(1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1))
+            pyro.sample("x", dist.Normal(z, len(calls)), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", lambda: torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc.expand(len(x)), 1))
+
+    with pytest.raises(ValueError, match="a graph that gives a loss of"):
+        interpreted(model, guide, Trace_ELBO())(torch.randn(5))
+
+
+def test_enumeration_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.3)))
+            pyro.sample("x", dist.Normal(2 * z - 1, 1), obs=x)
+
+    def guide(x):
+        p = pyro.param("p", lambda: torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(p.expand(len(x))))
+
+    compiled = interpreted(model, config_enumerate(guide), Trace_ELBO())
+    with pytest.warns(UserWarning, match="enumerate"), pytest.raises(ValueError, match="site 'z'"):
+        compiled(torch.randn(5))
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        TraceEnum_ELBO(),
+        TraceGraph_ELBO(),
+        RenyiELBO(num_particles=2),
+        JitTrace_ELBO(),
+        MinimumVarianceELBO([nn.Parameter(torch.zeros(()))]),
+        Trace_ELBO,
+    ],
+)
+def test_losses_with_steps_of_their_own_are_refused(elbo):
+    model, guide, *_ = programs()["posterior"]
+    with pytest.raises(ValueError, match="argument 'elbo': got"):
+        compile_elbo(model, guide, elbo)
+
+
+def test_handlers_around_a_call_are_refused():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    with pytest.raises(ValueError, match="got KLWarmup"), KLWarmup(0.5):
+        compiled(x_0)
+    scaled = interpreted(poutine.scale(model, 2.0), poutine.scale(guide, 2.0), elbo)
+    torch.manual_seed(1)
+    twice = scaled(x_0)
+    torch.manual_seed(1)
+    torch.testing.assert_close(twice, 2 * compiled(x_0))
+
+
+def test_bad_data_raise_in_the_programs_own_words():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    with pytest.raises(ValueError, match="argument 'x_0': got 1 NaN"):
+        compiled(torch.where(torch.arange(15).reshape(5, 3) == 7, torch.nan, x_0))
