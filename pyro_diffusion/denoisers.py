@@ -27,6 +27,7 @@ from pyro_diffusion.kernels import (
     ChainStep,
     chain_step,
     check_timestep,
+    gaussian,
     pad,
     posterior_mean,
 )
@@ -286,7 +287,7 @@ class NeuralDenoiser(Denoiser):
         mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
         step = step.padded(self.missing_dim)
         scale = self.variance(step, denoised.variance).sqrt().to(x_t.dtype)
-        return dist.Normal(mean, scale).to_event(self.event_dim)
+        return gaussian(mean, scale, self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:
         return self.prediction.embed(x_0)
@@ -415,7 +416,7 @@ class GaussianDenoiser(Denoiser):
     def _gaussian(self, mean: Tensor, variance: Tensor) -> dist.TorchDistribution:
         """A Gaussian with the given variances along the data's principal axes."""
         if self.rotation is None:
-            return dist.Normal(mean, variance.sqrt()).to_event(self.event_dim)
+            return gaussian(mean, variance.sqrt(), self.event_dim)
         factor = self.rotation * variance.sqrt().unsqueeze(-2)
         return dist.MultivariateNormal(mean, factor @ factor.mT)
 
@@ -527,7 +528,7 @@ class GaussianMixtureDenoiser(Denoiser):
         gains, _ = _wiener(variances, signal, noise)
         errors = x_t.unsqueeze(-self.event_dim - 1) - signal.to(x_t.dtype) * self.means
         spread = (signal**2 * variances + noise**2).sqrt().to(x_t.dtype)
-        component = dist.Normal(torch.zeros_like(spread), spread).to_event(self.event_dim)
+        component = gaussian(torch.zeros_like(spread), spread, self.event_dim)
         log_r = (self.log_weights + component.log_prob(errors)).log_softmax(-1)
         return log_r, self.means + gains.to(x_t.dtype) * errors
 
@@ -536,7 +537,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return coefficient.unsqueeze(-1 - self.schedule.event_dim)
 
     def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> dist.TorchDistribution:
-        components = dist.Normal(means, variances.sqrt()).to_event(self.event_dim)
+        components = gaussian(means, variances.sqrt(), self.event_dim)
         logits = logits.expand(components.batch_shape)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 

@@ -67,7 +67,7 @@ def forward_transition(
     missing = event_dim - schedule.event_dim
     mean = pad(step.signal / step.signal_prev, missing, x_prev.dtype) * x_prev
     scale = step.noise * step.share.sqrt()
-    return dist.Normal(mean, pad(scale, missing, x_prev.dtype)).to_event(event_dim)
+    return gaussian(mean, pad(scale, missing, x_prev.dtype), event_dim)
 
 
 def forward_marginal(
@@ -106,7 +106,7 @@ def noised(
     r""":math:`N(a x_0, \sigma^2 I)`, a datum with noise up to a log-SNR; E2 between the timesteps, too."""
     missing = event_dim - schedule.event_dim
     signal, noise = (pad(c, missing, x_0.dtype) for c in schedule.scales(log_snr))
-    return dist.Normal(signal * x_0, noise).to_event(event_dim)
+    return gaussian(signal * x_0, noise, event_dim)
 
 
 def forward_increment(
@@ -138,7 +138,7 @@ def forward_increment(
     rate = -schedule.slope_at(u) * schedule.log_snr_at(u).exp()
     scale = pad(rate.sqrt(), event_dim - schedule.event_dim, x_0.dtype)
     mean = scale * x_0
-    return dist.Normal(mean, torch.ones_like(mean)).to_event(event_dim)
+    return gaussian(mean, torch.ones_like(mean), event_dim)
 
 
 def forward_posterior(
@@ -175,7 +175,7 @@ def forward_posterior(
     missing = event_dim - schedule.event_dim
     mean = posterior_mean(x_t, x_0, step, missing_dim=missing)
     scale = posterior_variance(step).sqrt()
-    return dist.Normal(mean, pad(scale, missing, x_t.dtype)).to_event(event_dim)
+    return gaussian(mean, pad(scale, missing, x_t.dtype), event_dim)
 
 
 def terminal_prior(
@@ -197,7 +197,12 @@ def terminal_prior(
     """
     signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
     scale = (signal**2 + noise**2).sqrt().to(dtype).expand(event_shape)
-    return dist.Normal(torch.zeros_like(scale), scale).to_event(len(event_shape))
+    return gaussian(torch.zeros_like(scale), scale, len(event_shape))
+
+
+def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
+    """A Normal with independent entries, unvalidated: a schedule's scales are positive."""
+    return dist.Normal(mean, scale, validate_args=False).to_event(event_dim)
 
 
 class ChainStep(NamedTuple):
