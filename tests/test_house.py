@@ -47,6 +47,7 @@ ORDER = [
 
 #: Methods that are documented where they are declared first.
 INHERITED = {
+    "backward",
     "configure_optimizers",
     "decode",
     "denoise",

@@ -1,0 +1,483 @@
+r"""What writing diffusion as a probabilistic program costs, beside PyTorch written by hand.
+
+Every ratio is of two things that ran in turn in the same process, warm-up excluded: for each of a few
+repeats a row has the time of ours over that of the other, and the table their median and range. "By hand"
+is a loss of ten lines that draws a timestep for each datum and weights the squared error as the bound does.
+The memory of a full bound is the peak of a process of its own above what it held before.
+
+    python benchmarks/speed.py [--device cuda] [--repeats 7] [--only step,sampling,bound,memory,scaling]
+        [--smoke] [--output benchmarks/results]
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import pyro
+import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+
+from pyro_diffusion import (
+    MLP,
+    AncestralSampler,
+    DiffusionModel,
+    LinearSchedule,
+    NeuralDenoiser,
+    UNet,
+    compile_elbo,
+    elbo_terms,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DIMENSION = 64
+PARTS = ("step", "unet", "bound", "sampling", "memory", "scaling")
+#: Beside which the benchmark was planned: improved-diffusion's own loop over the bound's terms, over its
+#: network rows; it is no package that can be installed and run here.
+CALC_BPD_LOOP = (3.1, 3.9)
+
+
+def main():
+    args = parse_arguments()
+    if args.measure_memory:
+        return print(json.dumps(memory_of_bound(args)))
+    rows = []
+    if "step" in args.only:
+        rows += steps(args)
+    if "unet" in args.only:
+        rows += unet_steps(args)
+    if "bound" in args.only:
+        rows += full_bound(args)
+    if "sampling" in args.only:
+        rows += sampling(args)
+    if "memory" in args.only:
+        rows += memory(args)
+    scaling = cost_by_size(args) if "scaling" in args.only else {}
+    report(rows, scaling, args)
+    return None
+
+
+# Steps of training.
+
+
+def steps(args):
+    """A step of an MLP: SVI, compiled, by hand, by hand compiled; batches of 128 and 2048."""
+    rows = []
+    for batch, target in ((128, 1.6), (2048, 1.15)):
+        pyro.clear_param_store()
+        works = training_steps(lambda: MLP((DIMENSION,)), (DIMENSION,), batch, args)
+        times = interleaved(works, args)
+        kind = f"MLP, batch {batch}"
+        rows.append(row(f"`SVI` step, {kind}", "step by hand", times, "svi", "hand", target))
+        if batch == 128:
+            rows += [
+                row(f"`compile_elbo` step, {kind}", "step by hand", times, "ours", "hand", 0.95),
+                row(f"`compile_elbo` step, {kind}", "step by hand, compiled", times, "ours", "compiled",
+                    1.05 if on_gpu(args) else 1.10),
+            ]  # fmt: skip
+    return rows
+
+
+def unet_steps(args):
+    """The same of a U-Net on images; on a GPU larger ones, in bfloat16."""
+    side, batch = (28, 128) if on_gpu(args) else (16, 32)
+    shape = (1, side, side)
+    network = partial(UNet, shape, channels=(32, 64), attention=(1,), layers_per_block=1)
+    pyro.clear_param_store()
+    times = interleaved(training_steps(network, shape, batch, args), args)
+    kind = f"U-Net 1×{side}×{side}, batch {batch}" + (", bf16" if on_gpu(args) else "")
+    return [
+        row(f"`SVI` step, {kind}", "step by hand", times, "svi", "hand", 1.06),
+        row(f"`compile_elbo` step, {kind}", "step by hand, compiled", times, "ours", "compiled",
+            1.05 if on_gpu(args) else 1.03),
+    ]  # fmt: skip
+
+
+def training_steps(make_network, shape, batch, args):
+    """Four ways to make one step, each with a network of its own that starts alike."""
+    x_0 = torch.randn(batch, *shape, device=args.device)
+    models = []
+    for _ in range(4):
+        pyro.set_rng_seed(0)
+        schedule = LinearSchedule(1000).to(args.device)
+        network = make_network().to(args.device)
+        models.append(DiffusionModel(NeuralDenoiser(network, schedule, event_shape=shape)))
+    pairs = [model.subsampled() for model in models]
+    adam = pyro.optim.Adam({"lr": 1e-4})
+    svi = SVI(pairs[0].model, pairs[0].guide, adam, TraceMeanField_ELBO())
+    ours = compile_elbo(pairs[1].model, pairs[1].guide, TraceMeanField_ELBO())
+    hand, compiled = (by_hand(model) for model in models[2:])
+    settings = {"mode": "reduce-overhead"} if on_gpu(args) else {}
+    return {
+        "svi": mixed(lambda: svi.step(x_0), args),
+        "ours": mixed(plain_step(ours, ours.parameters(), x_0), args),
+        "hand": mixed(plain_step(hand, models[2].parameters(), x_0), args),
+        "compiled": mixed(
+            plain_step(torch.compile(compiled, **settings), models[3].parameters(), x_0), args
+        ),
+    }
+
+
+def by_hand(diffusion):
+    """The loss as one writes it without a package: tables, a draw, the network, a weighted square."""
+    schedule, network = diffusion.schedule, diffusion.denoiser.network
+    device = schedule.device
+    log_snr = schedule.log_snr(torch.arange(1, 1001, device=device))
+    weights = 0.5 * 1000 * torch.expm1((log_snr[:-1] - log_snr[1:]).clamp(max=20)).float()
+    weights = torch.cat([weights[:1], weights])
+    signal, noise = (scale.float() for scale in schedule.scales(log_snr))
+    log_snr = log_snr.float()
+
+    def loss(x_0):
+        """Noise to a random timestep, and the weighted error of its prediction."""
+        t = torch.randint(1000, (len(x_0),), device=device)
+        padded = (len(x_0),) + (1,) * (x_0.dim() - 1)
+        epsilon = torch.randn_like(x_0)
+        x_t = signal[t].view(padded) * x_0 + noise[t].view(padded) * epsilon
+        error = (network(x_t, log_snr[t]) - epsilon).square().flatten(1).sum(1)
+        return (weights[t] * error).sum()
+
+    return loss
+
+
+def plain_step(loss, parameters, x_0):
+    """A step with torch's own optimiser."""
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+
+    def step():
+        """Gradients and an update."""
+        optimizer.zero_grad()
+        loss(x_0).backward()
+        optimizer.step()
+
+    return step
+
+
+def mixed(step, args):
+    """On a GPU under bfloat16 autocast."""
+    if not on_gpu(args):
+        return step
+
+    def run():
+        """The step, in mixed precision."""
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            step()
+
+    return run
+
+
+# Evaluation and sampling.
+
+
+def full_bound(args):
+    """Every term of a T = 1000 bound, beside its network rows in batches of 8,192."""
+    diffusion = mlp_model(args)
+    x_0 = torch.randn(args.num_data, DIMENSION, device=args.device)
+    num_rows = args.num_data * diffusion.schedule.num_timesteps
+
+    def bound():
+        """One trajectory of each datum."""
+        elbo_terms(diffusion.model, diffusion.posterior_guide, x_0, num_particles=1, progress=False)
+
+    works = {"bound": bound, "rows": lambda: network_rows(diffusion, num_rows, 8192, args)}
+    times = interleaved(works, args, calls=1)
+    what = f"full bound, T = {diffusion.schedule.num_timesteps}, {args.num_data} data, MLP"
+    full = row(what, "its network rows in batches of 8,192", times, "bound", "rows", 1.15)
+    least, most = (ratio / full["ratio"] for ratio in CALC_BPD_LOOP)
+    print(f"calc_bpd_loop, by the issue's figures, takes {least:.1f} to {most:.1f} times as long")
+    return [full]
+
+
+def sampling(args):
+    """T = 1000 ancestral steps, eager and compiled, beside the calls of the network alone; and diffusers'."""
+    diffusion = mlp_model(args)
+    calls = diffusion.schedule.num_timesteps
+    eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion)
+    compiled.compile()
+    works = {
+        "eager": lambda: eager(128, progress=False),
+        "compiled": lambda: compiled(128, progress=False),
+        "program": lambda: diffusion.sample(128),
+        "network": lambda: network_rows(diffusion, calls * 128, 128, args),
+        "scheduler": diffusers_sampler(diffusion, calls, args),
+    }
+    works = {name: work for name, work in works.items() if work is not None}
+    times = interleaved(works, args, calls=1)
+    against = "its network calls, eager"
+    rows = [
+        row(f"ancestral sampling, T = {calls}, batch 128", against, times, "eager", "network", 1.20),
+        row(f"the same, compiled, T = {calls}", against, times, "compiled", "network", 1.00),
+        row("`diffusion.sample`, the program", against, times, "program", "network", None),
+    ]  # fmt: skip
+    if "scheduler" in works:
+        rows.append(row("diffusers' `DDPMScheduler`", against, times, "scheduler", "network", None))
+    return rows
+
+
+def diffusers_sampler(diffusion, num_timesteps, args):
+    """The released package's loop around the same network, or nothing where it is not installed."""
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError:
+        print("diffusers: not installed, left out")
+        return None
+    scheduler = DDPMScheduler(num_timesteps, clip_sample=False)
+    scheduler.set_timesteps(num_timesteps)
+    network = diffusion.denoiser.network
+    log_snr = (
+        diffusion.schedule.log_snr(torch.arange(1, num_timesteps + 1, device=args.device))
+        .float()
+        .expand(128, -1)
+        .T.contiguous()
+    )
+
+    @torch.no_grad()
+    def sample():
+        """As in the library's own guide."""
+        x = torch.randn(128, DIMENSION, device=args.device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, log_snr[t]), t, x).prev_sample
+
+    return sample
+
+
+@torch.no_grad()
+def network_rows(diffusion, num_rows, batch, args):
+    """The network alone on that many rows."""
+    network = diffusion.denoiser.network.eval()
+    x = torch.randn(batch, DIMENSION, device=args.device)
+    log_snr = torch.zeros(batch, device=args.device)
+    for start in range(0, num_rows, batch):
+        size = min(batch, num_rows - start)
+        network(x[:size], log_snr[:size])
+    network.train()
+
+
+def mlp_model(args, num_timesteps=None, dimension=DIMENSION, **network):
+    """The model of most rows."""
+    pyro.set_rng_seed(0)
+    schedule = LinearSchedule(num_timesteps or args.num_timesteps).to(args.device)
+    network = MLP((dimension,), **network).to(args.device)
+    return DiffusionModel(NeuralDenoiser(network, schedule, event_shape=(dimension,)))
+
+
+# Memory, and how costs grow.
+
+
+def memory(args):
+    """The peak of a full bound in a process of its own, by the network's smallest size."""
+    command = [sys.executable, __file__, "--measure-memory", "--device", args.device]
+    command += ["--smoke"] if args.smoke else []
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    numbers = json.loads(result.stdout.splitlines()[-1])
+    what = "memory of a full bound, T = {num_timesteps}, N = {num_data}, D = {dimension}"
+    return [
+        {
+            "work": what.format(**numbers),
+            "against": "1 GiB above the model",
+            "ratio": numbers["peak_mib"] / 1024,
+            "range": [numbers["peak_mib"] / 1024] * 2,
+            "target": 1.0,
+            "seconds": numbers["seconds"],
+        }
+    ]
+
+
+def memory_of_bound(args):
+    """Peak above what the process held before; the network is small, for it is not what is measured."""
+    num_timesteps, num_data, dimension = (20, 50, 784) if args.smoke else (1000, 10_000, 784)
+    diffusion = mlp_model(args, num_timesteps, dimension, hidden_size=32, num_blocks=1)
+    x_0 = torch.randn(num_data, dimension, device=args.device)
+    programs = diffusion.model, diffusion.posterior_guide
+    elbo_terms(*programs, x_0[:2], num_particles=1, progress=False)  # warm-up
+    before, start = peak(args), time.perf_counter()
+    elbo_terms(*programs, x_0, num_particles=1, progress=False)
+    return {
+        "num_timesteps": num_timesteps,
+        "num_data": num_data,
+        "dimension": dimension,
+        "peak_mib": (peak(args) - before) / 2**20,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def peak(args):
+    """Most bytes that the process has held, on the device that is used."""
+    if on_gpu(args):
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cost_by_size(args):
+    """Seconds of a full bound and of a training step, by length of the chain and number of data."""
+    lengths, counts = ((10, 20), (8, 16)) if args.smoke else ((10, 100, 1000), (32, 128, 512))
+    full = {}
+    for num_timesteps in lengths:
+        diffusion = mlp_model(args, num_timesteps)
+        programs = diffusion.model, diffusion.posterior_guide
+        for count in counts:
+            x_0 = torch.randn(count, DIMENSION, device=args.device)
+            work = partial(elbo_terms, *programs, x_0, num_particles=1, progress=False)
+            full[f"{num_timesteps},{count}"] = min(interleaved({"": work}, args, calls=1)[""])
+    step = {}
+    for num_timesteps in (*lengths, 10 * lengths[-1]):
+        pyro.clear_param_store()
+        pair = mlp_model(args, num_timesteps).subsampled()
+        svi = SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-4}), TraceMeanField_ELBO())
+        for count in counts:
+            x_0 = torch.randn(count, DIMENSION, device=args.device)
+            work = partial(svi.step, x_0)
+            step[f"{num_timesteps},{count}"] = statistics.median(interleaved({"": work}, args)[""])
+    return {"full_bound_seconds": full, "subsampled_step_seconds": step}
+
+
+def plot_costs(scaling, path):
+    """Seconds against T, a line for each number of data: full bound left, subsampled step right."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    titles = {
+        "full_bound_seconds": "full bound: linear in T · N",
+        "subsampled_step_seconds": "subsampled step: flat in T",
+    }
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        points = {tuple(map(int, name.split(","))): s for name, s in scaling[key].items()}
+        for i, count in enumerate(sorted({n for _, n in points})):
+            line = sorted((t, seconds) for (t, n), seconds in points.items() if n == count)
+            ax.loglog(*zip(*line, strict=True), "o-", color=f"C{i}", label=f"N = {count}")
+        if key == "full_bound_seconds":
+            (t, _), seconds = max(points.items())
+            ends = sorted({t for t, _ in points})[:: len({t for t, _ in points}) - 1]
+            ax.loglog(ends, [seconds * end / t for end in ends], "k:", label="slope 1")
+        else:
+            ax.set_ylim(min(points.values()) / 5, max(points.values()) * 5)
+        ax.set(title=title, xlabel="number of timesteps T", ylabel="seconds")
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+# How things are timed, and what is written.
+
+
+def interleaved(works, args, calls=None):
+    """Seconds a call of each work, by repeat; the first calls of each are not counted."""
+    for work in works.values():
+        for _ in range(1 if calls else 10):
+            timed(work, 1, args)
+    if calls is None:
+        longest = max(timed(work, 3, args) for work in works.values())
+        calls = max(1, math.ceil(args.seconds / longest))
+    times = {name: [] for name in works}
+    for _ in range(args.repeats):
+        for name, work in works.items():
+            times[name].append(timed(work, calls, args))
+    return times
+
+
+def timed(work, calls, args):
+    """Mean seconds of so many calls."""
+    if on_gpu(args):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    if on_gpu(args):
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def row(work, against, times, ours, other, target):
+    """A line of the table: the ratio by repeat."""
+    ratios = [a / b for a, b in zip(times[ours], times[other], strict=True)]
+    line = {
+        "work": work,
+        "against": against,
+        "ratio": statistics.median(ratios),
+        "range": [min(ratios), max(ratios)],
+        "target": target,
+        "seconds": statistics.median(times[ours]),
+        "seconds_against": statistics.median(times[other]),
+    }
+    print(markdown(line), flush=True)
+    return line
+
+
+def markdown(line):
+    """The line as one of the table."""
+    reached = "–" if line["target"] is None else f"≤ {line['target']:.2f}"
+    low, high = line["range"]
+    spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+    return f"| {line['work']} | {line['against']} | {line['ratio']:.2f}{spread} | {reached} |"
+
+
+def on_gpu(args):
+    """Whether works are asynchronous."""
+    return args.device.startswith("cuda")
+
+
+def processor():
+    """The processor by name, where the system says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report(rows, scaling, args):
+    """The table, and JSON with the machine and all that it takes to run it again."""
+    print("\n| work | against | ratio, median (range) | target |\n|---|---|---|---|")
+    for line in rows:
+        print(markdown(line))
+    args.output.mkdir(parents=True, exist_ok=True)
+    suffix = "_cuda" if on_gpu(args) else ""
+    path = args.output / f"speed{suffix}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    ours = {(line["work"], line["against"]) for line in rows}
+    kept = [line for line in before["rows"] if (line["work"], line["against"]) not in ours]
+    numbers = {
+        "rows": kept + rows,
+        "scaling": scaling or before.get("scaling", {}),
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "processor": torch.cuda.get_device_name() if on_gpu(args) else processor(),
+        "device": args.device,
+    }
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+    os.replace(aside, path)
+    print(f"\nwrote {path}")
+    if scaling:
+        plot_costs(scaling, args.output / f"speed{suffix}.png")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, by comma")
+    parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help="minutes of work in seconds")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    args.seconds = 0.05 if args.smoke else 1.0  # of a work in a repeat
+    args.repeats = 2 if args.smoke else args.repeats
+    args.num_timesteps, args.num_data = (20, 16) if args.smoke else (1000, 256)
+    return args
+
+
+if __name__ == "__main__":
+    main()
