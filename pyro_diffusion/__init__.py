@@ -85,6 +85,7 @@ from pyro_diffusion.schedules import (
     LogSNRSchedule,
     MonotoneSchedule,
     NoiseSchedule,
+    StridedSchedule,
     VarianceExploding,
 )
 from pyro_diffusion.sequential import smc_evidence
@@ -150,6 +151,7 @@ __all__ = [
     "ScorePrediction",
     "Standardize",
     "StratifiedTimesteps",
+    "StridedSchedule",
     "Summary",
     "TimestepPlate",
     "TopDownEncoder",

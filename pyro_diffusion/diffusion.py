@@ -13,6 +13,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -37,7 +38,7 @@ from pyro_diffusion.kernels import (
     noised,
     terminal_prior,
 )
-from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.timesteps import Timesteps
 
 __all__ = ["DiffusionModel"]
@@ -253,11 +254,35 @@ class DiffusionModel(Family):
         Raises:
             ValueError: A schedule that has one grid.
         """
+        return self._with_schedule(self.schedule.with_num_timesteps(num_timesteps))
+
+    def strided(self, timesteps: int | Sequence[int]) -> Self:
+        r"""The same model, parameters and their names included, on some of its timesteps.
+
+        Its states are states of this chain, and its programs are a chain of fewer, longer steps: with fewer
+        network calls, and a bound of its own.
+
+        Args:
+            timesteps: Increasing whole numbers in ``1 … T``; or how many, evenly spaced from the first to the
+                last (one of them is ``T``).
+
+        Raises:
+            ValueError: Timesteps outside that range, out of order, or more than there are.
+
+        Example:
+            >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LinearSchedule(1000))
+            >>> diffusion = DiffusionModel(denoiser).strided(4)
+            >>> diffusion.schedule.timesteps
+            (1, 334, 667, 1000)
+        """
+        if isinstance(timesteps, int):
+            timesteps = _evenly_spaced(timesteps, self.schedule.num_timesteps)
+        return self._with_schedule(StridedSchedule(self.schedule, timesteps))
+
+    def _with_schedule(self, schedule: NoiseSchedule) -> Self:
         model = object.__new__(type(self))  # no copy, which would take a name of its own
         model.__dict__.update(self.__dict__, _modules=self._modules.copy())
-        model.denoiser = self.denoiser.with_schedule(
-            self.schedule.with_num_timesteps(num_timesteps)
-        )
+        model.denoiser = self.denoiser.with_schedule(schedule)
         return model
 
     # The kernels that the programs are made of.
@@ -313,16 +338,32 @@ class DiffusionModel(Family):
 
     def decode_denoised(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         r""":math:`p_\theta(x_0 \mid x_1)` from what the denoiser said of :math:`x_1` already."""
+        batch_shape = x_1.shape[: x_1.dim() - self.denoiser.event_dim]
+        return self.data_kernel(self.decode_inside(x_1, denoised), batch_shape)
+
+    def decode_inside(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        """The same in the model's own units, before the transform to the user's."""
         if self.likelihood is None:
-            kernel = self.denoiser.decode(x_1, denoised)
-        else:
-            kernel = self.likelihood(denoised.x_0_hat)
-        return self.data_kernel(kernel, x_1.shape[: x_1.dim() - self.denoiser.event_dim])
+            return self.denoiser.decode(x_1, denoised)
+        return self.likelihood(denoised.x_0_hat)
 
 
 def check_diffusion(diffusion: Any) -> DiffusionModel:
     """``diffusion``, if it is a model and not one of its programs, or another family."""
     return check_argument("diffusion", diffusion, DiffusionModel, "the DiffusionModel itself")
+
+
+def _evenly_spaced(count: int, last: int) -> list[int]:
+    """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
+    if isinstance(count, bool) or not 1 <= count <= last:
+        raise ValueError(
+            f"argument 'timesteps': got {count}; expected 1 … {last}, how many of the model's timesteps to "
+            "keep. Take with_num_timesteps(…) for a finer grid of the same curve."
+        )
+    if count == 1:
+        return [last]
+    gaps = count - 1
+    return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(count)]
 
 
 def _check_draws(num_timesteps: int) -> None:

@@ -140,7 +140,9 @@ def summary(
     if not isinstance(diffusion, BernoulliDiffusion):
         by_runs = smc_evidence(diffusion, x_0, num_particles=num_particles, num_runs=num_runs)
         rows.append(_estimate(chain, by_runs))
-    curve = getattr(diffusion.schedule, "schedule", diffusion.schedule)
+    curve = diffusion.schedule
+    while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
+        curve = curve.schedule
     if not isinstance(curve, AlphaSchedule):
         rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, math.inf))
     has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim

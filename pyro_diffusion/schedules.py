@@ -27,7 +27,8 @@ References:
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "LogSNRSchedule",
     "MonotoneSchedule",
     "NoiseSchedule",
+    "StridedSchedule",
     "VarianceExploding",
 ]
 
@@ -617,6 +619,106 @@ class VarianceExploding(NoiseSchedule):
         return torch.ones_like(log_snr), (-0.5 * log_snr).exp()
 
 
+class StridedSchedule(NoiseSchedule):
+    r"""A chain of some of a schedule's timesteps: :math:`\lambda'_i = \lambda_{\tau_i}`, :math:`\tau_0 = 0`.
+
+    A state at step :math:`i` is the given chain's state at :math:`\tau_i`, as noisy and on the same scale, so
+    that a network is asked about noise that it was trained on and about no other. Parameters are the given
+    schedule's, and have its names. As a curve it is the given one from :math:`\tau_1` to
+    :math:`\tau_{T'}`.
+
+    Args:
+        schedule: Noise schedule of :math:`T` steps: any, also learned, or with a curve for each entry.
+        timesteps: :math:`\tau_1 < … < \tau_{T'}`, whole numbers in ``1 … T``.
+
+    Raises:
+        ValueError: Timesteps that are not of that kind.
+
+    Example:
+        >>> schedule = StridedSchedule(LinearSchedule(1000), [1, 500, 1000])
+        >>> schedule.num_timesteps, schedule.log_snr(2) == LinearSchedule(1000).log_snr(500)
+        (3, tensor(True))
+
+    References:
+        Denoising Diffusion Implicit Models (Song et al., 2021), section 4.2.
+        https://arxiv.org/abs/2010.02502
+    """
+
+    steps: Tensor
+
+    def __init__(self, schedule: NoiseSchedule, timesteps: Sequence[int]) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(
+                f"argument 'schedule': got {schedule!r}; expected a NoiseSchedule. Pass the schedule to take "
+                "timesteps of, such as StridedSchedule(LinearSchedule(1000), [1, 500, 1000])."
+            )
+        timesteps = _check_timesteps(timesteps, schedule.num_timesteps)
+        if isinstance(schedule, StridedSchedule):
+            timesteps = [schedule.timesteps[t - 1] for t in timesteps]
+            schedule = schedule.schedule
+        super().__init__(len(timesteps))
+        self.timesteps = tuple(timesteps)  #: :math:`\tau_1 … \tau_{T'}`
+        # A grid of its own and no submodule: its tensors are listed here, under the names they have there.
+        schedule = schedule.with_num_timesteps(schedule.num_timesteps)
+        self.__dict__["schedule"] = schedule
+        for kind in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[kind] = getattr(schedule, kind)
+        steps = torch.tensor([0, *timesteps], device=schedule.device)
+        self.register_buffer("steps", steps, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.schedule.device
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.schedule.event_shape
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        r""":math:`\lambda_{\tau_t}` of the given schedule; infinite at ``t = 0``."""
+        return self.schedule.log_snr(self.steps[self._check_timestep(t)])
+
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        first, length = self._span()
+        return self.schedule.log_snr_at(first + length * u.double())
+
+    def slope_at(self, u: Tensor) -> Tensor:
+        first, length = self._span()
+        return length * self.schedule.slope_at(first + length * u.double())
+
+    def _span(self) -> tuple[float, float]:
+        """Where the given curve's time starts here, and how much of it there is."""
+        last = max(self.schedule.num_timesteps - 1, 1)
+        return (self.timesteps[0] - 1) / last, (self.timesteps[-1] - self.timesteps[0]) / last
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule.scales(log_snr)
+
+    def with_num_timesteps(self, num_timesteps: int) -> "StridedSchedule":
+        """Refused, unless it asks for the grid that is there.
+
+        Raises:
+            ValueError: ``num_timesteps`` is not the number of its timesteps.
+        """
+        if num_timesteps != self.num_timesteps:
+            raise ValueError(
+                f"argument 'num_timesteps': got {num_timesteps} for a StridedSchedule of "
+                f"{self.num_timesteps} steps; expected {self.num_timesteps}, because its timesteps fix the "
+                "grid. Take another grid, or other timesteps, of the schedule that it was made from."
+            )
+        return StridedSchedule(self.schedule, self.timesteps)
+
+    def tail(self, t: int) -> "StridedSchedule":
+        start = int(self.steps[t])
+        later = [step - start for step in self.timesteps if step > start]
+        return StridedSchedule(self.schedule.tail(start), later)
+
+    def extra_repr(self) -> str:
+        steps = ", ".join(map(str, self.timesteps[:4])) + (", …" if self.num_timesteps > 4 else "")
+        given = f"{type(self.schedule).__name__}({self.schedule.extra_repr()})"
+        return f"{given}, {self.num_timesteps} timesteps {steps}"
+
+
 _REFERENCE_STEPS = 1000  # the grid on which the published β's are stated
 
 
@@ -627,6 +729,19 @@ def _check_num_timesteps(num_timesteps: int) -> int:
             "1. A chain needs one step to be a chain; 1000 is usual."
         )
     return num_timesteps
+
+
+def _check_timesteps(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
+    steps = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+    steps = tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else ()
+    whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
+    inside = whole and bool(steps) and 1 <= steps[0] and steps[-1] <= last
+    if not inside or any(a >= b for a, b in pairwise(steps)):
+        raise ValueError(
+            f"argument 'timesteps': got {timesteps!r:.80}; expected increasing whole numbers in 1 … {last}, "
+            f"the timesteps to keep. Pass [1, {last}], say; the last one is where the chain starts."
+        )
+    return steps
 
 
 def _check_decreasing(log_snr: Tensor, argument: str) -> None:
