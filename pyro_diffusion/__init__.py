@@ -77,6 +77,7 @@ from pyro_diffusion.plots import (
     plot_trajectory,
 )
 from pyro_diffusion.report import Summary, summary
+from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -103,6 +104,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLP",
     "AlphaSchedule",
+    "AncestralSampler",
     "BernoulliDenoiser",
     "BernoulliDiffusion",
     "BernoulliLikelihood",
@@ -111,6 +113,7 @@ __all__ = [
     "BoundEvaluation",
     "CategoricalLikelihood",
     "CosineSchedule",
+    "DDIMSampler",
     "DataPrediction",
     "Denoised",
     "Denoiser",
@@ -145,6 +148,7 @@ __all__ = [
     "NeuralDenoiser",
     "NoisePrediction",
     "NoiseSchedule",
+    "ODESampler",
     "OptimalVariance",
     "PoissonLikelihood",
     "PosteriorVariance",

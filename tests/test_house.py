@@ -28,6 +28,7 @@ ORDER = [
     "families",
     "diffusion",
     "bernoulli",
+    "samplers",
     "hvae",
     "objectives",
     "arviz_bridge",

@@ -1,0 +1,453 @@
+r"""Samplers: draws from a trained model by fewer or cheaper steps than the program's.
+
+``diffusion.sample(n)`` runs the model's program, one reverse kernel after another. A sampler here draws from
+the same model on some of its timesteps (:meth:`~pyro_diffusion.diffusion.DiffusionModel.strided`) by
+
+.. math::
+    x_{t-1} = A_t\, x_t + B_t\, \hat x_0(x_t) + E_t\, \hat x_0(x_{t+1}) + C_t\, z, \qquad z \sim N(0, I),
+
+with coefficients that are known before the first step, in float64:
+
+====================== ============================================== ===================================
+sampler                is                                             as the steps become small
+====================== ============================================== ===================================
+``AncestralSampler``   the program's own kernels                      exact in law at any number of steps
+``DDIMSampler``        :math:`x_s` at the same :math:`\hat x_0, z`    the probability flow, of order 1
+``ODESampler``         the same by two estimates of :math:`x_0`       the probability flow, of order 2
+====================== ============================================== ===================================
+
+Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the two maps are one,
+and a step is the network's call, a normal draw and a few additions. The last step is the model's:
+:math:`p(x_0 \mid x_1)` with its likelihood and transform.
+
+References:
+    Denoising Diffusion Implicit Models (Song et al., 2021). https://arxiv.org/abs/2010.02502
+    DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (Lu et al., 2022).
+    https://arxiv.org/abs/2211.01095
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser, network_dtype
+from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.kernels import chain_step, pad, posterior_mean
+from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.store import evaluating
+
+__all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler", "Update"]
+
+
+class Update(NamedTuple):
+    r"""Coefficients of the steps to :math:`x_{t-1}`, :math:`t = T … 2`, a row for each; float64.
+
+    Shapes are ``(T − 1,)`` + the schedule's event shape. What is ``None`` does not enter.
+    """
+
+    of_x_t: Tensor  #: :math:`A_t`
+    of_x_0: Tensor  #: :math:`B_t`, of :math:`\hat x_0(x_t)`
+    noise: Tensor | None = None  #: :math:`C_t`
+    of_previous: Tensor | None = None  #: :math:`E_t`, of :math:`\hat x_0(x_{t+1})`
+
+
+class Sampler(ABC):
+    """Draws of a model's data; called as ``sampler(num_samples)``.
+
+    Args:
+        diffusion: The model. It is read at each call: training may go on.
+        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+
+    Raises:
+        ValueError: Another thing than a model, or timesteps that are not its own.
+    """
+
+    deterministic: bool = False  #: whether no noise is drawn after :math:`x_T`
+    states: ClassVar[tuple[str, ...]] = ("real numbers",)  #: of the models that it can draw from
+
+    def __init__(
+        self, diffusion: DiffusionModel, timesteps: int | Sequence[int] | None = None
+    ) -> None:
+        self.diffusion, self.timesteps = check_diffusion(diffusion), timesteps
+        if diffusion.states not in self.states:
+            raise ValueError(
+                f"argument 'diffusion': got a {type(diffusion).__name__}, whose states are "
+                f"{diffusion.states}; expected real numbers, for {type(self).__name__} adds them up. Use "
+                "AncestralSampler."
+            )
+        self._step: Callable[..., tuple[Tensor, Tensor | None]] = _step
+        self._network: Any = None  # compiled
+        _ = self.model  # to refuse timesteps before anything is drawn
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The model on the sampler's timesteps."""
+        return self.diffusion if self.timesteps is None else self.diffusion.strided(self.timesteps)
+
+    @abstractmethod
+    def update(self, model: DiffusionModel) -> Update:
+        """The steps of a model's chain."""
+
+    @torch.no_grad()
+    def __call__(
+        self, num_samples: int = 1, x_T: Tensor | None = None, *, progress: bool = True
+    ) -> Tensor:
+        """Draw data; layers such as dropout are switched off.
+
+        Args:
+            num_samples: Number of data ``n``.
+            x_T: States to start from, ``(n,) + event_shape``; ``None`` draws them from :math:`p(x_T)`.
+            progress: Show a progress bar if it takes more than five seconds.
+
+        Returns:
+            Data in the user's units, ``(n,)`` + the shape of a datum.
+
+        Raises:
+            ValueError: States of another shape, or a network that misbehaves.
+        """
+        model = self.model
+        with evaluating(model):
+            return self._last(model, self._chain(model, _start(model, num_samples, x_T), progress))
+
+    def compile(self, **settings: Any) -> None:
+        """Compile a step, network and update, with ``torch.compile``: in place, when it is first called.
+
+        Where the estimate is not linear in the network's output the network is compiled, and the update is
+        not. Steps share what is compiled; another number of samples may compile again.
+
+        Args:
+            settings: For ``torch.compile``.
+
+        Raises:
+            ValueError: A model without a network.
+        """
+        network = getattr(self.diffusion.denoiser, "network", None)
+        if network is None:
+            raise ValueError(
+                f"argument 'diffusion': got a {type(self.diffusion.denoiser).__name__}, which has no network "
+                "to compile; expected the model of a NeuralDenoiser. Sample without compile()."
+            )
+        self._step = torch.compile(_step, **settings)
+        self._network = torch.compile(network, **settings)
+
+    def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
+        r""":math:`x_1` from :math:`x_T`."""
+        denoiser, update, linear = self._denoiser(model), self.update(model), _linear(model.denoiser)
+        rows = _rows(update, denoiser, linear)
+        previous = None if update.of_previous is None else x_t  # of no weight in the first step
+        for row in _bar(rows, progress):
+            z = None if row.noise is None else torch.randn_like(x_t)
+            if linear is None:
+                x_0_hat = denoiser.x_0_hat(x_t, row.log_snr)
+                x_t, previous = _combine(x_0_hat, x_t, previous, z, row)
+            else:
+                x_t, previous = self._step(model.denoiser.network, x_t, previous, z, row)
+        return x_t
+
+    def _denoiser(self, model: DiffusionModel) -> Denoiser:
+        """The model's denoiser, with the compiled network if there is one."""
+        if self._network is None:
+            return model.denoiser
+        denoiser = model.denoiser.with_schedule(model.schedule)
+        denoiser.network = self._network
+        return denoiser
+
+    def _last(self, model: DiffusionModel, x_1: Tensor) -> Tensor:
+        r""":math:`x_0` from :math:`x_1`: a draw, or the mean if nothing is drawn and there is one."""
+        if not x_1.isfinite().all():
+            raise ValueError(
+                f"argument 'network': got NaN or infinite values in {int((~x_1.isfinite()).sum())} entries "
+                "of the states; expected finite outputs. Lower the learning rate or clip gradients, and check "
+                "the data's scale."
+            )
+        denoised = model.denoiser.denoise(x_1, model.schedule.log_snr(1))
+        kernel = model.decode_inside(x_1, denoised)
+        if not self.deterministic or kernel.support.is_discrete:
+            return model.decode_denoised(x_1, denoised)()
+        return kernel.mean if model.transform is None else model.transform.inv(kernel.mean)
+
+
+class AncestralSampler(Sampler):
+    r"""The reverse chain itself, :math:`x_{t-1} \sim p_\theta(x_{t-1} \mid x_t)`, from :math:`x_T` to :math:`x_0`.
+
+    .. math::
+        x_{t-1} = \tilde\mu_t\big(x_t, \hat x_0(x_t)\big) + \sqrt{\Sigma_t}\, z .
+
+    The law is that of ``diffusion.strided(timesteps).sample()``, and so are the draws under the same seed, up
+    to rounding. Kernels of another form, those of levels, learned variances, exact denoisers, bits and
+    schedules with a curve for each entry, are the denoiser's own.
+
+    Args:
+        diffusion: The model. It is read at each call: training may go on.
+        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+
+    Raises:
+        ValueError: Another thing than a model, or timesteps that are not its own.
+
+    Example:
+        >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
+        >>> AncestralSampler(diffusion, timesteps=20)(3).shape
+        torch.Size([3, 2])
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), algorithm 2.
+        https://arxiv.org/abs/2006.11239
+    """
+
+    states: ClassVar[tuple[str, ...]] = ("real numbers", "bits")
+
+    def update(self, model: DiffusionModel) -> Update:
+        step = chain_step(_downwards(model.schedule), model.schedule)
+        zero, one = torch.zeros_like(step.signal), torch.ones_like(step.signal)
+        variance = model.denoiser.variance(step)
+        return Update(
+            of_x_t=posterior_mean(one, zero, step, missing_dim=0),
+            of_x_0=posterior_mean(zero, one, step, missing_dim=0),
+            noise=variance.sqrt(),
+        )
+
+    def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
+        if _linear(model.denoiser) is not None:
+            return super()._chain(model, x_t, progress)
+        denoiser = self._denoiser(model)
+        for t in _bar(_downwards(model.schedule).tolist(), progress):
+            x_t = denoiser(x_t, t)()
+        return x_t
+
+
+class DDIMSampler(Sampler):
+    r"""The estimate of the datum put back with the estimate of the noise, and :math:`\eta` of it drawn anew.
+
+    .. math::
+        x_{t-1} = a_{t-1}\, \hat x_0 + \sqrt{\sigma_{t-1}^2 - \eta^2 \tilde\beta_t}\; \hat\epsilon
+            + \eta \sqrt{\tilde\beta_t}\, z, \qquad
+        \hat\epsilon = \frac{x_t - a_t \hat x_0}{\sigma_t} .
+
+    With :math:`\eta = 0` it is a map of :math:`x_T`, the probability flow's as the steps become small, and ends
+    with the mean :math:`\hat x_0(x_1)` where data are real numbers, with a draw where they are levels or counts.
+    With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.variances.PosteriorVariance`.
+
+    Args:
+        diffusion: The model. It is read at each call: training may go on.
+        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        eta: :math:`\eta` in [0, 1], the share of the chain's noise.
+
+    Raises:
+        ValueError: Another thing than a model of real numbers, timesteps that are not its own, or ``eta``
+            outside [0, 1].
+
+    Example:
+        >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
+        >>> sampler = DDIMSampler(diffusion, timesteps=20)
+        >>> x_T = torch.randn(3, 2)
+        >>> torch.equal(sampler(3, x_T), sampler(3, x_T))
+        True
+
+    References:
+        Denoising Diffusion Implicit Models (Song et al., 2021), eqs. 12 and 16.
+        https://arxiv.org/abs/2010.02502
+    """
+
+    def __init__(
+        self,
+        diffusion: DiffusionModel,
+        timesteps: int | Sequence[int] | None = None,
+        *,
+        eta: float = 0.0,
+    ) -> None:
+        super().__init__(diffusion, timesteps)
+        self.eta = _check_eta(eta)
+        self.deterministic = eta == 0
+
+    def update(self, model: DiffusionModel) -> Update:
+        return _implicit_update(model, self.eta)
+
+
+class ODESampler(Sampler):
+    r"""The step of :class:`DDIMSampler` by a line through the last two estimates: second order.
+
+    .. math::
+        \hat x_0 \;\to\; \Big(1 + \frac{1}{2 r_t}\Big) \hat x_0(x_t) - \frac{1}{2 r_t} \hat x_0(x_{t+1}),
+        \qquad r_t = \frac{h_{t+1}}{h_t}, \quad h_t = \tfrac12 (\lambda_{t-1} - \lambda_t) .
+
+    With :math:`\eta = 0` that is DPM-Solver++(2M) for the probability flow, with :math:`\eta = 1`
+    SDE-DPM-Solver++(2M) for the reverse diffusion. The first step, before which there is no estimate, and the
+    last, to :math:`\hat x_0(x_1)`, are of first order. For steps of equal length take a schedule whose log-SNR
+    is linear, or choose timesteps.
+
+    Args:
+        diffusion: The model. It is read at each call: training may go on.
+        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        eta: :math:`\eta` in [0, 1], the share of the chain's noise.
+
+    Raises:
+        ValueError: Another thing than a model of real numbers, timesteps that are not its own, or ``eta``
+            outside [0, 1].
+
+    Example:
+        >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
+        >>> ODESampler(diffusion, timesteps=[1, 10, 100, 300, 1000])(3).shape
+        torch.Size([3, 2])
+
+    References:
+        DPM-Solver++ (Lu et al., 2022), algorithm 2 and section 5. https://arxiv.org/abs/2211.01095
+    """
+
+    def __init__(
+        self,
+        diffusion: DiffusionModel,
+        timesteps: int | Sequence[int] | None = None,
+        *,
+        eta: float = 0.0,
+    ) -> None:
+        super().__init__(diffusion, timesteps)
+        self.eta = _check_eta(eta)
+        self.deterministic = eta == 0
+
+    def update(self, model: DiffusionModel) -> Update:
+        update, t = _implicit_update(model, self.eta), _downwards(model.schedule)
+        h = (model.schedule.log_snr(t - 1) - model.schedule.log_snr(t)) / 2
+        half_ratio = torch.cat((torch.zeros_like(h[:1]), 0.5 * h[1:] / h[:-1]))  # 1 / 2r
+        return update._replace(
+            of_x_0=update.of_x_0 * (1 + half_ratio), of_previous=-update.of_x_0 * half_ratio
+        )
+
+
+def _implicit_update(model: DiffusionModel, eta: float) -> Update:
+    r"""DDIM's step. With :math:`s = t - 1`, :math:`\sigma_s^2 - \eta^2 \tilde\beta_t = \sigma_s^2 (1 - \eta^2
+    \mathrm{share})`."""
+    step = chain_step(_downwards(model.schedule), model.schedule)
+    of_x_t = step.noise_prev * (1 - eta**2 * step.share).sqrt() / step.noise
+    noise = eta * step.noise_prev * step.share.sqrt() if eta else None
+    return Update(of_x_t, step.signal_prev - of_x_t * step.signal, noise)
+
+
+class _Linear(NamedTuple):
+    r""":math:`\hat x_0 = p\, o + q\, x_t` for a network's output :math:`o`; float64, ``(T − 1,)`` each."""
+
+    of_output: Tensor  #: :math:`p`
+    of_x_t: Tensor  #: :math:`q`
+    scale: Tensor  #: what the network's state is divided by
+
+
+def _linear(denoiser: Denoiser) -> _Linear | None:
+    """How the estimate follows from the network's output, if linearly and with one number for each entry."""
+    if type(denoiser) is not NeuralDenoiser or denoiser.schedule.event_dim:
+        return None
+    if denoiser.prediction.num_outputs > 1 or denoiser.variance.num_outputs:
+        return None
+    schedule, prediction = denoiser.schedule, denoiser.prediction
+    signal, noise = schedule.scales(schedule.log_snr(_downwards(schedule)))
+    scale = (signal**2 + noise**2).sqrt()
+
+    def x_0_hat(output: float, state: float) -> Tensor:
+        numbers = torch.full_like(scale, output), torch.full_like(scale, state)
+        return prediction.estimate(*numbers, signal / scale, noise / scale)[0]
+
+    p, q = x_0_hat(1.0, 0.0), x_0_hat(0.0, 1.0)
+    # Somebody's own parameterization may clip or bend.
+    if all(torch.allclose(x_0_hat(o, x), o * p + x * q) for o, x in ((-9.0, 4.0), (99.0, -40.0))):
+        return _Linear(p, q / scale, scale)
+    return None
+
+
+class _Row(NamedTuple):
+    """What one step needs; tensors, so that a compiled step is one for all."""
+
+    log_snr: Tensor
+    scale: Tensor | None
+    of_x_t: Tensor
+    of_output: Tensor
+    noise: Tensor | None
+    of_previous: Tensor | None
+    estimate_of_x_t: Tensor
+    estimate_of_output: Tensor
+
+
+def _rows(update: Update, denoiser: Denoiser, linear: _Linear | None) -> list[_Row]:
+    """The steps in terms of the network's output, or of the estimate where that is not linear in it."""
+    one = torch.ones_like(update.of_x_t)
+    p, q, scale = linear or (one, 0 * one, one)
+    log_snr = denoiser.schedule.log_snr(_downwards(denoiser.schedule))
+    columns: list[Tensor | None] = [
+        None if torch.allclose(scale, one, rtol=1e-12) else scale,
+        update.of_x_t + update.of_x_0 * q,
+        update.of_x_0 * p,
+        update.noise,
+        update.of_previous,
+        q,
+        p,
+    ]
+    cast = [
+        [None] * len(one) if c is None else pad(c, denoiser.missing_dim, denoiser.dtype).unbind()
+        for c in columns
+    ]
+    levels = log_snr if linear is None else log_snr.to(network_dtype(denoiser.network))
+    return [_Row(*row) for row in zip(levels.unbind(), *cast, strict=True)]
+
+
+def _step(
+    network: Callable[..., Tensor], x_t: Tensor, previous: Tensor | None, z: Tensor | None, row: _Row
+) -> tuple[Tensor, Tensor | None]:
+    """The network's call and the update: what is compiled."""
+    state = x_t if row.scale is None else x_t / row.scale
+    output = network(state.to(row.log_snr.dtype), row.log_snr.expand(len(x_t))).to(x_t.dtype)
+    if output.shape != x_t.shape:
+        raise ValueError(
+            f"argument 'network': got an output of shape {tuple(output.shape)}; expected that of the states, "
+            f"{tuple(x_t.shape)}. Keep the batch axis in front, and return one number for each entry."
+        )
+    return _combine(output, x_t, previous, z, row)
+
+
+def _combine(
+    output: Tensor, x_t: Tensor, previous: Tensor | None, z: Tensor | None, row: _Row
+) -> tuple[Tensor, Tensor | None]:
+    r""":math:`x_{t-1}`, and :math:`\hat x_0(x_t)` where the next step wants it."""
+    x_s = (row.of_x_t * x_t).addcmul_(row.of_output, output)
+    if z is not None:
+        x_s.addcmul_(row.noise, z)
+    if previous is None:
+        return x_s, None
+    x_s.addcmul_(row.of_previous, previous)
+    return x_s, (row.estimate_of_x_t * x_t).addcmul_(row.estimate_of_output, output)
+
+
+def _downwards(schedule: NoiseSchedule) -> Tensor:
+    """Timesteps ``T … 2``, which a step leads from to another state."""
+    return torch.arange(schedule.num_timesteps, 1, -1, device=schedule.device)
+
+
+def _bar(steps: Iterable[Any], progress: bool) -> Iterator[Any]:
+    return tqdm(steps, "sampling", unit="step", delay=5, disable=not progress, leave=False)
+
+
+def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tensor:
+    """States to start from: given ones, if they fit, or draws of the prior."""
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(
+            f"argument 'num_samples': got {num_samples!r}; expected a whole number of at least 1, how many "
+            "data to draw."
+        )
+    if x_T is None:
+        return model.prior().sample((num_samples,))
+    expected = (num_samples, *model.event_shape)
+    if x_T.shape != expected or x_T.device != model.device:
+        raise ValueError(
+            f"argument 'x_T': got states of shape {tuple(x_T.shape)} on {x_T.device}; expected {expected} on "
+            f"{model.device}, one for each of {num_samples} data. Draw them from diffusion.prior()."
+        )
+    return x_T.to(model.dtype)
+
+
+def _check_eta(eta: float) -> float:
+    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise ValueError(
+            f"argument 'eta': got {eta!r}; expected a number in [0, 1], the share of the chain's noise: 0 draws "
+            "none after x_T, 1 as much as the chain."
+        )
+    return float(eta)
