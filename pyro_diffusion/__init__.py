@@ -56,7 +56,7 @@ from pyro_diffusion.likelihoods import (
     Likelihood,
     PoissonLikelihood,
 )
-from pyro_diffusion.networks import MLP, FeedForward
+from pyro_diffusion.networks import MLP, FeedForward, UNet
 from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO, bound_by_datum
 from pyro_diffusion.parameterizations import (
     DataPrediction,
@@ -160,6 +160,7 @@ __all__ = [
     "TimestepPlate",
     "TopDownEncoder",
     "TopDownGuide",
+    "UNet",
     "UniformTimesteps",
     "VarianceExploding",
     "VelocityPrediction",

@@ -1,4 +1,4 @@
-r"""Small default backbones: a residual MLP that knows how noisy its input is, and a plain one.
+r"""Default backbones: a residual MLP that knows how noisy its input is, a plain one, a U-Net for images.
 
 A denoiser's network is any module called ``network(x_t, log_snr)`` with one batch axis in front: ``x_t`` of
 shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``, output of ``x_t``'s shape, or with
@@ -12,11 +12,12 @@ References:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward"]
+__all__ = ["MLP", "FeedForward", "UNet"]
 
 
 class MLP(nn.Module):
@@ -54,14 +55,7 @@ class MLP(nn.Module):
         num_outputs: int = 1,
     ) -> None:
         super().__init__()
-        for name, count in (
-            ("hidden_size", hidden_size), ("num_blocks", num_blocks), ("num_outputs", num_outputs)
-        ):  # fmt: skip
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(
-                    f"argument {name!r}: got {count!r}; expected a whole number of at least 1. Leave it "
-                    "out to take the default."
-                )
+        _check_counts(hidden_size=hidden_size, num_blocks=num_blocks, num_outputs=num_outputs)
         if not isinstance(event_shape, tuple):
             raise ValueError(
                 f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors "
@@ -150,6 +144,132 @@ class FeedForward(nn.Module):
             )
         output = self.layers(h.reshape(*batch_shape, -1))
         return output.reshape(*batch_shape, *self.output_shape)
+
+
+class UNet(nn.Module):
+    r"""A U-Net for images, conditioned on log-SNR, with a zero-initialised output.
+
+    It is diffusers' ``UNet2DModel``. The library embeds a timestep in 0 … 1000 by sinusoids, which take
+    fractions as well. Here it is
+
+    .. math::
+        \tau = 25\, (20 - \lambda),
+
+    0 at a log-SNR of 20 and 1000 at −20, and goes on beyond. Installed with ``pip install
+    'pyro-diffusion[images]'``.
+
+    Args:
+        event_shape: Shape of one datum, ``(C, H, W)`` or ``(H, W)``.
+        channels: Channels of the levels, from the finest; each level after the first halves the sides.
+        layers_per_block: Residual layers of each level.
+        attention: Levels with self-attention, 0 the finest; with any of them the middle has it too.
+        dropout: Probability with which a hidden unit is dropped while training.
+        num_outputs: Numbers to return for each entry of a datum, as for :class:`MLP`; more than one make a
+            last axis.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        ValueError: Sides that cannot be halved that often, or another shape.
+
+    Example:
+        >>> network = UNet((8, 8), channels=(8, 16), attention=())
+        >>> network(torch.randn(5, 8, 8), torch.zeros(5)).shape
+        torch.Size([5, 8, 8])
+
+    References:
+        Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B.
+        https://arxiv.org/abs/2006.11239
+    """
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...],
+        *,
+        channels: tuple[int, ...] = (32, 64, 64),
+        layers_per_block: int = 2,
+        attention: tuple[int, ...] = (2,),
+        dropout: float = 0.0,
+        num_outputs: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_counts(layers_per_block=layers_per_block, num_outputs=num_outputs)
+        _check_image(event_shape, channels, attention)
+        self.event_shape = torch.Size(event_shape)
+        image_channels, *sides = (1, *event_shape)[-3:]
+        self.num_outputs = num_outputs
+        downwards = [
+            "AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(channels))
+        ]
+        self.unet = _unet_2d()(
+            sample_size=tuple(sides),
+            in_channels=image_channels,
+            out_channels=image_channels * num_outputs,
+            block_out_channels=tuple(channels),
+            layers_per_block=layers_per_block,
+            down_block_types=tuple(downwards),
+            up_block_types=tuple(name.replace("Down", "Up") for name in reversed(downwards)),
+            add_attention=bool(attention),
+            attention_head_dim=math.gcd(8, *channels),
+            norm_num_groups=math.gcd(32, *channels),
+            dropout=dropout,
+        )
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+
+    def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+        """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
+        if x_t.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + "
+                f"{tuple(self.event_shape)}. Build UNet with the event shape of the denoiser."
+            )
+        images = x_t.reshape(len(x_t), -1, *self.event_shape[-2:])
+        timestep = 25 * (20 - log_snr)
+        output = self.unet(images, timestep, return_dict=False)[0]
+        if self.num_outputs == 1:
+            return output.reshape(x_t.shape)
+        output = output.reshape(len(x_t), -1, self.num_outputs, *self.event_shape[-2:])
+        return output.movedim(2, -1).reshape(*x_t.shape, self.num_outputs)
+
+
+def _unet_2d() -> Any:
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError(
+            "UNet: got no diffusers, the library that its layers are from; expected it to be installed. "
+            "Run pip install 'pyro-diffusion[images]', or use MLP."
+        ) from error
+    return UNet2DModel
+
+
+def _check_image(
+    event_shape: tuple[int, ...], channels: tuple[int, ...], attention: tuple[int, ...]
+) -> None:
+    """An image whose sides every level but the first can halve, and levels that are there."""
+    proper = isinstance(channels, tuple) and len(channels) > 0
+    if not proper or not set(attention) <= set(range(len(channels))):
+        raise ValueError(
+            f"arguments 'channels' and 'attention': got {channels!r} and {attention!r}; expected channels "
+            "for one level or more, and levels among them, counted from 0. Pass attention=() for none."
+        )
+    halvings = 2 ** (len(channels) - 1)
+    image = isinstance(event_shape, tuple) and len(event_shape) in (2, 3)
+    if not image or any(side % halvings or side < 1 for side in event_shape[-2:]):
+        raise ValueError(
+            f"argument 'event_shape': got {event_shape!r}; expected (C, H, W) or (H, W) with sides that "
+            f"{len(channels)} levels can halve, multiples of {halvings}. Pad the images, or give fewer "
+            "channels=(…)."
+        )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"argument {name!r}: got {count!r}; expected a whole number of at least 1. Leave it "
+                "out to take the default."
+            )
 
 
 _WAVES = (torch.sin, torch.cos)

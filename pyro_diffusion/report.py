@@ -12,7 +12,7 @@ References:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -140,7 +140,7 @@ def summary(
     if not isinstance(diffusion, BernoulliDiffusion):
         by_runs = smc_evidence(diffusion, x_0, num_particles=num_particles, num_runs=num_runs)
         rows.append(_estimate(chain, by_runs))
-    curve = diffusion.schedule
+    curve: Any = diffusion.schedule
     while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
         curve = curve.schedule
     if not isinstance(curve, AlphaSchedule):

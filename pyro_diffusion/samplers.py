@@ -16,8 +16,8 @@ sampler                is                                             as the ste
 ``ODESampler``         the same by two estimates of :math:`x_0`       the probability flow, of order 2
 ====================== ============================================== ===================================
 
-Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the two maps are one,
-and a step is the network's call, a normal draw and a few additions. The last step is the model's:
+Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the two maps are
+one, and a step is the network's call, a normal draw and a few additions. The last step is the model's:
 :math:`p(x_0 \mid x_1)` with its likelihood and transform.
 
 References:
@@ -136,7 +136,11 @@ class Sampler(ABC):
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
         r""":math:`x_1` from :math:`x_T`."""
-        denoiser, update, linear = self._denoiser(model), self.update(model), _linear(model.denoiser)
+        denoiser, update, linear = (
+            self._denoiser(model),
+            self.update(model),
+            _linear(model.denoiser),
+        )
         rows = _rows(update, denoiser, linear)
         previous = None if update.of_previous is None else x_t  # of no weight in the first step
         for row in _bar(rows, progress):
@@ -161,8 +165,8 @@ class Sampler(ABC):
         if not x_1.isfinite().all():
             raise ValueError(
                 f"argument 'network': got NaN or infinite values in {int((~x_1.isfinite()).sum())} entries "
-                "of the states; expected finite outputs. Lower the learning rate or clip gradients, and check "
-                "the data's scale."
+                "of the states; expected finite outputs. Lower the learning rate or clip gradients, and "
+                "check the data's scale."
             )
         denoised = model.denoiser.denoise(x_1, model.schedule.log_snr(1))
         kernel = model.decode_inside(x_1, denoised)
@@ -172,7 +176,7 @@ class Sampler(ABC):
 
 
 class AncestralSampler(Sampler):
-    r"""The reverse chain itself, :math:`x_{t-1} \sim p_\theta(x_{t-1} \mid x_t)`, from :math:`x_T` to :math:`x_0`.
+    r"""The reverse chain itself, :math:`x_{t-1} \sim p_\theta(x_{t-1} \mid x_t)`.
 
     .. math::
         x_{t-1} = \tilde\mu_t\big(x_t, \hat x_0(x_t)\big) + \sqrt{\Sigma_t}\, z .
@@ -203,11 +207,11 @@ class AncestralSampler(Sampler):
     def update(self, model: DiffusionModel) -> Update:
         step = chain_step(_downwards(model.schedule), model.schedule)
         zero, one = torch.zeros_like(step.signal), torch.ones_like(step.signal)
-        variance = model.denoiser.variance(step)
+        denoiser: Any = model.denoiser
         return Update(
             of_x_t=posterior_mean(one, zero, step, missing_dim=0),
             of_x_0=posterior_mean(zero, one, step, missing_dim=0),
-            noise=variance.sqrt(),
+            noise=denoiser.variance(step).sqrt(),
         )
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
@@ -227,9 +231,9 @@ class DDIMSampler(Sampler):
             + \eta \sqrt{\tilde\beta_t}\, z, \qquad
         \hat\epsilon = \frac{x_t - a_t \hat x_0}{\sigma_t} .
 
-    With :math:`\eta = 0` it is a map of :math:`x_T`, the probability flow's as the steps become small, and ends
-    with the mean :math:`\hat x_0(x_1)` where data are real numbers, with a draw where they are levels or counts.
-    With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.variances.PosteriorVariance`.
+    With :math:`\eta = 0` it is a map of :math:`x_T`, the probability flow's as the steps become small, and
+    ends with the mean :math:`\hat x_0(x_1)` where data are real numbers, with a draw where they are levels or
+    counts. With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.variances.PosteriorVariance`.
 
     Args:
         diffusion: The model. It is read at each call: training may go on.
@@ -276,8 +280,8 @@ class ODESampler(Sampler):
 
     With :math:`\eta = 0` that is DPM-Solver++(2M) for the probability flow, with :math:`\eta = 1`
     SDE-DPM-Solver++(2M) for the reverse diffusion. The first step, before which there is no estimate, and the
-    last, to :math:`\hat x_0(x_1)`, are of first order. For steps of equal length take a schedule whose log-SNR
-    is linear, or choose timesteps.
+    last, to :math:`\hat x_0(x_1)`, are of first order. Steps of one length in log-SNR, for which
+    ``timesteps`` can be chosen, do best.
 
     Args:
         diffusion: The model. It is read at each call: training may go on.
@@ -368,7 +372,7 @@ class _Row(NamedTuple):
     estimate_of_output: Tensor
 
 
-def _rows(update: Update, denoiser: Denoiser, linear: _Linear | None) -> list[_Row]:
+def _rows(update: Update, denoiser: Any, linear: _Linear | None) -> list[_Row]:
     """The steps in terms of the network's output, or of the estimate where that is not linear in it."""
     one = torch.ones_like(update.of_x_t)
     p, q, scale = linear or (one, 0 * one, one)
@@ -391,7 +395,11 @@ def _rows(update: Update, denoiser: Denoiser, linear: _Linear | None) -> list[_R
 
 
 def _step(
-    network: Callable[..., Tensor], x_t: Tensor, previous: Tensor | None, z: Tensor | None, row: _Row
+    network: Callable[..., Tensor],
+    x_t: Tensor,
+    previous: Tensor | None,
+    z: Tensor | None,
+    row: _Row,
 ) -> tuple[Tensor, Tensor | None]:
     """The network's call and the update: what is compiled."""
     state = x_t if row.scale is None else x_t / row.scale
@@ -409,9 +417,9 @@ def _combine(
 ) -> tuple[Tensor, Tensor | None]:
     r""":math:`x_{t-1}`, and :math:`\hat x_0(x_t)` where the next step wants it."""
     x_s = (row.of_x_t * x_t).addcmul_(row.of_output, output)
-    if z is not None:
+    if row.noise is not None and z is not None:
         x_s.addcmul_(row.noise, z)
-    if previous is None:
+    if row.of_previous is None or previous is None:
         return x_s, None
     x_s.addcmul_(row.of_previous, previous)
     return x_s, (row.estimate_of_x_t * x_t).addcmul_(row.estimate_of_output, output)
@@ -447,7 +455,7 @@ def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tenso
 def _check_eta(eta: float) -> float:
     if not isinstance(eta, int | float) or not 0 <= eta <= 1:
         raise ValueError(
-            f"argument 'eta': got {eta!r}; expected a number in [0, 1], the share of the chain's noise: 0 draws "
-            "none after x_T, 1 as much as the chain."
+            f"argument 'eta': got {eta!r}; expected a number in [0, 1], the share of the chain's noise. 0 "
+            "draws none after x_T, 1 as much as the chain."
         )
     return float(eta)

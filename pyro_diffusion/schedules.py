@@ -644,6 +644,8 @@ class StridedSchedule(NoiseSchedule):
         https://arxiv.org/abs/2010.02502
     """
 
+    schedule: NoiseSchedule
+    timesteps: tuple[int, ...]  #: :math:`\tau_1 … \tau_{T'}`
     steps: Tensor
 
     def __init__(self, schedule: NoiseSchedule, timesteps: Sequence[int]) -> None:
@@ -654,10 +656,10 @@ class StridedSchedule(NoiseSchedule):
             )
         timesteps = _check_timesteps(timesteps, schedule.num_timesteps)
         if isinstance(schedule, StridedSchedule):
-            timesteps = [schedule.timesteps[t - 1] for t in timesteps]
+            timesteps = tuple(schedule.timesteps[t - 1] for t in timesteps)
             schedule = schedule.schedule
         super().__init__(len(timesteps))
-        self.timesteps = tuple(timesteps)  #: :math:`\tau_1 … \tau_{T'}`
+        self.timesteps = timesteps
         # A grid of its own and no submodule: its tensors are listed here, under the names they have there.
         schedule = schedule.with_num_timesteps(schedule.num_timesteps)
         self.__dict__["schedule"] = schedule
@@ -735,7 +737,7 @@ def _check_timesteps(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
     steps = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
     steps = tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else ()
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
-    inside = whole and bool(steps) and 1 <= steps[0] and steps[-1] <= last
+    inside = whole and bool(steps) and steps[0] >= 1 and steps[-1] <= last
     if not inside or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(
             f"argument 'timesteps': got {timesteps!r:.80}; expected increasing whole numbers in 1 … {last}, "
