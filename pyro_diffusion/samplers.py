@@ -142,7 +142,7 @@ class Sampler(ABC):
             _linear(model.denoiser),
         )
         rows = _rows(update, denoiser, linear)
-        previous = None if update.of_previous is None else x_t  # of no weight in the first step
+        previous = None if update.of_previous is None else torch.zeros_like(x_t)  # without weight
         for row in _bar(rows, progress):
             z = None if row.noise is None else torch.randn_like(x_t)
             if linear is None:
