@@ -36,7 +36,7 @@ from torch.nn.functional import softplus
 
 from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument, network_dtype
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.kernels import check_timestep, pad
+from pyro_diffusion.kernels import pad
 from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule
 
@@ -128,7 +128,7 @@ class BernoulliDenoiser(Denoiser, ABC):
 
     def change(self, t: int | Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`q(x_{t-1,i} \ne x_{t,i} \mid x_t, x_0)` if :math:`x_{0,i}` is the same bit, and if not."""
-        t = check_timestep(t, self.schedule, at_least=1)
+        t = self.schedule.check_timestep(t, at_least=1)
         return self._change(
             self.schedule.beta(t), self.schedule.log_snr(t - 1), self.schedule.log_snr(t), x_t
         )
@@ -352,16 +352,14 @@ class BernoulliDiffusion(DiffusionModel):
 
     def forward_transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_{t-1})`: a bit is kept, or drawn anew."""
-        t = check_timestep(t, self.schedule, at_least=1)
+        t = self.schedule.check_timestep(t, at_least=1)
         _, other = self.denoiser.rates(x_prev)
         changed = pad(self.schedule.beta(t), len(self.event_shape), x_prev.dtype) * other
         return self._noise(changed, x_prev)
 
     def forward_marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_t \mid x_0)` for bits ``x_0``."""
-        return self._noised(
-            x_0, self.schedule.log_snr(check_timestep(t, self.schedule, at_least=1))
-        )
+        return self._noised(x_0, self.schedule.log_snr(self.schedule.check_timestep(t, at_least=1)))
 
     def marginal_at(self, x_0: Tensor, u: Tensor) -> TorchDistribution:
         r""":math:`q(x_u \mid x_0)` at a time of the continuous chain."""
@@ -369,7 +367,7 @@ class BernoulliDiffusion(DiffusionModel):
 
     def forward_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`q(x_{t-1} \mid x_t, x_0)`, ``t ≥ 2``."""
-        check_timestep(t, self.schedule, at_least=2)
+        self.schedule.check_timestep(t, at_least=2)
         return self._noise(torch.where(x_0 == x_t, *self.denoiser.change(t, x_t)), x_t)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:

@@ -44,7 +44,6 @@ from torch.distributions import Independent, Normal, TransformedDistribution, kl
 from tqdm.auto import tqdm
 
 from pyro_diffusion.chains import BottomUpSite, SubsampledProgram
-from pyro_diffusion.kernels import check_timestep
 from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.store import ParamScope, evaluating
@@ -347,7 +346,7 @@ def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
         Variational Diffusion Models (Kingma et al., 2021), eq. 13.
         https://arxiv.org/abs/2107.00630
     """
-    t = check_timestep(t, schedule, at_least=1)
+    t = schedule.check_timestep(t, at_least=1)
     return 0.5 * (schedule.snr(t) - schedule.snr(t + 1))
 
 

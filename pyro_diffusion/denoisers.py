@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from pyro_diffusion.kernels import (
     ChainStep,
     chain_step,
-    check_timestep,
     gaussian,
     pad,
     posterior_mean,
@@ -152,7 +151,7 @@ class Denoiser(nn.Module, ABC):
             ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, or an
                 estimate that is not finite.
         """
-        t = check_timestep(t, self.schedule, at_least=1)
+        t = self.schedule.check_timestep(t, at_least=1)
         return self.reverse_kernel(x_t, t, self.denoise(x_t, self.schedule.log_snr(t)))
 
     def score(self, x_t: Tensor, log_snr: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -96,7 +95,7 @@ def forward_marginal(
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4.
         https://arxiv.org/abs/2006.11239
     """
-    t = check_timestep(t, schedule, at_least=1)
+    t = schedule.check_timestep(t, at_least=1)
     return noised(x_0, schedule.log_snr(t), schedule, event_dim=event_dim)
 
 
@@ -171,7 +170,7 @@ def forward_posterior(
         Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7.
         https://arxiv.org/abs/2006.11239
     """
-    step = chain_step(check_timestep(t, schedule, at_least=2), schedule)
+    step = chain_step(t, schedule, at_least=2)
     missing = event_dim - schedule.event_dim
     mean = posterior_mean(x_t, x_0, step, missing_dim=missing)
     scale = posterior_variance(step).sqrt()
@@ -221,15 +220,16 @@ class ChainStep(NamedTuple):
         return ChainStep(*(pad(c, missing_dim, c.dtype) for c in self))
 
 
-def chain_step(t: int | Tensor, schedule: NoiseSchedule) -> ChainStep:
-    """The coefficients of step ``t`` in ``{1, …, T}``; see :class:`ChainStep`."""
-    t = check_timestep(t, schedule, at_least=1)
-    log_snr = schedule.log_snr(torch.stack((t - 1, t)))
-    (signal_prev, signal), (noise_prev, noise) = (
-        scale.unbind() for scale in schedule.scales(log_snr)
-    )
-    share = -torch.expm1(log_snr[1] - log_snr[0])
-    return ChainStep(signal_prev, noise_prev, signal, noise, share)
+def chain_step(t: int | Tensor, schedule: NoiseSchedule, at_least: int = 1) -> ChainStep:
+    """The coefficients of step ``t`` in ``{at_least, …, T}``; see :class:`ChainStep`."""
+    t = schedule.check_timestep(t, at_least)
+    return ChainStep(*schedule.tabulated(_coefficients, t))
+
+
+def _coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    previous, current = schedule.log_snr(torch.stack(((t - 1).clamp(min=0), t)))
+    signals, noises = schedule.scales(torch.stack((previous, current)))
+    return signals[0], noises[0], signals[1], noises[1], -torch.expm1(current - previous)
 
 
 def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, missing_dim: int) -> Tensor:
@@ -252,15 +252,3 @@ def pad(coefficient: Tensor, missing_dim: int, dtype: torch.dtype) -> Tensor:
     line up with the wrong axis in silence.
     """
     return coefficient.reshape(coefficient.shape + (1,) * missing_dim).to(dtype)
-
-
-def check_timestep(t: int | Tensor, schedule: NoiseSchedule, *, at_least: int) -> Tensor:
-    """``t`` as a tensor on the schedule's device, if no timestep is below ``at_least``."""
-    t = torch.as_tensor(t, device=schedule.device)
-    if not holds(t >= at_least):
-        raise ValueError(
-            f"argument 't': got a timestep of {int(t.min())}; expected {at_least} … "
-            f"{schedule.num_timesteps}. Timestep 0 is the datum, into which no step leads, and "
-            "q(x_0 | x_1, x_0) is a point mass without a density."
-        )
-    return t

@@ -28,6 +28,7 @@ __all__ = [
     "check_mask",
     "check_observed",
     "holds",
+    "looking",
     "observed_part",
     "unchecked",
     "zeroed",
@@ -38,7 +39,12 @@ _checked: ContextVar[bool] = ContextVar("checked", default=True)
 
 def holds(condition: Tensor) -> bool:
     """Whether a condition holds in every entry; inside :func:`unchecked` nobody looks, and it does."""
-    return not _checked.get() or bool(condition.all())
+    return not looking() or bool(condition.all())
+
+
+def looking() -> bool:
+    """Whether values are there to be looked at, which they are outside of :func:`unchecked`."""
+    return _checked.get()
 
 
 @contextmanager

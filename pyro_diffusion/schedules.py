@@ -29,13 +29,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from pyro_diffusion.observations import holds
+from pyro_diffusion.observations import holds, looking
 
 __all__ = [
     "AlphaSchedule",
@@ -64,6 +64,7 @@ class NoiseSchedule(nn.Module, ABC):
     def __init__(self, num_timesteps: int) -> None:
         super().__init__()
         self.num_timesteps = _check_num_timesteps(num_timesteps)
+        self._tables: dict[Any, _Table] = {}
 
     @abstractmethod
     def log_snr_at(self, u: Tensor) -> Tensor:
@@ -111,7 +112,39 @@ class NoiseSchedule(nn.Module, ABC):
 
     def log_snr(self, t: int | Tensor) -> Tensor:
         r""":math:`\lambda_t = \log \bar\alpha_t - \log(1 - \bar\alpha_t)`; infinite at ``t = 0``."""
-        t = self._check_timestep(t)
+        return self.tabulated(_log_snr, self.check_timestep(t))[0]
+
+    def tabulated(
+        self, function: Callable[["NoiseSchedule", Tensor], tuple[Tensor, ...]], t: Tensor
+    ) -> tuple[Tensor, ...]:
+        r"""``function(self, t)`` of checked timesteps, from a table over :math:`0 … T` if nothing is learned.
+
+        The table is made anew when a number of the schedule has changed. A schedule with a curve for each
+        entry has none.
+        """
+        numbers = self._numbers()
+        if self.event_dim or not looking() or any(x.requires_grad for x in numbers):
+            return function(self, t)
+        table = self._tables.get(function)
+        if table is None or not table.holds_for(self.num_timesteps, numbers):
+            # Also good for training, if validation comes first.
+            with torch.inference_mode(False), torch.no_grad():
+                values = function(self, torch.arange(self.num_timesteps + 1, device=self.device))
+            versions = [x._version for x in numbers]
+            table = self._tables[function] = _Table(values, self.num_timesteps, numbers, versions)
+        return tuple(value[t] for value in table.values)
+
+    def _numbers(self) -> list[Tensor]:
+        """Everything that the schedule's values depend on."""
+        if self._modules:
+            return [*self.parameters(), *self.buffers()]
+        own = (*self._parameters.values(), *self._buffers.values())
+        return [x for x in own if x is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}}
+
+    def _log_snr(self, t: Tensor) -> Tensor:
         u = (t - 1).clamp(min=0).double() / max(self.num_timesteps - 1, 1)
         if self.num_timesteps == 1:
             u = torch.ones_like(u)
@@ -147,7 +180,7 @@ class NoiseSchedule(nn.Module, ABC):
         return -torch.expm1(self._log_alpha(t))
 
     def _log_alpha(self, t: int | Tensor) -> Tensor:
-        t = self._check_timestep(t)
+        t = self.check_timestep(t)
         previous, current = logsigmoid(self.log_snr(torch.stack(((t - 1).clamp(min=0), t))))
         return current - previous
 
@@ -168,21 +201,27 @@ class NoiseSchedule(nn.Module, ABC):
         steps = torch.arange(t + 1, self.num_timesteps + 1, device=self.device)
         return AlphaSchedule(self.alpha(steps)).to(self.device)
 
-    def _check_timestep(self, t: int | Tensor) -> Tensor:
+    def check_timestep(self, t: int | Tensor, at_least: int = 0) -> Tensor:
+        """``t`` as a tensor on the schedule's device, if all of it is in ``at_least … T``."""
         if not isinstance(t, Tensor):
-            inside = isinstance(t, int) and not isinstance(t, bool) and 0 <= t <= self.num_timesteps
+            inside = (
+                isinstance(t, int)
+                and not isinstance(t, bool)
+                and at_least <= t <= self.num_timesteps
+            )
             got = repr(t)
             t = torch.tensor(t if inside else 0, device=self.device)
         elif t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             inside, got = False, f"a tensor of {t.dtype}"
         else:
-            inside = holds((t >= 0) & (t <= self.num_timesteps))
+            inside = holds((t >= at_least) & (t <= self.num_timesteps))
             got = "" if inside else "values from {} to {}".format(*map(int, t.aminmax()))
         t = t.to(self.device)
         if not inside:
             raise ValueError(
-                f"argument 't': got {got}; expected whole timesteps in 0 … {self.num_timesteps} "
-                "(an int or a LongTensor). Timestep 0 is the datum and T the noisiest state."
+                f"argument 't': got {got}; expected whole timesteps in {at_least} … "
+                f"{self.num_timesteps} (an int or a LongTensor). Timestep 0 is the datum, into which no step "
+                "leads, and q(x_0 | x_1, x_0) is a point mass without a density."
             )
         return t
 
@@ -192,6 +231,26 @@ class NoiseSchedule(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"num_timesteps={self.num_timesteps}"
+
+
+class _Table(NamedTuple):
+    """Values over all timesteps, and the numbers that they were computed from."""
+
+    values: tuple[Tensor, ...]
+    num_timesteps: int
+    numbers: list[Tensor]
+    versions: list[int]
+
+    def holds_for(self, num_timesteps: int, numbers: list[Tensor]) -> bool:
+        """Whether these are the numbers, unchanged."""
+        if num_timesteps != self.num_timesteps or len(numbers) != len(self.numbers):
+            return False
+        pairs = zip(numbers, self.numbers, self.versions, strict=True)
+        return all(x is y and x._version == version for x, y, version in pairs)
+
+
+def _log_snr(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    return (schedule._log_snr(t),)
 
 
 class _TabulatedSchedule(NoiseSchedule):
@@ -678,7 +737,7 @@ class StridedSchedule(NoiseSchedule):
 
     def log_snr(self, t: int | Tensor) -> Tensor:
         r""":math:`\lambda_{\tau_t}` of the given schedule; infinite at ``t = 0``."""
-        return self.schedule.log_snr(self.steps[self._check_timestep(t)])
+        return self.schedule.log_snr(self.steps[self.check_timestep(t)])
 
     def log_snr_at(self, u: Tensor) -> Tensor:
         first, length = self._span()

@@ -423,7 +423,10 @@ def broken(break_output):
 @pytest.mark.parametrize(
     ("draw", "says"),
     [
-        (lambda d: DDIMSampler(d.denoiser), "'diffusion': got NeuralDenoiser; expected an instance"),
+        (
+            lambda d: DDIMSampler(d.denoiser),
+            "'diffusion': got NeuralDenoiser; expected an instance",
+        ),
         (lambda d: DDIMSampler(d, 0), "'timesteps': got 0; expected 1 … 10"),
         (lambda d: DDIMSampler(d, 11), "'timesteps': got 11"),
         (lambda d: DDIMSampler(d, True), "'timesteps': got True"),
