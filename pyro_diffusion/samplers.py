@@ -110,7 +110,7 @@ class Sampler(ABC):
             ValueError: States of another shape, or a network that misbehaves.
         """
         model = self.model
-        with evaluating(model):
+        with evaluating(model), model.param_statements():
             return self._last(model, self._chain(model, _start(model, num_samples, x_T), progress))
 
     def compile(self, **settings: Any) -> None:
@@ -136,12 +136,8 @@ class Sampler(ABC):
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
         r""":math:`x_1` from :math:`x_T`."""
-        denoiser, update, linear = (
-            self._denoiser(model),
-            self.update(model),
-            _linear(model.denoiser),
-        )
-        rows = _rows(update, denoiser, linear)
+        update, linear = self.update(model), _linear(model.denoiser)
+        denoiser, rows = self._denoiser(model), _rows(update, model.denoiser, linear)
         previous = None if update.of_previous is None else torch.zeros_like(x_t)  # without weight
         for row in _bar(rows, progress):
             z = None if row.noise is None else torch.randn_like(x_t)
@@ -182,8 +178,8 @@ class AncestralSampler(Sampler):
         x_{t-1} = \tilde\mu_t\big(x_t, \hat x_0(x_t)\big) + \sqrt{\Sigma_t}\, z .
 
     The law is that of ``diffusion.strided(timesteps).sample()``, and so are the draws under the same seed, up
-    to rounding. Kernels of another form, those of levels, learned variances, exact denoisers, bits and
-    schedules with a curve for each entry, are the denoiser's own.
+    to rounding. Kernels whose variance is not known beforehand, a learned one's and those of exact denoisers
+    and of bits, are the denoiser's own.
 
     Args:
         diffusion: The model. It is read at each call: training may go on.
@@ -215,9 +211,9 @@ class AncestralSampler(Sampler):
         )
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
-        if _linear(model.denoiser) is not None:
-            return super()._chain(model, x_t, progress)
         denoiser = self._denoiser(model)
+        if type(denoiser) is NeuralDenoiser and not denoiser.variance.num_outputs:
+            return super()._chain(model, x_t, progress)
         for t in _bar(_downwards(model.schedule).tolist(), progress):
             x_t = denoiser(x_t, t)()
         return x_t

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "lengths.py": ["variance", "of a full sum", "| inf | any |"],
     "toys.py": ["gap, paired", "8 Gaussians", "moons"],
     "variance.py": ["learned / floor", "stratified", "one a dimension"],
+    "samplers.py": ["energy distance", "ancestral, β̃", "bare network calls"],
     "smc.py": ["sequential", "importance", "exact", "reliable"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],

@@ -1,7 +1,14 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from pyro_diffusion.networks import MLP
+from pyro_diffusion.denoisers import NeuralDenoiser
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.networks import MLP, UNet
+from pyro_diffusion.parameterizations import LevelPrediction
+from pyro_diffusion.schedules import LogSNRSchedule
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 3, 4)])
@@ -54,3 +61,107 @@ def test_rows_do_not_mix():
     network = _trained(MLP((3,), hidden_size=16)).double()
     x, log_snr = torch.randn(4, 3).double(), torch.randn(4).double()
     torch.testing.assert_close(network(x, log_snr)[2:3], network(x[2:3], log_snr[2:3]))
+
+
+# images
+
+
+@pytest.mark.parametrize("event_shape", [(8, 8), (3, 8, 4)])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_u_net_shapes_and_zero_output(event_shape, num_outputs, device):
+    pytest.importorskip("diffusers")
+    network = UNet(event_shape, channels=(4, 8, 8), num_outputs=num_outputs).to(device)
+    per_entry = () if num_outputs == 1 else (num_outputs,)
+    for dtype in (torch.float32, torch.float64):
+        x_t = torch.randn(5, *event_shape, device=device, dtype=dtype)
+        output = network.to(dtype)(x_t, torch.zeros(5, device=device, dtype=dtype))
+        assert output.shape == (5, *event_shape, *per_entry)
+        assert output.dtype == dtype
+        assert (output == 0).all()
+
+
+def test_u_net_reads_the_state_and_the_log_snr():
+    pytest.importorskip("diffusers")
+    network = UNet((2, 8, 8), channels=(4, 8), attention=(1,)).eval()
+    torch.nn.init.normal_(network.unet.conv_out.weight, std=0.3)
+    x, log_snr = torch.randn(4, 2, 8, 8), torch.zeros(4)
+    base = network(x, log_snr)
+    torch.testing.assert_close(network(x[2:3], log_snr[2:3]), base[2:3], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(base, network(x + 0.1, log_snr))
+    for level in (0.01, 5.0, -5.0, 30.0):
+        assert not torch.allclose(base, network(x, torch.full((4,), level)), atol=1e-6)
+
+
+def test_u_net_outputs_belong_to_their_entries():
+    """A bias of output k of channel c moves entry [c, :, :, k] and no other."""
+    pytest.importorskip("diffusers")
+    network = UNet((2, 4, 4), channels=(4,), attention=(), num_outputs=3)
+    network.unet.conv_out.bias.data = torch.arange(6.0)
+    output = network(torch.randn(1, 2, 4, 4), torch.zeros(1))[0]
+    expected = torch.arange(6.0).reshape(2, 1, 1, 3).expand(2, 4, 4, 3)
+    torch.testing.assert_close(output, expected)
+
+
+def test_u_net_of_a_saved_model(tmp_path):
+    pytest.importorskip("diffusers")
+
+    def build():
+        network = UNet((8, 8), channels=(4, 8), attention=(), num_outputs=5, dropout=0.1)
+        schedule = LogSNRSchedule(6, log_snr_max=4.0)
+        return DiffusionModel(
+            NeuralDenoiser(network, schedule, (8, 8), prediction=LevelPrediction(5))
+        )
+
+    saved = build()
+    torch.nn.init.normal_(saved.denoiser.network.unet.conv_out.weight)
+    saved.save(tmp_path / "model.pt")
+    loaded, draws = build().load(tmp_path / "model.pt"), []
+    for diffusion in (saved, loaded):
+        torch.manual_seed(0)
+        draws.append(diffusion.strided(3).sample(2))
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("event_shape", "arguments", "says"),
+    [
+        ((8, 9), {}, r"'event_shape': got \(8, 9\).*multiples of 4"),
+        ((8,), {}, r"'event_shape': got \(8,\); expected \(C, H, W\)"),
+        (8, {}, "'event_shape': got 8"),
+        ((8, 8), {"channels": ()}, r"'channels' and 'attention': got \(\)"),
+        ((8, 8), {"channels": 32}, "'channels' and 'attention': got 32"),
+        ((8, 8), {"attention": (3,)}, r"'channels' and 'attention'.*\(3,\)"),
+        ((8, 8), {"layers_per_block": 0}, "'layers_per_block': got 0"),
+        ((8, 8), {"num_outputs": 0}, "'num_outputs': got 0"),
+    ],
+)
+def test_bad_images_are_refused_in_words(event_shape, arguments, says):
+    with pytest.raises(ValueError, match="(?s)" + says):
+        UNet(event_shape, **arguments)
+
+
+def test_u_net_refuses_another_shape():
+    pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match=r"'x_t': got shape \(1, 4, 8\)"):
+        UNet((8, 8), channels=(4,), attention=())(torch.zeros(1, 4, 8), torch.zeros(1))
+
+
+@pytest.mark.parametrize("missing", ["torchvision", "diffusers"])
+def test_u_net_needs_diffusers_and_not_torchvision(missing):
+    pytest.importorskip("diffusers")
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "from pyro_diffusion import UNet\n"
+        "try:\n"
+        "    UNet((8, 8), channels=(4,), attention=())\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "else:\n"
+        "    print('built')\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    says = "built" if missing == "torchvision" else "pip install 'pyro-diffusion[images]'"
+    assert says in result.stdout

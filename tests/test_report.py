@@ -58,6 +58,8 @@ def test_what_does_not_apply_is_left_out():
     masses = DiffusionModel(gaussian, BernoulliLikelihood())
     result = summary(masses, torch.ones(10, 2), standard_error=0.1)
     assert [row.model for row in result.rows] == ["chain, T = 3"] * 3
+    result = summary(masses.strided([1, 3]), torch.ones(10, 2), standard_error=0.1)
+    assert [row.model for row in result.rows] == ["chain, T = 2"] * 3
 
 
 def row(kind, value, error=0.01, reliable=10):

@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_diffusion import samplers
@@ -192,6 +195,23 @@ def test_fused_steps_are_the_general_ones(kind, eta, prediction, scale, monkeypa
     monkeypatch.setattr(samplers, "_linear", lambda denoiser: None)
     (general,) = same_seed(lambda: sampler(5))
     torch.testing.assert_close(fused, general, rtol=1e-9, atol=1e-9)
+
+
+def test_random_weights_are_drawn_once_for_a_chain():
+    """As in the program: a network with a prior is one network for all steps."""
+
+    class Bayesian(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, x_t, log_snr):
+            return self.weight * x_t
+
+    denoiser = NeuralDenoiser(Bayesian(), LinearSchedule(10), (3,), prediction=DataPrediction())
+    sampler = AncestralSampler(DiffusionModel(denoiser), 4)
+    trace = poutine.trace(sampler).get_trace(2)
+    assert sum(site["type"] == "sample" for site in trace.nodes.values()) == 1
 
 
 def test_a_parameterization_that_clips_is_not_fused():

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pyro
@@ -19,7 +20,9 @@ from pyro_diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
     LogSNRSchedule,
+    MonotoneSchedule,
     NoiseSchedule,
+    StridedSchedule,
     VarianceExploding,
 )
 
@@ -237,6 +240,95 @@ def test_exploding_schedules():
     torch.testing.assert_close(schedule.with_num_timesteps(3).log_snr(3), curve.log_snr(10))
 
 
+# some of the timesteps
+
+SCHEDULES = {
+    "alpha": lambda: AlphaSchedule([0.9, 0.8, 0.7, 0.6, 0.5] * 4),
+    "linear": lambda: LinearSchedule(20),
+    "learned": lambda: LogSNRSchedule(20, learnable=True),
+    "monotone": lambda: MonotoneSchedule(20),
+    "by dimension": lambda: MonotoneSchedule(20, event_shape=(2,)),
+    "exploding": lambda: VarianceExploding(CosineSchedule(20)),
+    "exploding alpha": lambda: VarianceExploding(SCHEDULES["alpha"]()),
+}
+
+
+@pytest.mark.parametrize("build", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_strided_schedule_is_the_given_one_at_its_timesteps(build, device):
+    schedule = build().to(device)
+    strided, kept = StridedSchedule(schedule, [3, 10, 19]), torch.tensor([0, 3, 10, 19])
+    t, steps = torch.arange(4, device=device), kept.to(device)
+    for name in ("log_snr", "signal", "noise", "alpha_bar"):
+        torch.testing.assert_close(getattr(strided, name)(t), getattr(schedule, name)(steps))
+    torch.testing.assert_close(strided.alpha(t).cumprod(0), schedule.alpha_bar(steps))
+    assert strided.num_timesteps == 3
+    assert strided.event_shape == schedule.event_shape
+    again = StridedSchedule(strided, [1, 3])
+    torch.testing.assert_close(again.log_snr(t[:3]), schedule.log_snr(steps[[0, 1, 3]]))
+    for twin in (copy.deepcopy(strided), pickle.loads(pickle.dumps(strided)), strided.double()):
+        assert torch.equal(twin.log_snr(t), strided.log_snr(t))
+    assert torch.equal(strided.with_num_timesteps(3).log_snr(t), strided.log_snr(t))
+
+
+@pytest.mark.parametrize("build", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_strided_schedule_has_the_parameters_under_their_names(build):
+    schedule = build()
+    strided = StridedSchedule(schedule, [1, 20])
+    assert dict(strided.named_parameters()).keys() == dict(schedule.named_parameters()).keys()
+    assert all(a is b for a, b in zip(strided.parameters(), schedule.parameters(), strict=True))
+    assert strided.state_dict().keys() == schedule.state_dict().keys()
+
+
+def test_a_strided_schedule_is_the_given_curve_between_its_ends():
+    schedule = CosineSchedule(101)
+    strided, u = StridedSchedule(schedule, [11, 50, 61]), torch.linspace(0, 1, 5).double()
+    torch.testing.assert_close(strided.log_snr_at(u), schedule.log_snr_at(0.1 + 0.5 * u))
+    torch.testing.assert_close(strided.slope_at(u), 0.5 * schedule.slope_at(0.1 + 0.5 * u))
+
+
+@pytest.mark.parametrize("build", [SCHEDULES[n] for n in ("alpha", "linear", "exploding")])
+def test_the_tail_of_a_strided_schedule(build):
+    """q(x_t | x_s) has the signal and the noise that the whole chain has between the two."""
+    strided = StridedSchedule(build(), [3, 10, 19])
+    tail, t = strided.tail(1), torch.tensor([1, 2])
+    signal = strided.signal(t + 1) / strided.signal(1)
+    variance = strided.noise(t + 1) ** 2 - (signal * strided.noise(1)) ** 2
+    torch.testing.assert_close(tail.signal(t), signal)
+    torch.testing.assert_close(tail.noise(t) ** 2, variance)
+
+
+def test_training_a_strided_model_trains_the_model():
+    schedule = LogSNRSchedule(20, learnable=True)
+    diffusion = DiffusionModel(NeuralDenoiser(MLP((2,), hidden_size=8), schedule, (2,)))
+    pair, before = diffusion.strided(5).subsampled(), schedule.log_snr_min.item()
+    SVI(pair.model, pair.guide, Adam({"lr": 0.1}), TraceMeanField_ELBO()).step(torch.randn(9, 2))
+    assert schedule.log_snr_min.item() != before
+    names = {f"{diffusion.name}.{name}" for name, _ in diffusion.named_parameters()}
+    assert set(pyro.get_param_store()) == names
+
+
+def test_strided_models():
+    denoiser = NeuralDenoiser(MLP((2,), hidden_size=8), LinearSchedule(1000), (2,))
+    diffusion, levels = DiffusionModel(denoiser), {}
+    for count in (1, 2, 3, 7, 500, 999, 1000):
+        chosen = diffusion.strided(count).schedule.timesteps
+        assert len(set(chosen)) == count
+        assert (chosen[0], chosen[-1]) == ((1000, 1000) if count == 1 else (1, 1000))
+        gaps = np.diff(chosen)
+        assert count < 3 or gaps.max() - gaps.min() <= 1
+        levels[count] = chosen
+    assert levels[7] == (1, 168, 334, 501, 667, 834, 1000)
+    chain = diffusion.strided(range(1, 1001, 111))
+    assert chain.name == diffusion.name
+    trace = poutine.trace(chain.model).get_trace(num_samples=2)
+    assert [name for name in trace.nodes if name.startswith("x_")] == [
+        f"x_{t}" for t in range(10, -1, -1)
+    ]
+    for chosen in (0, 1001, True, [], [5, 2], "ab"):
+        with pytest.raises(ValueError, match="'timesteps': got"):
+            diffusion.strided(chosen)
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [
@@ -250,6 +342,14 @@ def test_exploding_schedules():
         (lambda: LogSNRSchedule(10, log_snr_max=1, log_snr_min=1), "strictly decreasing"),
         (lambda: LogSNRSchedule(10, log_snr_max=float("inf")), "not finite"),
         (lambda: VarianceExploding(10), "'schedule': got 10; expected a NoiseSchedule"),
+        (lambda: StridedSchedule(10, [1]), "'schedule': got 10; expected a NoiseSchedule"),
+        (lambda: StridedSchedule(LinearSchedule(5), [1, 6]), r"'timesteps': got \[1, 6\].*1 … 5"),
+        (lambda: StridedSchedule(LinearSchedule(5), [1, 1]), "'timesteps'.*increasing"),
+        (lambda: StridedSchedule(LinearSchedule(5), [1]).with_num_timesteps(2), "fix the grid"),
+        (
+            lambda: StridedSchedule(AlphaSchedule([0.5] * 4), [1, 2]).slope_at(torch.ones(1)),
+            "curve",
+        ),
         (lambda: LinearSchedule(0), "'num_timesteps'.*got 0"),
         (lambda: LinearSchedule(2.5), "'num_timesteps'.*got 2.5"),
         (lambda: LinearSchedule(10, beta_end=1.5), "'beta_end'.*got 1.5"),
