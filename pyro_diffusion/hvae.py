@@ -302,7 +302,9 @@ class HierarchicalVAE(Family):
 
     @property
     def _reference(self) -> Tensor:
-        numbers = chain(self.parameters(), self.buffers())
+        # Of the layers: a learned scale of the likelihood, or a transform, is in a dtype of its own.
+        layers = chain(self.encoder.parameters(), self.decoder.parameters())
+        numbers = chain(layers, self.parameters(), self.buffers())
         return next((x for x in numbers if x.is_floating_point()), torch.empty(()))
 
     @property
