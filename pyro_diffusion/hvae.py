@@ -79,7 +79,7 @@ class GaussianLayer(nn.Module):
     def forward(self, h: Tensor) -> TorchDistribution:
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
         event_dim = len(self.network.output_shape) - 1
-        mean, raw = self.network(h).unbind(-1 - event_dim)
+        mean, raw = _through(self.network, h).unbind(-1 - event_dim)
         return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
 
 
@@ -203,7 +203,7 @@ class LadderEncoder(TopDownEncoder):
         r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
         d, levels = x, []
         for step, head in zip(self.path, self.heads, strict=True):
-            d = step(d)
+            d = _through(step, d)
             levels.append(head(d))
         return levels
 
@@ -380,7 +380,7 @@ class HierarchicalVAE(Family):
 
     def decode(self, h: Tensor) -> TorchDistribution:
         r""":math:`p(x \mid h_1)`."""
-        output = self.decoder[0](h)
+        output = _through(self.decoder[0], h)
         if self.likelihood is not None:
             output = self.likelihood(self._for_the_likelihood(output))
         if not isinstance(output, torch.distributions.Distribution):
@@ -457,6 +457,15 @@ class HierarchicalVAE(Family):
                 "to_event."
             )
         return kernel
+
+
+def _through(layer: nn.Module, h: Tensor) -> Any:
+    """A layer's output. A layer of half precision works in that; the chain around it is in float32."""
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), h.dtype)
+    if torch.finfo(dtype).bits >= 32:
+        return layer(h)
+    output = layer(h.to(dtype))
+    return output.float() if isinstance(output, Tensor) else output
 
 
 def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:

@@ -30,3 +30,22 @@ def test_a_learned_scale_leaves_the_layers_their_dtype(encoder, dtype):
         terms = elbo_terms(vae.model, vae.guide, torch.randn(5, 3, dtype=dtype), progress=False)
         bounds.append(terms.elbo)
     torch.testing.assert_close(*bounds, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("encoder", ["bottom-up", "ladder"])
+def test_layers_of_half_precision(encoder, scale):
+    """The chain is in float32, and the bound that of the same numbers in float64, to bfloat16's rounding."""
+    likelihood = None if scale is None else GaussianLikelihood(scale)
+    vae = hierarchy(encoder, likelihood=likelihood).to(torch.bfloat16)
+    x_0, bounds = torch.randn(20, 3), []
+    for layers in (torch.bfloat16, torch.float64):
+        vae.to(layers)
+        torch.manual_seed(0)
+        data = x_0.to(torch.promote_types(layers, torch.float32))
+        terms = elbo_terms(vae.model, vae.guide, data, num_particles=500, progress=False)
+        bounds.append(terms.mean())
+        assert vae.sample(2).dtype == data.dtype
+    rounding = 5 * torch.finfo(torch.bfloat16).eps * abs(bounds[1].value)
+    error = 5 * sum(bound.monte_carlo_error for bound in bounds)
+    assert abs(bounds[0].value - bounds[1].value) < rounding + error
