@@ -339,10 +339,20 @@ class PoissonLikelihood(Likelihood):
 
     def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         root = math.sqrt(self.max_count) * (x_0_hat + 1) / 2
-        return dist.Poisson((2 * (8 * root).asinh()).exp() / 256)
+        return Counts((2 * (8 * root).asinh()).exp() / 256)
 
     def extra_repr(self) -> str:
         return f"max_count={self.max_count:g}"
+
+
+class Counts(dist.Poisson):
+    """A Poisson law in float64: of large counts it is a small difference of large numbers."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        count, rate = value.double(), self.rate.double()
+        return (count.xlogy(rate) - rate - (count + 1).lgamma()).to(self.rate.dtype)
 
 
 class DiscretizedGaussian(TorchDistribution):

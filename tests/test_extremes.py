@@ -1,11 +1,13 @@
 """Extremes give right numbers, or a ``ValueError`` in words: sizes, scales, dtypes, ends of schedules."""
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from pyro_diffusion.bounds import elbo_terms
+from pyro_diffusion.bounds import elbo_terms, log_density
 from pyro_diffusion.hvae import HierarchicalVAE, LadderEncoder
-from pyro_diffusion.likelihoods import GaussianLikelihood
+from pyro_diffusion.likelihoods import GaussianLikelihood, PoissonLikelihood
 
 
 def hierarchy(encoder, **arguments):
@@ -49,3 +51,14 @@ def test_layers_of_half_precision(encoder, scale):
     rounding = 5 * torch.finfo(torch.bfloat16).eps * abs(bounds[1].value)
     error = 5 * sum(bound.monte_carlo_error for bound in bounds)
     assert abs(bounds[0].value - bounds[1].value) < rounding + error
+
+
+@pytest.mark.parametrize("count", [1, 100, 10_000, 1_000_000, 1_000_000_000])
+def test_large_counts_in_float32(count):
+    """Against scipy in float64; in float32 n log ρ − ρ − log n! of a million is off by a nat."""
+    root = (count**-0.5) * torch.randn(200)
+    kernel = PoissonLikelihood(max_count=count)(1 + root)
+    counts = torch.poisson(torch.full((200,), float(count), dtype=torch.float64)).long()
+    expected = scipy.stats.poisson(kernel.rate.double().numpy()).logpmf(counts.numpy())
+    found = log_density(kernel, counts.float() if count < 2**24 else counts.double())
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
