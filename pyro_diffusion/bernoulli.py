@@ -341,7 +341,7 @@ class BernoulliDiffusion(DiffusionModel):
                 "stands for a gap is a bit as well. Leave out data with gaps, or use a DiffusionModel with "
                 "LevelPrediction(2)."
             )
-        return super().embed(x_0)
+        return super(DiffusionModel, self).embed(x_0)  # bits are not rounded
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)`: independent bits at the rate."""

@@ -38,6 +38,7 @@ from pyro_diffusion.kernels import (
     noised,
     terminal_prior,
 )
+from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.timesteps import Timesteps
 
@@ -64,8 +65,9 @@ class DiffusionModel(Family):
 
     Raises:
         ValueError: From a program: data of another shape or on another device than the model,
-            empty, not finite, outside the likelihood's range or the transform's domain; a mask that
-            does not fit; a network that misbehaves.
+            empty, not finite, outside the likelihood's range or the transform's domain, or so large
+            that rounding hides the noise of :math:`x_1`; a mask that does not fit; a network that
+            misbehaves.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -291,6 +293,9 @@ class DiffusionModel(Family):
     def _entrance(self) -> Any:
         return self.denoiser if self.likelihood is None else self.likelihood
 
+    def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _check_resolution(super().embed(x_0, mask), self.schedule)
+
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""
         return terminal_prior(self.schedule, self.event_shape, dtype=self.dtype)
@@ -364,6 +369,20 @@ def _evenly_spaced(count: int, last: int) -> list[int]:
         return [last]
     gaps = count - 1
     return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(count)]
+
+
+def _check_resolution(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Embedded data, if the noise of :math:`x_1`, where there is least of it, is not lost in rounding."""
+    noise = (-0.5 * schedule.log_snr(1)).exp()
+    largest = x_0.abs().amax(0)
+    if not holds(torch.finfo(x_0.dtype).eps * largest <= noise):
+        raise ValueError(
+            f"argument 'x_0': got states of up to {largest.max().item():.3g} in {x_0.dtype} with a noise of "
+            f"{noise.min().item():.3g} at x_1, which is lost in their rounding; expected at least "
+            f"{torch.finfo(x_0.dtype).eps:.1g} of them. Pass transform=Standardize.from_data(x_0), a smaller "
+            "log_snr_max, or a network in float64."
+        )
+    return x_0
 
 
 def _check_draws(num_timesteps: int) -> None:
