@@ -149,7 +149,9 @@ def importance_evidence(
 def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evidence:
     """Evidence of states at T, which is the prior's: there is nothing to average."""
     log_p = log_density(prior, check_data(x_T)).expand(num_particles, len(x_T))
-    return average(log_p)._replace(data=fingerprint(x_T), measure=measure_of(prior))
+    exact = {"standard_error": torch.zeros_like(log_p[0])}
+    exact["pareto_k"] = torch.full_like(log_p[0], -math.inf)
+    return average(log_p)._replace(**exact, data=fingerprint(x_T), measure=measure_of(prior))
 
 
 def check_chains(
@@ -200,10 +202,14 @@ def average(log_weights: Tensor) -> Evidence:
 
 
 def tail(log_weights: Tensor) -> Tensor:
-    r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones."""
+    r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones.
+
+    A single weight is no constant: nothing is known of the others.
+    """
     values = log_weights.cpu().numpy().T
     too_few = len(log_weights) < MIN_DRAWS
-    k = np.where(constant(values), -math.inf, math.nan) if too_few else pareto_k(values)
+    alike = constant(values) & (len(log_weights) > 1)
+    k = np.where(alike, -math.inf, math.nan) if too_few else pareto_k(values)
     return torch.as_tensor(k, device=log_weights.device)
 
 

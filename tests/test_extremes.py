@@ -10,6 +10,7 @@ import torch
 from pyro_diffusion.bounds import elbo_terms, log_density
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import importance_evidence
 from pyro_diffusion.hvae import HierarchicalVAE, LadderEncoder
 from pyro_diffusion.likelihoods import GaussianLikelihood, PoissonLikelihood
 from pyro_diffusion.schedules import LogSNRSchedule
@@ -98,3 +99,20 @@ def test_noise_is_not_lost_in_rounding(log_snr_max, scale, dtype, guide):
     expected = diffusion.denoiser.data_distribution.log_prob(x_0).double()
     allowed = (0.02 if dtype == torch.float32 else 1e-3) + 0.3 * rounding
     torch.testing.assert_close(terms.elbo, expected, rtol=0, atol=allowed)
+
+
+def test_a_single_particle_is_not_called_reliable():
+    """One weight is the same as itself, and says nothing of the others."""
+    diffusion, x_0 = gaussian(num_timesteps=5)
+    evidence = importance_evidence(
+        diffusion.model, diffusion.guide, x_0, num_particles=1, progress=False
+    )
+    assert evidence.pareto_k.isnan().all()
+    assert not evidence.reliable.any()
+    exact = importance_evidence(
+        diffusion.model, diffusion.guide, x_0, num_particles=1, state=5, progress=False
+    )  # of x_T there is nothing to average
+    expected = diffusion.prior().log_prob(x_0)
+    torch.testing.assert_close(exact.log_evidence, expected)
+    assert exact.reliable.all()
+    assert (exact.standard_error == 0).all()
