@@ -86,6 +86,8 @@ def ode_log_likelihood(
     """
     _check(diffusion, state, num_probes)
     check_data(x_0)
+    if state == 0:  # the flow is the curve's, however few steps there are on it
+        diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
     with evaluating(diffusion):

@@ -143,9 +143,11 @@ def summary(
     curve: Any = diffusion.schedule
     while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
         curve = curve.schedule
-    if not isinstance(curve, AlphaSchedule):
+    has_curve = not isinstance(curve, AlphaSchedule)
+    if has_curve:
         rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, math.inf))
     has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim
+    has_flow = has_flow and (has_curve or curve.num_timesteps > 1)
     if by_weights.measure == "density" and has_flow:
         rows.append(_estimate("probability flow", ode_log_likelihood(diffusion, x_0)))
     result = Summary(tuple(rows))

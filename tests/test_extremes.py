@@ -11,9 +11,11 @@ from pyro_diffusion.bounds import elbo_terms, log_density
 from pyro_diffusion.denoisers import GaussianDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import importance_evidence
+from pyro_diffusion.flow import ode_log_likelihood
 from pyro_diffusion.hvae import HierarchicalVAE, LadderEncoder
 from pyro_diffusion.likelihoods import GaussianLikelihood, PoissonLikelihood
-from pyro_diffusion.schedules import LogSNRSchedule
+from pyro_diffusion.report import summary
+from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule, VarianceExploding
 
 
 def hierarchy(encoder, **arguments):
@@ -116,3 +118,25 @@ def test_a_single_particle_is_not_called_reliable():
     torch.testing.assert_close(exact.log_evidence, expected)
     assert exact.reliable.all()
     assert (exact.standard_error == 0).all()
+
+
+@pytest.mark.parametrize("exploding", [False, True])
+def test_the_flow_of_a_chain_of_one_step(exploding):
+    """It is the curve's, which a grid of one step has left but for its end: 3 nats below."""
+    mean, std = torch.tensor([0.3, -1.0]).double(), torch.tensor([0.5, 2.0]).double()
+    schedule = LogSNRSchedule(1, log_snr_max=20.0, log_snr_min=-20.0)
+    schedule = VarianceExploding(schedule) if exploding else schedule
+    diffusion = DiffusionModel(GaussianDenoiser(mean, std, schedule))
+    x_0 = torch.tensor([[0.1, 0.2], [1.0, -3.0]]).double()
+    found = ode_log_likelihood(diffusion, x_0, rtol=1e-7, atol=1e-7).log_evidence
+    expected = diffusion.denoiser.data_distribution.log_prob(x_0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)  # √ᾱ_T times the mean
+
+
+def test_one_step_without_a_curve_has_no_flow():
+    """A single α is no curve: the flow refuses, and the summary leaves it out."""
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), AlphaSchedule([1e-3]))
+    diffusion, x_0 = DiffusionModel(denoiser), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="AlphaSchedule of 1 steps.*Use LinearSchedule"):
+        ode_log_likelihood(diffusion, x_0)
+    assert list(summary(diffusion, x_0).groups()) == ["chain, T = 1"]
