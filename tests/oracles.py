@@ -40,7 +40,7 @@ class GaussianReverseChain:
     def exact(cls, alpha, mean, std, variance=None):
         """Bayes' rule for x_0 ~ N(mean, std²): the exact kernels, or others' variances."""
         bar = alpha_bar(alpha)
-        marginal = bar * std**2 + 1 - bar  # variance of x_t
+        marginal = bar * std**2 + (1 - bar)  # variance of x_t, of a tiny std as well
         gain = np.sqrt(alpha) * marginal[:-1] / marginal[1:]
         exact = marginal[:-1] * (1 - alpha) / marginal[1:]
         intercept = np.sqrt(bar[:-1]) * mean - gain * np.sqrt(bar[1:]) * mean
