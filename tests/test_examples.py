@@ -29,6 +29,7 @@ BENCHMARKS = {
     "variance.py": ["learned / floor", "stratified", "one a dimension"],
     "samplers.py": ["energy distance", "ancestral, β̃", "bare network calls"],
     "smc.py": ["sequential", "importance", "exact", "reliable"],
+    "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],
 }
