@@ -6,6 +6,8 @@ a term by :math:`1 / (k\, \pi(t))`, which leaves its expectation as it is for an
 changes is the variance, which is least for independent draws where :math:`\pi(t)` follows the root of the
 term's second moment.
 
+Where a batch is spread over processes, :class:`JointStrata` makes one stratified draw of all their draws.
+
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
     https://arxiv.org/abs/2107.00630
@@ -16,12 +18,13 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
@@ -29,11 +32,19 @@ __all__ = [
     "ContinuousTimestepDistribution",
     "ImportanceTimesteps",
     "IndependentTimestepDistribution",
+    "JointStrata",
     "StratifiedTimesteps",
     "TimestepDistribution",
     "Timesteps",
     "UniformTimesteps",
 ]
+
+
+class Share(NamedTuple):
+    """Which strata of a joint draw are drawn here: those that leave ``rest`` when divided by ``of``."""
+
+    rest: int | Tensor = 0  #: the remainder, in {0 … of − 1}; a tensor may change between draws
+    of: int = 1  #: among how many the strata are shared out
 
 
 class TimestepDistribution(TorchDistribution):
@@ -49,13 +60,17 @@ class TimestepDistribution(TorchDistribution):
     Args:
         log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
         batch_shape: Shape of a joint draw.
+        share: Part of a larger joint draw that this one is; the whole of it by default.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
-    def __init__(self, log_pi: Tensor, batch_shape: torch.Size = torch.Size()) -> None:
+    def __init__(
+        self, log_pi: Tensor, batch_shape: torch.Size = torch.Size(), share: Share = Share()
+    ) -> None:
         self.log_pi = log_pi
+        self.share = share
         super().__init__(batch_shape, validate_args=False)
 
     @property
@@ -63,17 +78,22 @@ class TimestepDistribution(TorchDistribution):
         return constraints.integer_interval(1, len(self.log_pi))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TimestepDistribution":
-        return type(self)(self.log_pi, torch.Size(batch_shape))
+        return type(self)(self.log_pi, torch.Size(batch_shape), self.share)
 
     def to(self, dtype: torch.dtype) -> "TimestepDistribution":
         """The same law with weights of another dtype."""
-        return type(self)(self.log_pi.to(dtype), self.batch_shape)
+        return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
+
+    def shared(self, share: Share) -> "TimestepDistribution":
+        """The same law, as a share of a joint draw."""
+        return type(self)(self.log_pi, self.batch_shape, share)
 
     def points(self, count: int) -> Tensor:
         """Uniform numbers in [0, 1), float64, of which the quantile function makes timesteps."""
         device = self.log_pi.device
-        strata = torch.randperm(count, device=device)
-        return (strata + torch.rand(count, dtype=torch.float64, device=device)) / count
+        strata = torch.randperm(count, device=device) * self.share.of + self.share.rest
+        within = torch.rand(count, dtype=torch.float64, device=device)
+        return (strata + within) / (count * self.share.of)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)
@@ -115,6 +135,48 @@ class IndependentTimestepDistribution(TimestepDistribution):
 
     def points(self, count: int) -> Tensor:
         return torch.rand(count, dtype=torch.float64, device=self.log_pi.device)
+
+
+class JointStrata(Messenger):
+    r"""An effect handler that stratifies timesteps over the batches of all processes together.
+
+    Of :math:`W` processes with :math:`n` draws each, the one of rank :math:`r` takes the strata
+
+    .. math::
+        \{ s \in \{0, …, Wn - 1\} : s \equiv r + \mathrm{shift} \pmod W \},
+
+    in random order. ``shift`` is uniform on :math:`\{0, …, W - 1\}`, new at every step and the same
+    everywhere, because it comes from a generator that is seeded alike: nothing is communicated. So each
+    entry alone has law :math:`\pi`, and where all have as many draws, all together hit each stratum once.
+
+    Inside the handler, in guide and model alike, sites drawn from a :class:`TimestepDistribution` get
+    their share of it; independent ones stay as they are. Between steps call :meth:`advance`, which
+    writes the new shift where the old one stood: in a captured graph too.
+
+    Args:
+        rank: :math:`r`, in {0 … W − 1}.
+        world_size: :math:`W`.
+        seed: Seed of the shifts, the same in all processes.
+        device: Where the timesteps are drawn.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rest = torch.full((), rank, dtype=torch.long, device=device)
+        self.advance()
+
+    def advance(self) -> None:
+        """Draw the shift of the next step."""
+        shift = torch.randint(self.world_size, (), generator=self.generator)
+        self.rest.copy_((self.rank + shift) % self.world_size)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], TimestepDistribution):
+            msg["fn"] = msg["fn"].shared(Share(self.rest, self.world_size))
 
 
 class Timesteps(ABC):

@@ -1,14 +1,23 @@
+import math
+
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_diffusion.timesteps import (
     ImportanceTimesteps,
+    JointStrata,
+    Share,
     StratifiedTimesteps,
     Timesteps,
     UniformTimesteps,
 )
 
 CPU = torch.device("cpu")
+NORMAL = dist.Normal(0.0, 1.0)
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 1000])
@@ -97,3 +106,86 @@ def test_importance_timesteps_follow_the_moments():
 def test_bad_shares_of_importance_timesteps_are_refused(arguments):
     with pytest.raises(ValueError, match=f"argument '{next(iter(arguments))}': got"):
         ImportanceTimesteps(**arguments)
+
+
+def joint(law, world_size, seed=3):
+    """The points of all ranks' shares of one joint draw, each rank with noise of its own."""
+    handlers = [JointStrata(rank, world_size, seed) for rank in range(world_size)]
+    return handlers, [law.shared(Share(h.rest, world_size)) for h in handlers]
+
+
+@pytest.mark.parametrize(
+    "law", [StratifiedTimesteps()(50, CPU), StratifiedTimesteps()(math.inf, CPU)]
+)
+def test_joint_strata_are_each_hit_once(law):
+    handlers, shares = joint(law, 3)
+    rests = set()
+    for _ in range(20):
+        points = torch.cat([share.points(7) for share in shares])
+        assert sorted((points * 21).long().tolist()) == list(range(21))
+        rests.add(tuple(int(h.rest) for h in handlers))
+        for handler in handlers:
+            handler.advance()
+    assert rests == {(0, 1, 2), (1, 2, 0), (2, 0, 1)}
+
+
+def test_the_shares_of_a_rank_are_every_stratum_once_over_the_shifts():
+    """And within a share the order is a random permutation: hence an entry's stratum is uniform."""
+    handler, n = JointStrata(1, 4, seed=0), 5
+    law = StratifiedTimesteps()(10, CPU)
+    hits = torch.zeros(4 * n)
+    for shift in range(4):
+        handler.rest.fill_((1 + shift) % 4)
+        points = law.shared(Share(handler.rest, 4)).points(n)
+        hits[(points * 4 * n).long()] += 1
+    assert (hits == 1).all()
+
+
+def test_each_entry_of_a_share_follows_the_law():
+    """20,000 joint draws of 3 entries on rank 1 of 2: frequencies are π within five standard errors."""
+    handler = JointStrata(1, 2, seed=0)
+    law = StratifiedTimesteps(0.3)(5, CPU).expand((3,)).shared(Share(handler.rest, 2))
+    draws = []
+    for _ in range(20_000):
+        draws.append(law.sample())
+        handler.advance()
+    frequency = torch.stack([(torch.stack(draws) == t).double().mean(0) for t in range(1, 6)])
+    pi = law.log_prob(torch.arange(1, 6)).exp()[:, None]
+    assert ((frequency - pi).abs() < 5 * (pi * (1 - pi) / 20_000).sqrt()).all()
+
+
+def test_one_process_draws_what_it_drew_without():
+    law = StratifiedTimesteps()(1000, CPU).expand((64,))
+    torch.manual_seed(0)
+    alone = law.sample()
+    torch.manual_seed(0)
+    assert torch.equal(law.shared(Share(JointStrata(0, 1, seed=5).rest, 1)).sample(), alone)
+
+
+def test_the_handler_shares_out_stratified_sites_and_no_others():
+    stratified, uniform = StratifiedTimesteps()(1000, CPU), UniformTimesteps()(1000, CPU)
+
+    def program():
+        with pyro.plate("data", 8):
+            return pyro.sample("t", stratified), pyro.sample("s", uniform), pyro.sample("x", NORMAL)
+
+    with JointStrata(1, 2, seed=0) as handler:
+        trace = poutine.trace(program).get_trace()
+    assert trace.nodes["t"]["fn"].share == Share(handler.rest, 2)
+    torch.manual_seed(1)
+    drawn = uniform.expand((8,)).sample()
+    torch.manual_seed(1)
+    assert torch.equal(uniform.expand((8,)).shared(Share(1, 2)).sample(), drawn)
+    replayed = poutine.replay(program, trace=trace)
+    with handler:
+        assert torch.equal(replayed()[0], trace.nodes["t"]["value"])
+
+
+def test_a_captured_graph_follows_the_shift():
+    """A draw traced once, as a compiler does, takes the strata of the step that it is run at."""
+    handler = JointStrata(0, 2, seed=0)
+    law = StratifiedTimesteps()(1000, CPU).shared(Share(handler.rest, 2))
+    graph = make_fx(lambda x: x + law.points(6))(torch.zeros(6, dtype=torch.float64))
+    for rest in (0, 1, 0):
+        handler.rest.fill_(rest)
+        assert ((graph(torch.zeros(6, dtype=torch.float64)) * 12).long() % 2 == rest).all()
