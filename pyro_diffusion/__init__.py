@@ -6,6 +6,7 @@ timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_dif
 :mod:`~pyro_diffusion.chains`.
 """
 
+from pyro_diffusion.batches import OrderedBatches, ShuffledBatches
 from pyro_diffusion.bernoulli import (
     BernoulliDenoiser,
     BernoulliDiffusion,
@@ -58,6 +59,7 @@ from pyro_diffusion.likelihoods import (
 )
 from pyro_diffusion.networks import MLP, FeedForward, UNet
 from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO, bound_by_datum
+from pyro_diffusion.parallel import over_ranks
 from pyro_diffusion.parameterizations import (
     DataPrediction,
     LevelPrediction,
@@ -150,9 +152,11 @@ __all__ = [
     "NoiseSchedule",
     "ODESampler",
     "OptimalVariance",
+    "OrderedBatches",
     "PoissonLikelihood",
     "PosteriorVariance",
     "ScorePrediction",
+    "ShuffledBatches",
     "Standardize",
     "StratifiedTimesteps",
     "StridedSchedule",
@@ -176,6 +180,7 @@ __all__ = [
     "forward_transition",
     "importance_evidence",
     "ode_log_likelihood",
+    "over_ranks",
     "plot_bound",
     "plot_compare",
     "plot_denoised",

@@ -33,6 +33,8 @@ ORDER = [
     "objectives",
     "arviz_bridge",
     "bounds",
+    "parallel",
+    "batches",
     "evaluation",
     "evidence",
     "sequential",

@@ -1,0 +1,232 @@
+r"""Data that need not fit into memory, in batches: an array on disk, shared out among processes.
+
+An array is anything of rows that takes a numpy array of row numbers: ``np.load(path, mmap_mode="r")``,
+a ``np.memmap``, an array, a tensor. Only the rows of a batch are read. No list of row numbers is made: the
+order of a pass is a permutation :math:`\pi` of :math:`\{0, …, N - 1\}` that is *computed*, row number by
+row number, with a key from the seed and the number of the pass. It takes no memory at any :math:`N`, and
+where a run stands in the data is said by two numbers, whatever the number of processes.
+
+The permutation is a Feistel network: a row number is cut into halves of :math:`b` bits, and each round
+
+.. math::
+    (\ell, r) \leftarrow (r,\ \ell \oplus (h(r + k_i) \bmod 2^b))
+
+can be undone, whatever the hash :math:`h`. It permutes :math:`\{0, …, 4^b - 1\}`; a number that falls
+outside of :math:`\{0, …, N - 1\}` is sent through again, until it falls inside.
+
+References:
+    How to Construct Pseudorandom Permutations from Pseudorandom Functions (Luby and Rackoff, 1988).
+    https://doi.org/10.1137/0217022
+    Ciphers with Arbitrary Finite Domains (Black and Rogaway, 2002): cycle walking, Feistel networks.
+    https://doi.org/10.1007/3-540-45760-7_9
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_diffusion.parallel import rank_and_size, share
+
+__all__ = ["OrderedBatches", "ShuffledBatches", "permuted"]
+
+_ROUNDS = 8  # four are pseudo-random in theory, for large halves; ten rows want more
+
+
+class Batches(ABC):
+    """Batches of this rank's rows of an array, and how many there are; the same number on every rank.
+
+    Args:
+        data: Array of ``N`` rows, or several of as many by the programs' arguments
+            (``{"x_0": …, "mask": …}``).
+        batch_size: Rows in a batch, on each rank.
+    """
+
+    def __init__(self, data: Any, batch_size: int) -> None:
+        arrays = data if isinstance(data, Mapping) else {"x_0": data}
+        lengths = {len(array) for array in arrays.values()}
+        if len(lengths) != 1 or lengths == {0}:
+            got = " and ".join(map(str, sorted(lengths))) or "no"
+            raise ValueError(
+                f"argument 'data': got {got} rows; expected as many in each array, at least one. Pass an "
+                'array, or arrays by the names of the programs\' arguments, {"x_0": …, "mask": …}.'
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"argument 'batch_size': got {batch_size!r}; expected a whole number of at least 1, the rows "
+                "that each process reads at a time. 256 suits small networks."
+            )
+        self.data, self.batch_size = data, batch_size
+        self.num_data = lengths.pop()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of batches in a pass over the data."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of a pass: tensors, or dictionaries of tensors."""
+
+    def _read(self, rows: np.ndarray | slice) -> Any:
+        if isinstance(self.data, Mapping):
+            return {name: _rows_of(array, rows) for name, array in self.data.items()}
+        return _rows_of(self.data, rows)
+
+
+class ShuffledBatches(Batches):
+    r"""Batches for training: every pass in another order, which the seed determines.
+
+    A batch of all :math:`W` ranks is the next :math:`W n` rows in the order of the pass, of which each rank
+    has :math:`n`; the last ``N mod W n`` rows of an order are left out. An iteration goes on where the last
+    one stood: it is the rest of a pass, or the next pass. Lightning takes the object as a training
+    dataloader, calls ``set_epoch``, and writes the position into its checkpoints: exactly the batches that
+    were trained on.
+
+    Args:
+        data: Array of ``N`` rows, or several of as many by the programs' arguments
+            (``{"x_0": …, "mask": …}``).
+        batch_size: Rows in a batch :math:`n`, on each rank.
+        seed: Seed of the orders, the same on every rank.
+
+    Attributes:
+        epoch: Number of the pass.
+        taken: Rows of the pass that were taken, by all ranks together.
+
+    Raises:
+        ValueError: Arrays of different lengths, or fewer rows than a batch of all ranks has; from
+            ``load_state_dict``, a position in other data or in another order.
+
+    Example:
+        >>> batches = ShuffledBatches(torch.arange(5.0), batch_size=2)
+        >>> len(batches), sum(len(batch) for batch in batches)
+        (2, 4)
+    """
+
+    def __init__(self, data: Any, batch_size: int, *, seed: int = 0) -> None:
+        super().__init__(data, batch_size)
+        self.seed, self.epoch, self.taken = seed, 0, 0
+
+    @property
+    def sampler(self) -> Self:
+        """Whose ``set_epoch`` Lightning calls when an epoch begins."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of a pass, unless it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self.taken = epoch, 0
+
+    def __len__(self) -> int:
+        count = self.num_data // self._step
+        if not count:
+            raise ValueError(
+                f"argument 'batch_size': got {self.batch_size} on each of {rank_and_size()[1]} ranks, for "
+                f"{self.num_data} rows; expected at most all rows in a batch. Take a smaller batch_size."
+            )
+        return count
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.taken + self._step > self.num_data:
+            self.set_epoch(self.epoch + 1)
+        while self.taken + self._step <= self.num_data:
+            first = self.taken + rank_and_size()[0] * self.batch_size
+            places = np.arange(first, first + self.batch_size)
+            self.taken += self._step
+            yield self._read(permuted(places, self.num_data, (self.seed, self.epoch)))
+
+    @property
+    def _step(self) -> int:
+        """Rows in a batch of all ranks."""
+        return self.batch_size * rank_and_size()[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it is a position in."""
+        names = ("epoch", "taken", "seed", "num_data")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from a position; the number of ranks and the batch size may have changed."""
+        for name in ("seed", "num_data"):
+            if state_dict.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"argument 'state_dict': got a position in data with {name} {state_dict.get(name)}; "
+                    f"expected {getattr(self, name)}. Resume with the data and the seed of before."
+                )
+        self.epoch, self.taken = state_dict["epoch"], state_dict["taken"]
+
+
+class OrderedBatches(Batches):
+    r"""Batches for validation, testing and evaluation: every row once, in order, on one rank alone.
+
+    Each rank has a contiguous share (:func:`~pyro_diffusion.parallel.share`). All ranks have as many
+    batches, so that none waits for another in vain: a batch can be a row short, or empty, and
+    :class:`~pyro_diffusion.training.SVIModule` passes over empty ones.
+
+    Args:
+        data: Array of ``N`` rows, or several of as many by the programs' arguments
+            (``{"x_0": …, "mask": …}``).
+        batch_size: Rows in a batch, at most, on each rank.
+
+    Raises:
+        ValueError: Arrays of different lengths.
+
+    Example:
+        >>> [batch.tolist() for batch in OrderedBatches(torch.arange(5), batch_size=2)]
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __len__(self) -> int:
+        largest = math.ceil(self.num_data / rank_and_size()[1])
+        return math.ceil(largest / self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = share(self.num_data)
+        for batch in range(len(self)):
+            start = min(rows.start + batch * self.batch_size, rows.stop)
+            yield self._read(slice(start, min(start + self.batch_size, rows.stop)))
+
+
+def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    r"""What stands at some places of a random order of :math:`\{0, …, N - 1\}`.
+
+    Args:
+        places: Places in the order, whole numbers in {0 … N − 1}.
+        size: :math:`N`.
+        key: What determines the order: whole numbers, not negative.
+
+    Returns:
+        Row numbers, of the shape of ``places``.
+    """
+    keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    bits = np.uint64(max(1, math.ceil((size - 1).bit_length() / 2)))
+    rows = _feistel(places.astype(np.uint64), bits, keys)
+    while (outside := rows >= size).any():
+        rows[outside] = _feistel(rows[outside], bits, keys)
+    return rows.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, bits: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of twice as many bits."""
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    left, right = x >> bits, x & mask
+    for key in keys:
+        left, right = right, left ^ (_hash(right + key) & mask)
+    return (left << bits) | right
+
+
+def _hash(x: np.ndarray) -> np.ndarray:
+    """A word of 64 bits in which each bit depends on all of ``x`` (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _rows_of(array: Any, rows: np.ndarray | slice) -> Tensor:
+    """Rows as a tensor of their own, of which nothing stays on disk."""
+    if isinstance(array, Tensor):
+        return array[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
+    return torch.from_numpy(np.array(array[rows]))
