@@ -150,7 +150,10 @@ class SVIModule(lightning.LightningModule):
         self._read("test", batch)
 
     def on_fit_start(self) -> None:
-        """Give each rank noise of its own, or what it had when the checkpoint was written."""
+        """Give each rank noise of its own, or what it had when the checkpoint was written.
+
+        What is left is what an epoch begins with: a DataLoader that draws its order draws it again.
+        """
         rank, world_size = rank_and_size()
         self._strata = None
         self._restore_generators()
@@ -160,12 +163,6 @@ class SVIModule(lightning.LightningModule):
             torch.manual_seed(seed + rank)
             if len(self._generators) == world_size:
                 self._restore_generators()
-
-    def on_train_start(self) -> None:
-        """Within an epoch go on where the checkpoint left off, whatever a loader drew to begin one."""
-        same_size = len(self._generators) == rank_and_size()[1]
-        if same_size and self.trainer.fit_loop.restarted_mid_epoch:
-            self._restore_generators()
         self._generators = []
 
     def _restore_generators(self) -> None:

@@ -244,12 +244,14 @@ def test_any_model_and_guide(tmp_path):
     assert last[0] - last[1] > first[0] - first[1]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision_is_lightnings(precision, tmp_path):
     diffusion = build()
     module = adapt(diffusion)
     x = torch.randn(64, 2).to(torch.float64 if "64" in precision else torch.float32)
-    engine = trainer(tmp_path, precision=precision, gradient_clip_val=10.0)
+    engine = trainer(
+        tmp_path, precision=precision, gradient_clip_val=10.0, accumulate_grad_batches=2
+    )
     engine.fit(module, DataLoader(TensorDataset(x), 32), DataLoader(TensorDataset(x), 32))
     assert torch.isfinite(engine.logged_metrics["val_elbo"])
     assert diffusion.schedule.log_snr_min.dtype == torch.float64
