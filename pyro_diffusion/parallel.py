@@ -53,7 +53,7 @@ def agreed_seed() -> int:
     return gather(int(torch.randint(2**62, ())))[0]
 
 
-def over_ranks(function: Callable[..., Any], *data: Tensor | int) -> Any:
+def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
     """Call a function on this rank's share of the data, and join the results of all ranks.
 
     Every rank calls it with the same data and gets the same result. On one process it is
@@ -61,11 +61,11 @@ def over_ranks(function: Callable[..., Any], *data: Tensor | int) -> Any:
     generator, and the generators go on from where they were.
 
     Args:
-        function: Called with this rank's rows of each tensor, or with its part of a count. Returns a
+        function: Called with this rank's rows of each, or with its part of a count. Returns a
             tensor of one row for each datum; or a named tuple whose tensors have the data in their last
             dimension: :class:`~pyro_diffusion.bounds.ELBOTerms` and
             :class:`~pyro_diffusion.evidence.Evidence` are.
-        data: Tensors of ``N`` rows each, or the number ``N`` of data to draw.
+        data: Tensors or arrays (on disk, too) of ``N`` rows each, or the number ``N`` of data to draw.
 
     Returns:
         What ``function`` returns, for all ``N``: on this rank's device, in the order of the data. Under
@@ -107,7 +107,7 @@ def over_ranks(function: Callable[..., Any], *data: Tensor | int) -> Any:
     return _joined(values, sizes, devices[0])
 
 
-def _count(data: Sequence[Tensor | int]) -> int:
+def _count(data: Sequence[Any]) -> int:
     counts = [x if isinstance(x, int) else len(x) for x in data]
     if not counts or len(set(counts)) > 1 or counts[0] < 1:
         raise ValueError(
@@ -117,7 +117,7 @@ def _count(data: Sequence[Tensor | int]) -> int:
     return counts[0]
 
 
-def _part(x: Tensor | int, rows: slice) -> Tensor | int:
+def _part(x: Any, rows: slice) -> Any:
     return rows.stop - rows.start if isinstance(x, int) else x[rows]
 
 

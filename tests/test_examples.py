@@ -17,6 +17,7 @@ LISTED = {
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
     "lightning_digits.py": ["bits/dim", "validation", "trajectory.png", "last.ckpt"],
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],
+    "scale_out.py": ["bits/dim", "Monte Carlo", "sampling", "draws of", "ranks"],
     "two_moons.py": ["entropy", "sequential", "subsampled"],
 }
 
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "smc.py": ["sequential", "importance", "exact", "reliable"],
     "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
+    "memory_map.py": ["anonymous, MB", "rows/s", "MB more than"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],
 }
 SCRIPTS = {"examples": LISTED, "benchmarks": BENCHMARKS}
