@@ -92,7 +92,12 @@ from pyro_diffusion.schedules import (
     VarianceExploding,
 )
 from pyro_diffusion.sequential import smc_evidence
-from pyro_diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
+from pyro_diffusion.timesteps import (
+    ImportanceTimesteps,
+    JointStrata,
+    StratifiedTimesteps,
+    UniformTimesteps,
+)
 from pyro_diffusion.transforms import Standardize
 from pyro_diffusion.variances import (
     ForwardVariance,
@@ -135,6 +140,7 @@ __all__ = [
     "GenerativeChain",
     "HierarchicalVAE",
     "ImportanceTimesteps",
+    "JointStrata",
     "KLWarmup",
     "LadderEncoder",
     "LearnedVariance",

@@ -148,6 +148,7 @@ class JointStrata(Messenger):
     in random order. ``shift`` is uniform on :math:`\{0, …, W - 1\}`, new at every step and the same
     everywhere, because it comes from a generator that is seeded alike: nothing is communicated. So each
     entry alone has law :math:`\pi`, and where all have as many draws, all together hit each stratum once.
+    (Laws that each process learns for itself differ; the bound is unbiased all the same.)
 
     Inside the handler, in guide and model alike, sites drawn from a :class:`TimestepDistribution` get
     their share of it; independent ones stay as they are. Between steps call :meth:`advance`, which

@@ -377,7 +377,8 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
     Raises:
         ValueError: Checkpoints of which none is whole and of this model: rather than begin anew over them.
     """
-    files = [path for path in Path(folder).glob("*.ckpt") if path.is_file()]
+    # Each once: last.ckpt is often a link, and for a moment a link to nothing.
+    files = {path.resolve() for path in Path(folder).glob("*.ckpt") if path.is_file()}
     wrong = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
