@@ -149,9 +149,12 @@ def importance_evidence(
 def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evidence:
     """Evidence of states at T, which is the prior's: there is nothing to average."""
     log_p = log_density(prior, check_data(x_T)).expand(num_particles, len(x_T))
-    exact = {"standard_error": torch.zeros_like(log_p[0])}
-    exact["pareto_k"] = torch.full_like(log_p[0], -math.inf)
-    return average(log_p)._replace(**exact, data=fingerprint(x_T), measure=measure_of(prior))
+    return average(log_p)._replace(
+        standard_error=torch.zeros_like(log_p[0]),
+        pareto_k=torch.full_like(log_p[0], -math.inf),
+        data=fingerprint(x_T),
+        measure=measure_of(prior),
+    )
 
 
 def check_chains(

@@ -161,6 +161,8 @@ class JointStrata(Messenger):
         device: Where the timesteps are drawn.
     """
 
+    in_place: ClassVar[bool] = True  #: a compiled program hears of a step through a tensor
+
     def __init__(
         self, rank: int, world_size: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:

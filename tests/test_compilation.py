@@ -37,6 +37,7 @@ from pyro_diffusion import (
     Standardize,
     compile_elbo,
 )
+from pyro_diffusion.timesteps import JointStrata
 
 interpreted = partial(compile_elbo, backend=None)
 
@@ -230,6 +231,20 @@ def test_what_changes_in_place_reaches_the_graph():
     after = loss_and_grads(compiled, x_0, 3)
     assert abs(after[0] - before[0]) > 1
     assert_same(after, loss_and_grads(elbo(pair.model, pair.guide), x_0, 3))
+    assert len(compiled._graphs) == 1
+
+
+def test_joint_strata_reach_the_graph():
+    pair = diffusion_model(num_timesteps=50).subsampled()
+    x_0 = torch.randn(6, 3, dtype=torch.float64)
+    elbo = TraceMeanField_ELBO()
+    compiled = interpreted(pair.model, pair.guide, elbo)
+    strata = JointStrata(rank=1, world_size=3, seed=0)
+    for seed in range(4):
+        strata.advance()
+        with strata:
+            ours = loss_and_grads(compiled, x_0, seed)
+            assert_same(ours, loss_and_grads(elbo(pair.model, pair.guide), x_0, seed))
     assert len(compiled._graphs) == 1
 
 
