@@ -292,7 +292,7 @@ def test_ends_far_out(end, by_entry, exploding, guide):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit = evaluate_bound(
-            diffusion, x_0, standard_error=0.2, max_rows=1e5, num_timesteps=math.inf
+            diffusion, x_0, standard_error=0.5, max_rows=2e4, num_timesteps=math.inf
         )
     assert abs(limit.mean().value - expected.mean()) < 5 * limit.monte_carlo_error
     samples = (diffusion.sample(4000) - mean) / std
@@ -300,7 +300,7 @@ def test_ends_far_out(end, by_entry, exploding, guide):
     assert (samples.var(0) - 1).abs().max() < 5 * (2 / 4000) ** 0.5
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2, 5])
+@pytest.mark.parametrize("num_timesteps", [1, 3])
 def test_a_number_is_a_vector_of_one(num_timesteps):
     """Event shapes () and (1,) have one bound, draw by draw, one evidence and one flow."""
     schedule = LogSNRSchedule(num_timesteps)
@@ -487,7 +487,7 @@ def test_levels_of_which_one_occurs(num_levels):
     expected = -3 * math.log(num_levels)
     for level in (0, num_levels - 1):
         x_0 = torch.full((4, 3), level)
-        limit = evaluate_bound(uniform, x_0, standard_error=0.02, num_timesteps=math.inf)
+        limit = evaluate_bound(uniform, x_0, standard_error=0.05, num_timesteps=math.inf)
         assert abs(limit.mean().value - expected) < 5 * limit.monte_carlo_error
         take_steps(neural((3,), schedule, **arguments), x_0)
 
@@ -554,9 +554,8 @@ def test_ten_thousand_steps_in_float32():
     diffusion = DiffusionModel(GaussianDenoiser(torch.tensor([0.3]), torch.tensor([0.7]), schedule))
     x_0 = torch.tensor([[0.1]])
     terms = elbo_terms(
-        diffusion.model, diffusion.posterior_guide, x_0, num_particles=1, analytic_kl=False,
-        progress=False,
-    )  # fmt: skip
+        diffusion.model, diffusion.guide, x_0, num_particles=1, analytic_kl=False, progress=False
+    )
     expected = diffusion.denoiser.data_distribution.log_prob(x_0).double()
     torch.testing.assert_close(terms.elbo, expected, rtol=0, atol=0.01)
     assert terms.transition.shape == (9_999, 1)
