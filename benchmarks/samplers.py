@@ -257,30 +257,37 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 def draw_curves(results: dict[str, Any]) -> plt.Figure:
-    """Energy distance against the number of steps, above the floor's own error."""
+    """Energy distance against the number of steps; linear within the floor's own error, then logarithmic."""
     fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
     titles = {"mixture": "8 Gaussians, exact mean", "digits": "8×8 digits, trained network"}
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
         rows, floor = results[name]["rows"], results[name]["floor"]
-        level = 2 * floor["standard_error"] + max(floor["value"], 0)
-        for sampler, (_, _, style, colour) in SAMPLERS.items():
+        level = max(0.0, floor["value"]) + 2 * floor["standard_error"]
+        for i, (sampler, (_, _, style, colour)) in enumerate(SAMPLERS.items()):
             line = [row for row in rows if row["sampler"] == sampler]
-            x, y, error = zip(
-                *((r["steps"], r["value"], 2 * r["standard_error"]) for r in line), strict=True
-            )
+            x = [row["steps"] * 1.05 ** (i - 2) for row in line]  # side by side, not on top
+            y, error = ([scale * row[key] for row in line] for key, scale in _SHOWN)
             ax.errorbar(
-                x, y, error, fmt=style, color=colour, ms=4, lw=1.4, elinewidth=0.8, label=sampler
+                x, y, error, fmt=style, color=colour, ms=4, lw=1.3, elinewidth=0.8, label=sampler
             )
-        ax.axhspan(-level, level, color="0.92", zorder=0, label="floor")
+        ax.axhspan(-level, level, color="0.93", zorder=0, label="floor ± 2 s.e.")
+        ax.axhline(0, color="0.75", lw=0.8, zorder=0)
         ax.set_xscale("log")
-        ax.set_yscale("symlog", linthresh=level, linscale=0.5)
-        ax.set(xlabel="steps", title=title, xticks=[r["steps"] for r in line])
-        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_yscale("symlog", linthresh=level, linscale=0.8)
+        decades = [
+            10.0**k for k in range(-4, 1) if level < 10.0**k < 2 * max(r["value"] for r in rows)
+        ]
+        ax.set_yticks([0.0, *decades], ["0", *(f"{d:g}" for d in decades)])
+        ax.set(xlabel="steps", title=title, ylim=(-4 * level, None))
+        ax.set_xticks(steps := [row["steps"] for row in line], [f"{n:,}" for n in steps])
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("energy distance")
     axes[1].legend(frameon=False, fontsize=9)
     return fig
+
+
+_SHOWN = (("value", 1), ("standard_error", 2))
 
 
 def draw_digits(network: nn.Module, held_out: Tensor, args: argparse.Namespace) -> plt.Figure:
