@@ -79,7 +79,7 @@ from pyro_diffusion.plots import (
     plot_trajectory,
 )
 from pyro_diffusion.report import Summary, summary
-from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
+from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler, Sampler
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -161,6 +161,7 @@ __all__ = [
     "OrderedBatches",
     "PoissonLikelihood",
     "PosteriorVariance",
+    "Sampler",
     "ScorePrediction",
     "ShuffledBatches",
     "Standardize",

@@ -8,14 +8,15 @@ the same model on some of its timesteps (:meth:`~pyro_diffusion.diffusion.Diffus
 
 with coefficients that are known before the first step, in float64:
 
-====================== ============================================== ===================================
-sampler                is                                             as the steps become small
-====================== ============================================== ===================================
-``AncestralSampler``   the program's own kernels                      exact in law at any number of steps
-``DDIMSampler``        :math:`x_s` at the same :math:`\hat x_0, z`    the probability flow, of order 1
-``ODESampler``         the same by two estimates of :math:`x_0`       the probability flow, of order 2
-====================== ============================================== ===================================
+====================== =========================================== =================================
+sampler                a step is                                   as steps become small
+====================== =========================================== =================================
+``AncestralSampler``   a draw of the program's own kernel          the program at any number of them
+``DDIMSampler``        the estimates of datum and noise, put back  the probability flow, of order 1
+``ODESampler``         the same, with the last two estimates       the probability flow, of order 2
+====================== =========================================== =================================
 
+With their ``eta = 1`` the last two draw the chain's noise as well, and are solvers of the reverse diffusion.
 Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the two maps are
 one, and a step is the network's call, a normal draw and a few additions. The last step is the model's:
 :math:`p(x_0 \mid x_1)` with its likelihood and transform.

@@ -11,6 +11,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 
+from pyro_diffusion.bernoulli import BernoulliDiffusion, EnumeratedDenoiser
+from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import NeuralDenoiser, PosteriorVariance
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import MLP
@@ -18,6 +20,7 @@ from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
+    LinearDecaySchedule,
     LinearSchedule,
     LogSNRSchedule,
     MonotoneSchedule,
@@ -305,6 +308,19 @@ def test_training_a_strided_model_trains_the_model():
     assert schedule.log_snr_min.item() != before
     names = {f"{diffusion.name}.{name}" for name, _ in diffusion.named_parameters()}
     assert set(pyro.get_param_store()) == names
+
+
+def test_strided_bits():
+    """Of independent fair bits the bound is log p, on any timesteps."""
+    data = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    schedule = LinearDecaySchedule(100, alpha_bar_min=1e-6)
+    diffusion = BernoulliDiffusion(EnumeratedDenoiser(data.double(), schedule))
+    chain = diffusion.strided([10, 40, 100])
+    terms = elbo_terms(chain.model, chain.guide, data.double(), num_particles=2, analytic_kl=False)
+    expected = torch.full((4,), 0.25, dtype=torch.float64).log()
+    torch.testing.assert_close(terms.elbo, expected, rtol=0, atol=1e-5)
+    later, same = chain.forward_marginal(data, 2), diffusion.forward_marginal(data, 40)
+    torch.testing.assert_close(later.mean, same.mean)
 
 
 def test_strided_models():
