@@ -34,7 +34,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pyro.infer import TraceMeanField_ELBO
 from sklearn.datasets import load_digits
 
-import pyro_diffusion
 from pyro_diffusion import (
     MLP,
     DiffusionModel,
@@ -43,6 +42,7 @@ from pyro_diffusion import (
     NeuralDenoiser,
     OrderedBatches,
     ShuffledBatches,
+    compile_elbo,
     elbo_terms,
     over_ranks,
 )
@@ -55,8 +55,11 @@ def main():
     train, held_out = load_data(args)
     diffusion = build(train.shape[1:], args)
     pair = diffusion.subsampled(num_timesteps=1)
+    elbo = TraceMeanField_ELBO()
+    if args.compile:
+        elbo = functools.partial(compile_elbo, elbo=elbo)
     optimizer = functools.partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.1)
-    module = SVIModule(pair.model, pair.guide, elbo(args), optimizer)
+    module = SVIModule(pair.model, pair.guide, elbo, optimizer)
 
     trainer = lightning.Trainer(
         accelerator="cpu" if args.device == "cpu" else "gpu",
@@ -112,18 +115,6 @@ def build(event_shape, args):
     schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=4.0, log_snr_min=-8.0)
     prediction = LevelPrediction(args.levels)
     return DiffusionModel(NeuralDenoiser(network, schedule, event_shape, prediction=prediction))
-
-
-def elbo(args):
-    """The loss, or the loss compiled."""
-    loss = TraceMeanField_ELBO()
-    if not args.compile:
-        return loss
-    if not hasattr(pyro_diffusion, "compile_elbo"):
-        raise SystemExit(
-            "--compile: this version of pyro_diffusion has no compile_elbo; leave it out"
-        )
-    return functools.partial(pyro_diffusion.compile_elbo, elbo=loss)
 
 
 def load_data(args):

@@ -36,7 +36,7 @@ PATHS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)
 STEPS, PER_RANK = 16, 8  # as many timesteps, all alike, as two ranks have draws: each is a stratum
 
 
-def launch(function, folder, world_size=2, timeout=90):
+def launch(function, folder, world_size=2, timeout=120):
     """Run a function of this file on some ranks, as torchrun would; what each rank returned."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
