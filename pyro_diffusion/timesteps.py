@@ -28,6 +28,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
+from pyro_diffusion.observations import looking
+
 __all__ = [
     "ContinuousTimestepDistribution",
     "ImportanceTimesteps",
@@ -292,9 +294,12 @@ class ImportanceTimesteps(Timesteps):
 
     def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
         num_timesteps = _check_finite(num_timesteps, self)
-        if (num_timesteps, device) not in self._laws:
-            self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
-        return TimestepDistribution(self._laws[num_timesteps, device])
+        law = self._laws.get((num_timesteps, device))
+        if law is None:
+            law = self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
+        elif looking():
+            law.copy_(self._log_pi(num_timesteps, device))
+        return TimestepDistribution(law)
 
     def _log_pi(self, num_timesteps: int, device: torch.device) -> Tensor:
         start = self.start(num_timesteps, device).log_pi
