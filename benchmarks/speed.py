@@ -93,7 +93,8 @@ def unet_steps(args):
     """The same of a U-Net on images; on a GPU larger ones, in bfloat16."""
     side, batch = (28, 128) if on_gpu(args) else (16, 32)
     shape = (1, side, side)
-    network = partial(UNet, shape, channels=(32, 64), attention=(1,), layers_per_block=1)
+    channels = (8, 16) if args.smoke else (32, 64)
+    network = partial(UNet, shape, channels=channels, attention=(1,), layers_per_block=1)
     pyro.clear_param_store()
     times = interleaved(training_steps(network, shape, batch, args), args)
     kind = f"U-Net 1×{side}×{side}, batch {batch}" + (", bf16" if on_gpu(args) else "")
@@ -116,9 +117,11 @@ def training_steps(make_network, shape, batch, args):
     pairs = [model.subsampled() for model in models]
     adam = pyro.optim.Adam({"lr": 1e-4})
     svi = SVI(pairs[0].model, pairs[0].guide, adam, TraceMeanField_ELBO())
-    ours = compile_elbo(pairs[1].model, pairs[1].guide, TraceMeanField_ELBO())
+    backend = None if args.smoke else "inductor"
+    ours = compile_elbo(pairs[1].model, pairs[1].guide, TraceMeanField_ELBO(), backend=backend)
     hand, compiled = (by_hand(model) for model in models[2:])
-    settings = {"mode": "reduce-overhead"} if on_gpu(args) else {}
+    settings = {"backend": "eager"} if args.smoke else {}
+    settings = {"mode": "reduce-overhead"} if on_gpu(args) else settings
     return {
         "svi": mixed(lambda: svi.step(x_0), args),
         "ours": mixed(plain_step(ours, ours.parameters(), x_0), args),
@@ -204,7 +207,7 @@ def sampling(args):
     diffusion = mlp_model(args)
     calls = diffusion.schedule.num_timesteps
     eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion)
-    compiled.compile()
+    compiled.compile(**({"backend": "eager"} if args.smoke else {}))
     works = {
         "eager": lambda: eager(128, progress=False),
         "compiled": lambda: compiled(128, progress=False),

@@ -44,6 +44,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution, kl
 from tqdm.auto import tqdm
 
 from pyro_diffusion.chains import BottomUpSite, SubsampledProgram
+from pyro_diffusion.kernels import ChainNormal, unexpanded
 from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.store import ParamScope, evaluating
@@ -566,7 +567,7 @@ def log_density(distribution: Any, value: Tensor) -> Tensor:
     base = distribution
     if type(base) is BottomUpSite:
         base = base.base_dist
-    if isinstance(base, Independent) and type(base.base_dist) in (Normal, dist.Normal):
+    if isinstance(base, Independent) and type(base.base_dist) in (Normal, dist.Normal, ChainNormal):
         return _normal_log_density(base.base_dist, value, base.reinterpreted_batch_ndims)
     while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
         base = base.base_dist  # a transform may have parameters, and wants the dtype of those
@@ -583,7 +584,7 @@ def _normal_log_density(normal: Normal, value: Tensor, event_dim: int) -> Tensor
     z = (value.double() - normal.loc).div_(normal.scale)
     size = math.prod(z.shape[z.dim() - event_dim :])
     scale = normal.scale
-    few = scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in scale.stride())]
+    few = unexpanded(scale)
     log_scale = (
         few.double()
         .log()

@@ -27,7 +27,7 @@ References:
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import pyro
 import pyro.distributions as dist
@@ -322,7 +322,7 @@ class TimestepPlate:
 
     which is unbiased for E10, one row of the network for each ``(i, datum)``. In the plate
     ``"timesteps"`` (size ``k``, dim −2) the sites ``t`` and ``x_t`` only carry the draw from guide to
-    model and are masked; ``x_{t-1}`` and ``x_0`` are masked where the other one is the term, and
+    model and have no term; ``x_{t-1}`` and ``x_0`` are masked where the other one is the term, and
     scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` costs no network row and is in every
     draw.
 
@@ -420,8 +420,7 @@ class _SubsampledModel(SubsampledProgram):
             x_T = pyro.sample(f"x_{self.num_timesteps}", prior)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
                 t, weight = self.draw_timesteps(x_T)
-                with poutine.mask(mask=False):
-                    x_t = pyro.sample("x_t", prior)
+                x_t = pyro.sample("x_t", CarriedSite(prior))
                 with naming(self.step_site):
                     transition, likelihood = self.reverse(zeroed(x_t, states), t)
                     transition = observed_part(transition, states)
@@ -453,8 +452,7 @@ class _SubsampledGuide(SubsampledProgram):
             pyro.sample(f"x_{self.num_timesteps}", marginal)
             with pyro.plate("timesteps", self.num_draws, dim=-2):
                 t, weight = self.draw_timesteps(context)
-                with poutine.mask(mask=False):
-                    x_t = pyro.sample("x_t", self.marginal(context, t))
+                x_t = pyro.sample("x_t", CarriedSite(self.marginal(context, t)))
                 # Rows of the reconstruction carry no latent term; any kernel with a density will do there.
                 there = torch.where(t == self.first, last, t)
                 posterior = observed_part(self.posterior(x_t, context, there), states)
@@ -462,8 +460,8 @@ class _SubsampledGuide(SubsampledProgram):
                     pyro.sample(self.step_site, posterior)
 
 
-class BottomUpSite(TorchDistribution):
-    """A site of a :class:`BottomUpGuide`: the wrapped distribution, for which no KL is defined."""
+class WrappedSite(TorchDistribution):
+    """The distribution of a site under another name, for which KLs have rules of their own."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
@@ -487,8 +485,8 @@ class BottomUpSite(TorchDistribution):
     def variance(self) -> Tensor:
         return self.base_dist.variance
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "BottomUpSite":
-        return BottomUpSite(self.base_dist.expand(torch.Size(batch_shape)))
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        return type(self)(self.base_dist.expand(torch.Size(batch_shape)))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         return self.base_dist.sample(sample_shape)
@@ -498,6 +496,23 @@ class BottomUpSite(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.base_dist.log_prob(value)
+
+
+class CarriedSite(WrappedSite):
+    """A site that only carries its draw from guide to model: no term of the bound."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        shape = value.shape[: value.dim() - self.event_dim]
+        return value.new_zeros(torch.broadcast_shapes(shape, self.batch_shape))
+
+
+@register_kl(CarriedSite, CarriedSite)
+def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
+    return q.mean.new_zeros(q.batch_shape)
+
+
+class BottomUpSite(WrappedSite):
+    """A site of a :class:`BottomUpGuide`: the wrapped distribution, for which no KL is defined."""
 
 
 @register_kl(BottomUpSite, Distribution)

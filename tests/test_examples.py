@@ -29,6 +29,7 @@ BENCHMARKS = {
     "toys.py": ["gap, paired", "8 Gaussians", "moons"],
     "variance.py": ["learned / floor", "stratified", "one a dimension"],
     "samplers.py": ["energy distance", "ancestral, β̃", "bare network calls"],
+    "speed.py": ["by hand", "compile_elbo", "network rows", "ancestral", "memory", "diffusers"],
     "smc.py": ["sequential", "importance", "exact", "reliable"],
     "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
