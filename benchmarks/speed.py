@@ -478,7 +478,7 @@ def parse_arguments():
     args.only = args.only.split(",")
     args.seconds = 0.05 if args.smoke else 1.0  # of a work in a repeat
     args.repeats = 2 if args.smoke else args.repeats
-    args.num_timesteps, args.num_data = (20, 16) if args.smoke else (1000, 256)
+    args.num_timesteps, args.num_data = (20, 16) if args.smoke else (1000, 512)
     return args
 
 
