@@ -476,8 +476,8 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     args.only = args.only.split(",")
-    args.seconds = 0.05 if args.smoke else 1.0  # of a work in a repeat
-    args.repeats = 2 if args.smoke else args.repeats
+    args.seconds = 0.01 if args.smoke else 1.0  # of a work in a repeat
+    args.repeats = 1 if args.smoke else args.repeats
     args.num_timesteps, args.num_data = (20, 16) if args.smoke else (1000, 512)
     return args
 

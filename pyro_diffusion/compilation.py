@@ -145,15 +145,15 @@ class CompiledELBO(nn.Module):
     def _compile(self, values: list[Any], spec: pytree.TreeSpec) -> "_Graph":
         """Run the programs, trace them, compare, and compile; generators stay where they were."""
         tensors = [value for value in values if isinstance(value, Tensor)]
-        is_cuda = any(tensor.is_cuda for tensor in tensors)
-        with torch.random.fork_rng(), torch.enable_grad():
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        with torch.random.fork_rng(devices), torch.enable_grad():
             self._find_leaves(values, spec)
             step = _Step(self, values, spec)
             traced = _trace(step, tensors)
             _check_agreement(step, traced, tensors)
         compiled: Any = traced
         if self.backend is not None:
-            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": is_cuda}
+            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": bool(devices)}
             compiled = torch.compile(
                 traced,
                 fullgraph=True,

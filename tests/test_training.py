@@ -25,7 +25,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 
-from pyro_diffusion.training import SVIModule  # noqa: E402
+from pyro_diffusion.training import SVIModule, compile_elbo  # noqa: E402
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 
@@ -316,3 +316,22 @@ def test_bad_arguments_are_refused_in_words():
     ]:
         with pytest.raises(ValueError, match=f"'batch': got {says}; expected"):
             module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_compiled_it_trains_as_the_programs_do(tmp_path, precision):
+    results = []
+    for elbo in (
+        TraceMeanField_ELBO(),
+        functools.partial(compile_elbo, elbo=TraceMeanField_ELBO(), backend=None),
+    ):
+        pyro.clear_param_store()
+        pair = build().subsampled()
+        module = SVIModule(pair.model, pair.guide, elbo, ADAM)
+        torch.manual_seed(3)
+        settings = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 5.0}
+        trainer(tmp_path, **settings).fit(module, data(), data())
+        results.append((weights(module), module.state_dict().keys()))
+    ours, theirs = results
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+    assert ours[1] == theirs[1]
