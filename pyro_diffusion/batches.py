@@ -55,12 +55,12 @@ class Batches(ABC):
                 f"argument 'data': got {got} rows; expected as many in each array, at least one. Pass an "
                 'array, or arrays by the names of the programs\' arguments, {"x_0": …, "mask": …}.'
             )
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(
                 f"argument 'batch_size': got {batch_size!r}; expected a whole number of at least 1, the rows "
                 "that each process reads at a time. 256 suits small networks."
             )
-        self.data, self.batch_size = data, batch_size
+        self.data, self.batch_size = data, int(batch_size)
         self.num_data = lengths.pop()
 
     @abstractmethod
@@ -120,6 +120,10 @@ class ShuffledBatches(Batches):
         if epoch != self.epoch:
             self.epoch, self.taken = epoch, 0
 
+    def rewind(self) -> None:
+        """Go to where a run begins."""
+        self.epoch, self.taken = 0, 0
+
     def __len__(self) -> int:
         count = self.num_data // self._step
         if not count:
@@ -130,6 +134,7 @@ class ShuffledBatches(Batches):
         return count
 
     def __iter__(self) -> Iterator[Any]:
+        len(self)  # there is a batch, or an error
         if self.taken + self._step > self.num_data:
             self.set_epoch(self.epoch + 1)
         while self.taken + self._step <= self.num_data:
@@ -145,16 +150,18 @@ class ShuffledBatches(Batches):
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it is a position in."""
-        names = ("epoch", "taken", "seed", "num_data")
-        return {name: getattr(self, name) for name in names}
+        position = {name: getattr(self, name) for name in ("epoch", "taken", "seed", "num_data")}
+        return position | {"step": self._step}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from a position; the number of ranks and the batch size may have changed."""
-        for name in ("seed", "num_data"):
-            if state_dict.get(name) != getattr(self, name):
+        """Go on from a position in the same data, in steps of as many rows of all ranks together."""
+        ours = self.state_dict()
+        for name in ("seed", "num_data", "step"):  # of another step, Lightning would count on amiss
+            if state_dict.get(name) != ours[name]:
                 raise ValueError(
                     f"argument 'state_dict': got a position in data with {name} {state_dict.get(name)}; "
-                    f"expected {getattr(self, name)}. Resume with the data and the seed of before."
+                    f"expected {ours[name]}. Resume with the data and the seed of before, and with as many "
+                    "rows a step (batch_size times ranks); or load the checkpoint's weights and begin anew."
                 )
         self.epoch, self.taken = state_dict["epoch"], state_dict["taken"]
 

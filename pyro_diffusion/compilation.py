@@ -15,7 +15,7 @@ References:
     Compilation (Ansel et al., 2024). https://doi.org/10.1145/3620665.3640366
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -146,11 +146,16 @@ class CompiledELBO(nn.Module):
         """Run the programs, trace them, compare, and compile; generators stay where they were."""
         tensors = [value for value in values if isinstance(value, Tensor)]
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        buffers = [b for module in self._modes for b in module.buffers(recurse=False)]
+        before = [buffer.clone() for buffer in buffers]
         with torch.random.fork_rng(devices), torch.enable_grad():
             self._find_leaves(values, spec)
             step = _Step(self, values, spec)
             traced = _trace(step, tensors)
             _check_agreement(step, traced, tensors)
+        with torch.no_grad():  # running means and the like have been through this several times
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
         compiled: Any = traced
         if self.backend is not None:
             options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": bool(devices)}
@@ -214,6 +219,11 @@ class _Step:
     def __init__(self, elbo: CompiledELBO, values: list[Any], spec: pytree.TreeSpec) -> None:
         self.elbo, self.values, self.spec = elbo, values, spec
         self.leaves = [leaf for leaf in elbo._leaves if leaf.requires_grad]
+        if not self.leaves:
+            raise ValueError(
+                "arguments 'model' and 'guide': got programs without parameters that want gradients; "
+                "expected some to train. Read a bound with elbo_terms."
+            )
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
         given = iter(tensors)
@@ -308,6 +318,11 @@ def _refusal(got: str) -> str:
 def _kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.device, value.requires_grad
+    if not isinstance(value, Hashable):
+        raise ValueError(
+            f"arguments of a compiled ELBO: got a {type(value).__name__}; expected tensors, and numbers or "
+            "words that stay in the graph. Convert arrays with torch.as_tensor."
+        )
     return value
 
 

@@ -793,7 +793,7 @@ def _check_num_timesteps(num_timesteps: int) -> int:
 
 
 def _check_timesteps(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
-    steps = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+    steps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps  # NumPy's too
     steps = tuple(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else ()
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
     inside = whole and bool(steps) and steps[0] >= 1 and steps[-1] <= last

@@ -15,7 +15,9 @@ clipping threshold or a learning rate does not change its meaning with the batch
 """
 
 import os
+import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +37,7 @@ except ImportError as error:
         "it with pip install 'pyro-diffusion[lightning]', or train with pyro.infer.SVI."
     ) from error
 
+from pyro_diffusion.batches import ShuffledBatches
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.compilation import compile_elbo
@@ -115,6 +118,7 @@ class SVIModule(lightning.LightningModule):
         self._sums: list[Tensor] = []
         self._strata: JointStrata | None = None
         self._generators: list[dict[str, Tensor]] = []  # states to go on from, by rank
+        self._resumed_at = 0  # the step of the checkpoint
         if not list(self.parameters()):
             raise ValueError(
                 "arguments 'model' and 'guide': got programs without parameters of their own; expected "
@@ -158,6 +162,7 @@ class SVIModule(lightning.LightningModule):
         self._strata = None
         self._restore_generators()
         if world_size > 1:
+            _check_same_step(gather(self._resumed_at))
             seed = agreed_seed()
             self._strata = JointStrata(rank, world_size, seed, self.device)
             torch.manual_seed(seed + rank)
@@ -185,12 +190,21 @@ class SVIModule(lightning.LightningModule):
             states["strata"] = self._strata.generator.get_state()
         return states
 
+    def on_train_start(self) -> None:
+        """A run that begins anew begins with the first batch, wherever its loader was left."""
+        if self.trainer.global_step == 0 and isinstance(
+            self.trainer.train_dataloader, ShuffledBatches
+        ):
+            self.trainer.train_dataloader.rewind()
+
     def on_validation_start(self) -> None:
-        """Refuse loaders that count data twice."""
+        """Refuse loaders that count data twice; begin with nothing, if the last validation broke off."""
+        self._sums.clear()
         _check_shares("validation", self.trainer.val_dataloaders)
 
     def on_test_start(self) -> None:
         """As in validation."""
+        self._sums.clear()
         _check_shares("test", self.trainer.test_dataloaders)
 
     def on_validation_epoch_end(self) -> None:
@@ -243,8 +257,11 @@ class SVIModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the history and the generators' states out of a checkpoint."""
+        if self._trainer is not None and self._trainer.state.fn != "fit":
+            return  # a test of older weights is no return to their run
         self.history = dict(checkpoint.get("history", {}))
         self._generators = checkpoint.get("generators", [])
+        self._resumed_at = checkpoint.get("global_step", 0)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -294,6 +311,7 @@ def _sums(terms: ELBOTerms) -> Tensor:
 def _check_shares(stage: str, loaders: Any) -> None:
     """Raise a ``ValueError`` if several ranks would read the same data."""
     world_size = rank_and_size()[1]
+    loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         if world_size == 1 or not isinstance(loader, DataLoader):
             continue
@@ -305,6 +323,15 @@ def _check_shares(stage: str, loaders: Any) -> None:
                 f"{num_data} data more than once on {world_size} ranks; expected each of them once, on one "
                 "rank. Pass OrderedBatches(data, batch_size) as the dataloader."
             )
+
+
+def _check_same_step(steps: list[int]) -> None:
+    """Raise a ``ValueError`` on every rank if some of them go on from elsewhere."""
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"argument 'ckpt_path': got checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}; "
+            "expected the same one on all. Keep checkpoints in a folder that every node sees."
+        )
 
 
 def _first_that_is_not_finite(elbo: nn.Module, x_0: Tensor, given: dict[str, Any]) -> str:
@@ -344,7 +371,17 @@ class CheckpointFiles(TorchCheckpointIO):
         path = Path(path)
         aside = path.with_name(f".{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, aside)
+        with aside.open("wb") as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+        try:
+            torch.load(aside, weights_only=True, mmap=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint {str(path)!r}: got something that weights_only=True would not read again "
+                f"({str(error).splitlines()[0]}); expected tensors, Python's numbers and strings. Look for "
+                "NumPy's numbers among the optimiser's arguments, or objects in a callback's state."
+            ) from error
         os.replace(aside, path)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -365,7 +402,7 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
     """The newest whole checkpoint of this very model, for ``trainer.fit(…, ckpt_path=…)``.
 
     Files are looked at from the newest to the oldest, and read with ``weights_only=True``. One that is
-    cut short or of another model is passed over with a warning that says why.
+    cut short, damaged or of another model is passed over with a warning that says why.
 
     Args:
         folder: Where checkpoints (``*.ckpt``) are, or are going to be.
@@ -377,6 +414,11 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
     Raises:
         ValueError: Checkpoints of which none is whole and of this model: rather than begin anew over them.
     """
+    if Path(folder).is_file():
+        raise ValueError(
+            f"argument 'folder': got the file {str(folder)!r}; expected the folder where checkpoints are. "
+            "Pass a file to trainer.fit(…, ckpt_path=…) itself."
+        )
     # Each once: last.ckpt is often a link, and for a moment a link to nothing.
     files = {path.resolve() for path in Path(folder).glob("*.ckpt") if path.is_file()}
     wrong = []
@@ -401,6 +443,13 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
 def _check_checkpoint(path: Path, module: SVIModule) -> None:
     """Raise a ``ValueError`` if a file is not a whole checkpoint of a model like this; change nothing."""
     checkpoint = CheckpointFiles().load_checkpoint(path, weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(
+            f"checkpoint {str(path)!r}: got a file whose part {damaged!r} is damaged; expected a whole one. "
+            "Use another copy."
+        )
     if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= set(checkpoint):
         raise ValueError(
             f"checkpoint {str(path)!r}: got a file without the state of a run; expected one that Lightning "

@@ -99,15 +99,17 @@ def test_ranks_share_rows_out(world_size, monkeypatch):
     assert torch.equal(torch.cat([torch.cat(part) for part in ordered]), torch.arange(23))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(monkeypatch):
-    """Two ranks, then one: the rest of the pass, nothing lost or doubled."""
+def test_a_run_goes_on_with_as_many_rows_a_step(monkeypatch):
+    """Two ranks, then one with twice the batch: the rest of the pass, nothing lost or doubled."""
     seen = []
     for rank in range(2):
         as_rank(monkeypatch, rank, 2)
         loader = ShuffledBatches(torch.arange(12), batch_size=2)
         seen += next(iter(loader)).tolist()
     as_rank(monkeypatch, 0, 1)
-    alone = ShuffledBatches(torch.arange(12), batch_size=2)
+    with pytest.raises(ValueError, match="with step 4; expected 2.*batch_size times ranks"):
+        ShuffledBatches(torch.arange(12), batch_size=2).load_state_dict(loader.state_dict())
+    alone = ShuffledBatches(torch.arange(12), batch_size=4)
     alone.load_state_dict(loader.state_dict())
     seen += torch.cat(list(alone)).tolist()
     assert sorted(seen) == list(range(12))

@@ -501,3 +501,37 @@ def test_bad_data_raise_in_the_programs_own_words():
     compiled = interpreted(model, guide, elbo)
     with pytest.raises(ValueError, match="argument 'x_0': got 1 NaN"):
         compiled(torch.where(torch.arange(15).reshape(5, 3) == 7, torch.nan, x_0))
+
+
+def test_running_means_are_moved_once():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1))
+                pyro.sample("x", dist.Normal(z, 1), obs=x)
+
+        def guide(self, x):
+            pyro.module("norm", self.norm)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.norm(x[:, None])[:, 0], 1))
+
+    x, stock, ours = torch.randn(20) + 3, Normalised(), Normalised()
+    Trace_ELBO().differentiable_loss(stock.model, stock.guide, x)
+    pyro.clear_param_store()
+    interpreted(ours.model, ours.guide, Trace_ELBO())(x)
+    torch.testing.assert_close(ours.norm.running_mean, stock.norm.running_mean)
+    assert ours.norm.num_batches_tracked == 1
+
+
+def test_what_is_no_argument_of_a_graph_is_said():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    with pytest.raises(ValueError, match="got a ndarray; expected tensors"):
+        interpreted(model, guide, elbo)(x_0.numpy())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="without parameters that want gradients"):
+        interpreted(model, guide, elbo)(x_0)

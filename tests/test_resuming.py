@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -72,7 +73,14 @@ def test_the_newest_whole_checkpoint_of_a_model_is_found(tmp_path):
     older, newest = checkpoints(folder)
     assert latest_checkpoint(folder, module).resolve() == newest.resolve()
     assert (folder / "last.ckpt").is_symlink()
-    newest.write_bytes(newest.read_bytes()[:-100])
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    newest.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.warns(UserWarning, match="passed over .*damaged"):
+        assert latest_checkpoint(folder, module) == older
+    with pytest.raises(ValueError, match="got the file"):
+        latest_checkpoint(newest, module)
+    newest.write_bytes(content[:-100])
     with pytest.warns(UserWarning, match="passed over .*cannot be read.*cut short"):
         assert latest_checkpoint(folder, module) == older
     with pytest.raises(ValueError, match="step=24.ckpt': got a file that cannot be read"):
@@ -98,12 +106,16 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     files.save_checkpoint({"number": 1}, path)
 
     def interrupted(checkpoint, aside):
-        aside.write_bytes(b"half")
+        aside.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         files.save_checkpoint({"number": 2}, path)
+    assert files.load_checkpoint(path, weights_only=True) == {"number": 1}
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="would not read again.*NumPy's numbers"):
+        files.save_checkpoint({"lr": np.float64(1e-3)}, path)
     assert files.load_checkpoint(path, weights_only=True) == {"number": 1}
     with warnings.catch_warnings(), pytest.raises(FileNotFoundError):
         files.load_checkpoint(tmp_path / "none.ckpt")
