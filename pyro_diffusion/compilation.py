@@ -15,7 +15,9 @@ References:
     Compilation (Ansel et al., 2024). https://doi.org/10.1145/3620665.3640366
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -98,7 +100,7 @@ class CompiledELBO(nn.Module):
         owners = [getattr(program, "__self__", program) for program in (model, guide)]
         modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules()]
         self._modes = list({id(module): module for module in modules}.values())
-        self._leaves = list(self.parameters())
+        self._leaves: list[Tensor] = list(self.parameters())
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -138,24 +140,38 @@ class CompiledELBO(nn.Module):
             tuple(map(_kind, values)),
             tuple(map(_kind, self._leaves)),
             tuple(module.training for module in self._modes),
-            tuple(map(id, _PYRO_STACK)),
+            tuple(map(id, self._tensors_read())),
+            tuple(_PYRO_STACK),
             _autocast(values),
         )
 
+    def _tensors_read(self) -> list[Tensor]:
+        """Parameters and buffers by the modules that hold them: another object is another graph."""
+        held = (kind for m in self._modes for kind in (m._parameters, m._buffers))
+        return [tensor for kind in held for tensor in kind.values() if tensor is not None]
+
     def _compile(self, values: list[Any], spec: pytree.TreeSpec) -> "_Graph":
         """Run the programs, trace them, compare, and compile; generators stay where they were."""
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-        buffers = [b for module in self._modes for b in module.buffers(recurse=False)]
-        before = [buffer.clone() for buffer in buffers]
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            self._find_leaves(values, spec)
-            step = _Step(self, values, spec)
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise ValueError(
+                "arguments of a compiled ELBO: got a tensor that wants a gradient; expected data, for "
+                "gradients are those of the programs' parameters. Put what made the tensor into the programs."
+            )
+        devices = {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+            # Objects of their own: the same one given twice would be one input of the graph.
+            values = [_own(value) if isinstance(value, Tensor) else value for value in values]
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            with _modules_called() as called:
+                leaves = self._find_leaves(values, spec)
+            known = {id(module): module for module in (*self._modes, *called)}
+            self._modes = list(known.values())
+            step = _Step(self, leaves, values, spec)
             traced = _trace(step, tensors)
             _check_agreement(step, traced, tensors)
-        with torch.no_grad():  # running means and the like have been through this several times
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            _restore_buffers(
+                called
+            )  # running means and the like have been through this several times
         compiled: Any = traced
         if self.backend is not None:
             options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": bool(devices)}
@@ -166,19 +182,27 @@ class CompiledELBO(nn.Module):
                 backend=self.backend,
                 options=options if self.backend == "inductor" else None,
             )
-        return _Graph(compiled, step.leaves, _autocast(values))
+        return _Graph(compiled, leaves, _autocast(values), self._tensors_read())
 
-    def _find_leaves(self, values: list[Any], spec: pytree.TreeSpec) -> None:
-        """Run the programs once, and note what they train: modules' parameters, and statements'."""
+    def _find_leaves(self, values: list[Any], spec: pytree.TreeSpec) -> list[Tensor]:
+        """Run the programs once; what their loss has gradients for, stated or not."""
         args, kwargs = pytree.tree_unflatten(values, spec)
         with poutine.trace(param_only=True) as statements:
-            self.loss_and_surrogate(args, kwargs)
+            _, surrogate = self.loss_and_surrogate(args, kwargs)
         self._stated = {
             name: site["value"].unconstrained()
             for name, site in statements.trace.nodes.items()
             if site["type"] == "param"
         }
-        self._leaves = list(self.parameters())
+        leaves = _leaves_of(surrogate)
+        if not leaves:
+            raise ValueError(
+                "arguments 'model' and 'guide': got programs without parameters that want gradients; "
+                "expected some to train. Read a bound with elbo_terms."
+            )
+        known = {id(tensor): tensor for tensor in (*self.parameters(), *leaves)}
+        self._leaves = list(known.values())
+        return leaves
 
     def loss_and_surrogate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -194,7 +218,7 @@ class CompiledELBO(nn.Module):
         return loss, surrogate
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_graphs": {}}  # of the original's parameters
+        return self.__dict__ | {"_graphs": {}, "_stated": {}}  # of the original's parameters
 
 
 class _Graph(NamedTuple):
@@ -203,6 +227,7 @@ class _Graph(NamedTuple):
     compiled: Callable[..., tuple[Tensor, list[Tensor]]]
     leaves: Sequence[Tensor]
     autocast: tuple[str, bool, torch.dtype] | None
+    held: list[Tensor]  # what the graph was made for by identity: no other object has it meanwhile
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients; casts of mixed precision are in the graph already."""
@@ -216,24 +241,21 @@ class _Graph(NamedTuple):
 class _Step:
     """The loss and its gradients as a function of the tensors among the arguments."""
 
-    def __init__(self, elbo: CompiledELBO, values: list[Any], spec: pytree.TreeSpec) -> None:
-        self.elbo, self.values, self.spec = elbo, values, spec
-        self.leaves = [leaf for leaf in elbo._leaves if leaf.requires_grad]
-        if not self.leaves:
-            raise ValueError(
-                "arguments 'model' and 'guide': got programs without parameters that want gradients; "
-                "expected some to train. Read a bound with elbo_terms."
-            )
+    def __init__(
+        self,
+        elbo: CompiledELBO,
+        leaves: list[Tensor],
+        values: list[Any],
+        spec: pytree.TreeSpec,
+    ) -> None:
+        self.elbo, self.leaves, self.values, self.spec = elbo, leaves, values, spec
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
         given = iter(tensors)
         values = [next(given) if isinstance(value, Tensor) else value for value in self.values]
         args, kwargs = pytree.tree_unflatten(values, self.spec)
         loss, surrogate = self.elbo.loss_and_surrogate(args, kwargs)
-        grads = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)
-        found = [(leaf, g) for leaf, g in zip(self.leaves, grads, strict=True) if g is not None]
-        self.leaves = [leaf for leaf, _ in found]
-        return torch.as_tensor(loss), [grad for _, grad in found]
+        return torch.as_tensor(loss), list(torch.autograd.grad(surrogate, self.leaves))
 
 
 class _Loss(torch.autograd.Function):
@@ -274,28 +296,88 @@ def _trace(step: _Step, tensors: list[Tensor]) -> GraphModule:
         raise ValueError(_refusal("control flow that depends on a tensor's values")) from error
     for node in graph.graph.nodes:
         if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) and (
-            node.target is not torch.ops.aten.index.Tensor or _has_mask(node)
+            node.target is not torch.ops.aten.index.Tensor or _has_mask(node, graph)
         ):
             raise ValueError(_refusal(f"{node.target}, whose shape depends on a tensor's values"))
     return graph
 
 
-def _has_mask(index: torch.fx.Node) -> bool:
-    used = [node for node in index.args[1] if node is not None]  # type: ignore[union-attr]
-    return any(node.meta["tensor_meta"].dtype == torch.bool for node in used)  # type: ignore[union-attr]
+def _has_mask(index: torch.fx.Node, graph: GraphModule) -> bool:
+    used: list[Any] = [node for node in index.args[1] if node is not None]  # type: ignore[union-attr]
+    values = [
+        getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("tensor_meta")
+        for node in used
+    ]
+    return any(getattr(value, "dtype", None) == torch.bool for value in values)
 
 
 def _check_agreement(step: _Step, traced: GraphModule, tensors: list[Tensor]) -> None:
-    """Compare the graph with the programs at new noise."""
+    """Compare the graph with the programs at new noise: gradients closely, sums of float32 less so."""
     results = []
     for run in (step, traced):
         torch.manual_seed(0)
         loss, grads = run(*tensors)
-        results.append(torch.cat([g.detach().double().flatten() for g in (loss, *grads)]))
-    ours, theirs = results
-    tolerance = 1e-5 * ours.abs().max().item()
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=tolerance, equal_nan=True):
-        raise ValueError(_refusal(f"a graph that gives a loss of {theirs[0]:g} for {ours[0]:g}"))
+        results.append((loss.item(), torch.cat([g.detach().double().flatten() for g in grads])))
+    (ours, our_grads), (theirs, their_grads) = results
+    if not math.isfinite(ours) or not our_grads.isfinite().all():
+        raise ValueError(
+            f"first call of a compiled ELBO: got a loss of {ours:g}, or gradients that are not finite; "
+            "expected finite numbers, by which the graph is checked. Check data and parameters."
+        )
+    atol = 1e-5 * our_grads.abs().max().item()
+    alike = torch.allclose(our_grads, their_grads, rtol=1e-5, atol=atol)
+    if not alike or not math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-3):
+        raise ValueError(_refusal(f"a graph that gives a loss of {theirs:g} for {ours:g}"))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.view_as(tensor)
+
+
+def _leaves_of(surrogate: Any) -> list[Tensor]:
+    """Everything that a loss accumulates gradients for."""
+    nodes = [getattr(surrogate, "grad_fn", None)]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        new = [parent for parent, _ in node.next_functions if parent not in seen]
+        seen.update(new)
+        nodes.extend(new)
+    return leaves[::-1]
+
+
+@contextmanager
+def _modules_called() -> Iterator[dict[nn.Module, dict[str, tuple[Tensor, Tensor]]]]:
+    """The modules that are called meanwhile, with their buffers and what was in them before."""
+    called: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        """Look at a module before it runs for the first time."""
+        if module not in called:
+            buffers = module.named_buffers(recurse=False)
+            called[module] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def _restore_buffers(called: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]]) -> None:
+    for module, buffers in called.items():
+        for name, (buffer, before) in buffers.items():
+            if getattr(module, name) is not buffer:
+                raise ValueError(
+                    f"buffer {name!r} of a {type(module).__name__}: got another tensor in a call; expected "
+                    "it to be changed in place, which a graph can do. Write self.x.copy_(…), not self.x = …"
+                )
+            with torch.no_grad():
+                buffer.copy_(before)
 
 
 def _check_sites(*traces: poutine.Trace) -> None:
@@ -317,13 +399,13 @@ def _refusal(got: str) -> str:
 
 def _kind(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device, value.requires_grad
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if not isinstance(value, Hashable):
         raise ValueError(
             f"arguments of a compiled ELBO: got a {type(value).__name__}; expected tensors, and numbers or "
             "words that stay in the graph. Convert arrays with torch.as_tensor."
         )
-    return value
+    return type(value), value  # True is not 1
 
 
 def _autocast(values: list[Any]) -> tuple[str, bool, torch.dtype] | None:

@@ -285,7 +285,14 @@ class NeuralDenoiser(Denoiser):
         step = chain_step(t, self.schedule)
         mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
         step = step.padded(self.missing_dim)
-        scale = self.variance(step, denoised.variance).sqrt().to(x_t.dtype)
+        variance = self.variance(step, denoised.variance)
+        if not holds(variance > 0):
+            raise ValueError(
+                f"argument 'variance': got a smallest value of {variance.min().item():g} from "
+                f"{self.variance}; expected positive ones at every timestep. At t = 1, where β̃ is zero, "
+                "PosteriorVariance takes β_1."
+            )
+        scale = variance.sqrt().to(x_t.dtype)
         return gaussian(mean, scale, self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:

@@ -123,16 +123,23 @@ class NoiseSchedule(nn.Module, ABC):
         entry has none.
         """
         numbers = self._numbers()
-        if self.event_dim or not looking() or any(x.requires_grad for x in numbers):
+        learned = self.event_dim or any(x.requires_grad for x in numbers)
+        if learned or not looking() or not self._is_own() or self.num_timesteps > _LARGEST_TABLE:
             return function(self, t)
         table = self._tables.get(function)
         if table is None or not table.holds_for(self.num_timesteps, numbers):
             # Also good for training, if validation comes first.
             with torch.inference_mode(False), torch.no_grad():
                 values = function(self, torch.arange(self.num_timesteps + 1, device=self.device))
-            versions = [x._version for x in numbers]
-            table = self._tables[function] = _Table(values, self.num_timesteps, numbers, versions)
-        return tuple(value[t] for value in table.values)
+                numbers = [x.clone() for x in numbers]
+            table = self._tables[function] = _Table(values, self.num_timesteps, numbers)
+        # An entry alone would be a view of the table.
+        return tuple(value[t] if t.dim() else value[t].clone() for value in table.values)
+
+    def _is_own(self) -> bool:
+        """Whether the schedule, and one inside it, is of this module: all its numbers are tensors of it."""
+        inner = getattr(self, "schedule", None)
+        return type(self).__module__ == __name__ and (inner is None or inner._is_own())
 
     def _numbers(self) -> list[Tensor]:
         """Everything that the schedule's values depend on."""
@@ -239,14 +246,13 @@ class _Table(NamedTuple):
     values: tuple[Tensor, ...]
     num_timesteps: int
     numbers: list[Tensor]
-    versions: list[int]
 
     def holds_for(self, num_timesteps: int, numbers: list[Tensor]) -> bool:
-        """Whether these are the numbers, unchanged."""
+        """Whether these are the numbers."""
         if num_timesteps != self.num_timesteps or len(numbers) != len(self.numbers):
             return False
-        pairs = zip(numbers, self.numbers, self.versions, strict=True)
-        return all(x is y and x._version == version for x, y, version in pairs)
+        pairs = zip(numbers, self.numbers, strict=True)
+        return all(x.device == y.device and torch.equal(x, y) for x, y in pairs)
 
 
 def _log_snr(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
@@ -749,7 +755,9 @@ class StridedSchedule(NoiseSchedule):
 
     def _span(self) -> tuple[float, float]:
         """Where the given curve's time starts here, and how much of it there is."""
-        last = max(self.schedule.num_timesteps - 1, 1)
+        last = self.schedule.num_timesteps - 1
+        if not last:  # a chain of one step stands at the noisy end of its curve
+            return 0.0, 1.0
         return (self.timesteps[0] - 1) / last, (self.timesteps[-1] - self.timesteps[0]) / last
 
     def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
@@ -780,6 +788,7 @@ class StridedSchedule(NoiseSchedule):
         return f"{given}, {self.num_timesteps} timesteps {steps}"
 
 
+_LARGEST_TABLE = 100_000  # steps
 _REFERENCE_STEPS = 1000  # the grid on which the published β's are stated
 
 

@@ -296,7 +296,10 @@ class ImportanceTimesteps(Timesteps):
         num_timesteps = _check_finite(num_timesteps, self)
         law = self._laws.get((num_timesteps, device))
         if law is None:
-            law = self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
+            with torch.inference_mode(
+                False
+            ):  # to be changed in training, if validation comes first
+                law = self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
         elif looking():
             law.copy_(self._log_pi(num_timesteps, device))
         return TimestepDistribution(law)

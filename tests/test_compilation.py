@@ -535,3 +535,103 @@ def test_what_is_no_argument_of_a_graph_is_said():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="without parameters that want gradients"):
         interpreted(model, guide, elbo)(x_0)
+
+
+def pair_of(change):
+    """A model whose guide's mean is what a function makes of the datum, both as plain functions."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1))
+            pyro.sample("x", dist.Normal(z, 1), obs=x if y is None else y)
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", lambda: torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc + change(x), 1))
+
+    return model, guide
+
+
+def stock(pair, *args):
+    torch.manual_seed(1)
+    return Trace_ELBO().loss(*pair, *args)
+
+
+def ours(compiled, *args):
+    torch.manual_seed(1)
+    return compiled(*args).item()
+
+
+def test_one_tensor_twice_and_other_strides_are_other_graphs():
+    pair, x, y = pair_of(lambda x: x), torch.randn(5), torch.randn(5)
+    compiled = interpreted(*pair, Trace_ELBO())
+    compiled(x, x)
+    assert ours(compiled, x, y) == pytest.approx(stock(pair, x, y), rel=1e-5)
+    compiled(torch.randn(10)[::2])
+    assert ours(compiled, x) == pytest.approx(stock(pair, x), rel=1e-5)
+
+
+def test_gradients_that_would_be_lost_are_refused_or_there():
+    network, x = nn.Linear(1, 1), torch.randn(5)
+    compiled = interpreted(*pair_of(lambda x: network(x[:, None])[:, 0]), Trace_ELBO())
+    compiled(x).backward()  # the network is stated nowhere
+    assert network.weight.grad is not None
+    with pytest.raises(ValueError, match="a tensor that wants a gradient"):
+        compiled(x.requires_grad_())
+
+
+def test_modes_of_modules_that_only_the_functions_know():
+    network, x = nn.Dropout(0.5), torch.randn(50)
+    pair = pair_of(network)
+    compiled = interpreted(*pair, Trace_ELBO())
+    compiled(x)
+    network.eval()
+    assert ours(compiled, x) == pytest.approx(stock(pair, x), rel=1e-5)
+
+
+def test_handlers_of_one_address_are_told_apart():
+    pair = diffusion_model(num_timesteps=50).subsampled()
+    x_0 = torch.randn(6, 3, dtype=torch.float64)
+    compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
+    for seed in range(3):  # each dies, and the next may stand where it stood
+        with JointStrata(rank=seed, world_size=4, seed=seed):
+            torch.manual_seed(1)
+            value = compiled(x_0)
+        with JointStrata(rank=seed, world_size=4, seed=seed):
+            torch.manual_seed(1)
+            expected = TraceMeanField_ELBO()(pair.model, pair.guide)(x_0)
+        torch.testing.assert_close(value, expected, check_dtype=False)
+
+
+def test_replaced_buffers_are_other_graphs_and_refused_inside():
+    class Shift(nn.Module):
+        def __init__(self, replaces):
+            super().__init__()
+            self.register_buffer("shift", torch.zeros(()))
+            self.replaces = replaces
+
+        def forward(self, x):
+            if self.replaces:
+                self.shift = 0.9 * self.shift + 0.1
+            return x + self.shift
+
+    x, shift = torch.randn(5), Shift(replaces=False)
+    pair = pair_of(shift)
+    compiled = interpreted(*pair, Trace_ELBO())
+    compiled(x)
+    shift.shift = torch.tensor(5.0)
+    assert ours(compiled, x) == pytest.approx(stock(pair, x), rel=1e-5)
+    with pytest.raises(ValueError, match="buffer 'shift' of a Shift.*in place"):
+        interpreted(*pair_of(Shift(replaces=True)), Trace_ELBO())(x)
+
+
+def test_a_first_call_in_inference_mode():
+    model, guide, elbo, x_0 = programs()["posterior"]
+    compiled = interpreted(model, guide, elbo)
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        value = compiled(x_0.clone())
+    assert_same(loss_and_grads(compiled, x_0, 1), loss_and_grads(elbo(model, guide), x_0, 1))
+    torch.manual_seed(1)
+    torch.testing.assert_close(value, compiled(x_0).detach())

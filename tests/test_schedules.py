@@ -381,3 +381,35 @@ def test_strided_models():
 def test_bad_input_is_refused_in_words(build, says):
     with pytest.raises(ValueError, match="(?s)" + says):
         build()
+
+
+def test_tables_follow_the_numbers():
+    """A fixed schedule's coefficients are looked up, and never those of other numbers."""
+    schedule = LogSNRSchedule(10)
+    first = schedule.log_snr(5)
+    first -= 3  # not a view of the table
+    assert schedule.log_snr(5) == pytest.approx(8 - 16 * 4 / 9)
+    schedule.log_snr_min.data.fill_(-4.0)  # as optimisers write, past autograd's count of versions
+    high = -4 + schedule.log_range.exp()
+    assert schedule.log_snr(10) == -4
+    assert schedule.log_snr(torch.tensor([1])) == pytest.approx(high.item())
+    with torch.inference_mode():
+        inside = schedule.with_num_timesteps(5)
+        assert inside.log_snr(5) == -4
+    assert inside.beta(torch.tensor([5])).requires_grad is False
+
+
+def test_a_schedule_of_ones_own_has_no_table():
+    class Steep(LogSNRSchedule):
+        steepness = 1.0
+
+        def log_snr_at(self, u):
+            return self.steepness * super().log_snr_at(u)
+
+    schedule = Steep(10)
+    for wrapped in (schedule, VarianceExploding(schedule), StridedSchedule(schedule, [1, 10])):
+        schedule.steepness = 1.0
+        assert wrapped.log_snr(1) == pytest.approx(8)
+        if wrapped is schedule:
+            schedule.steepness = 0.5
+            assert wrapped.log_snr(1) == pytest.approx(4)
