@@ -164,14 +164,13 @@ class CompiledELBO(nn.Module):
             tensors = [value for value in values if isinstance(value, Tensor)]
             with _modules_called() as called:
                 leaves = self._find_leaves(values, spec)
+            _restore_buffers(called)
             known = {id(module): module for module in (*self._modes, *called)}
             self._modes = list(known.values())
             step = _Step(self, leaves, values, spec)
             traced = _trace(step, tensors)
             _check_agreement(step, traced, tensors)
-            _restore_buffers(
-                called
-            )  # running means and the like have been through this several times
+            _restore_buffers(called)  # the graph's own run moves running means
         compiled: Any = traced
         if self.backend is not None:
             options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": bool(devices)}
