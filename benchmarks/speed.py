@@ -407,6 +407,7 @@ def row(work, against, times, ours, other, target):
         "against": against,
         "ratio": statistics.median(ratios),
         "range": [min(ratios), max(ratios)],
+        "repeats": len(ratios),
         "target": target,
         "seconds": statistics.median(times[ours]),
         "seconds_against": statistics.median(times[other]),
@@ -450,7 +451,6 @@ def report(rows, scaling, args):
     numbers = {
         "rows": kept + rows,
         "scaling": scaling or before.get("scaling", {}),
-        "repeats": args.repeats,
         "torch": torch.__version__,
         "pyro": pyro.__version__,
         "threads": torch.get_num_threads(),
