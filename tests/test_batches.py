@@ -106,11 +106,12 @@ def test_a_run_goes_on_with_as_many_rows_a_step(monkeypatch):
         as_rank(monkeypatch, rank, 2)
         loader = ShuffledBatches(torch.arange(12), batch_size=2)
         seen += next(iter(loader)).tolist()
+        state = loader.state_dict()
     as_rank(monkeypatch, 0, 1)
     with pytest.raises(ValueError, match="with step 4; expected 2.*batch_size times ranks"):
-        ShuffledBatches(torch.arange(12), batch_size=2).load_state_dict(loader.state_dict())
+        ShuffledBatches(torch.arange(12), batch_size=2).load_state_dict(state)
     alone = ShuffledBatches(torch.arange(12), batch_size=4)
-    alone.load_state_dict(loader.state_dict())
+    alone.load_state_dict(state)
     seen += torch.cat(list(alone)).tolist()
     assert sorted(seen) == list(range(12))
 
