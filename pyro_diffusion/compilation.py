@@ -58,11 +58,11 @@ def compile_elbo(
     and in Lightning ``SVIModule(model, guide, partial(compile_elbo, elbo=TraceMeanField_ELBO()), …)``.
 
     The first call with data of a shape runs the programs themselves, traces them and compiles the graph,
-    which takes seconds; a change of shape, dtype, device or training mode does so again, so drop the last
-    batch if it is smaller. Later calls run the graph: every draw is new, and seeded by
-    ``torch.manual_seed``. Parameters and buffers are the modules' own, whatever trains or loads them in
-    place. All else is as it was at the first call: attributes, Python's numbers, parameters that were
-    replaced. Values, such as NaN in the data, are checked at the first call only.
+    which takes seconds; a change of shape, dtype, device or training mode, or another tensor in place of a
+    parameter or buffer, does so again, so drop the last batch if it is smaller. Later calls run the graph:
+    every draw is new, and seeded by ``torch.manual_seed``. Parameters and buffers are the modules' own,
+    whatever trains or loads them in place. All else is as it was at the first call: attributes and Python's
+    numbers. Values, such as NaN in the data, are checked at the first call only.
 
     Args:
         model: Program for :math:`p`.
@@ -76,7 +76,9 @@ def compile_elbo(
 
     Raises:
         ValueError: A loss that enumerates, or has steps of its own. From a call: programs whose control flow
-            depends on values, or whose draws are enumerated; handlers around the call.
+            depends on values, whose draws are enumerated, that have nothing to train or put other tensors in
+            place of buffers; a first loss that is not finite; arguments that want gradients, or that are
+            neither tensors nor numbers or words; handlers around the call.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -225,7 +227,7 @@ class _Graph(NamedTuple):
 
     compiled: Callable[..., tuple[Tensor, list[Tensor]]]
     leaves: Sequence[Tensor]
-    autocast: tuple[str, bool, torch.dtype] | None
+    autocast: tuple[str, torch.dtype] | None
     held: list[Tensor]  # what the graph was made for by identity: no other object has it meanwhile
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -407,12 +409,12 @@ def _kind(value: Any) -> Any:
     return type(value), value  # True is not 1
 
 
-def _autocast(values: list[Any]) -> tuple[str, bool, torch.dtype] | None:
+def _autocast(values: list[Any]) -> tuple[str, torch.dtype] | None:
     """Mixed precision that the call is under."""
     kind = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
     if not torch.is_autocast_enabled(kind):
         return None
-    return kind, True, torch.get_autocast_dtype(kind)
+    return kind, torch.get_autocast_dtype(kind)
 
 
 def _check_elbo(elbo: ELBO) -> Trace_ELBO:

@@ -67,7 +67,6 @@ class Sampler(ABC):
         ValueError: Another thing than a model, or timesteps that are not its own.
     """
 
-    deterministic: bool = False  #: whether no noise is drawn after :math:`x_T`
     states: ClassVar[tuple[str, ...]] = ("real numbers",)  #: of the models that it can draw from
 
     def __init__(
@@ -88,6 +87,11 @@ class Sampler(ABC):
     def model(self) -> DiffusionModel:
         """The model on the sampler's timesteps."""
         return self.diffusion if self.timesteps is None else self.diffusion.strided(self.timesteps)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no noise is drawn after :math:`x_T`."""
+        return False
 
     @abstractmethod
     def update(self, model: DiffusionModel) -> Update:
@@ -220,7 +224,26 @@ class AncestralSampler(Sampler):
         return x_t
 
 
-class DDIMSampler(Sampler):
+class _ImplicitSampler(Sampler):
+    """A sampler that draws a share of the chain's noise."""
+
+    def __init__(
+        self,
+        diffusion: DiffusionModel,
+        timesteps: int | Sequence[int] | None = None,
+        *,
+        eta: float = 0.0,
+    ) -> None:
+        super().__init__(diffusion, timesteps)
+        self.eta = _check_eta(eta)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no noise is drawn after :math:`x_T`: without a share of it, none is."""
+        return self.eta == 0
+
+
+class DDIMSampler(_ImplicitSampler):
     r"""The estimate of the datum put back with the estimate of the noise, and :math:`\eta` of it drawn anew.
 
     .. math::
@@ -253,22 +276,11 @@ class DDIMSampler(Sampler):
         https://arxiv.org/abs/2010.02502
     """
 
-    def __init__(
-        self,
-        diffusion: DiffusionModel,
-        timesteps: int | Sequence[int] | None = None,
-        *,
-        eta: float = 0.0,
-    ) -> None:
-        super().__init__(diffusion, timesteps)
-        self.eta = _check_eta(eta)
-        self.deterministic = eta == 0
-
     def update(self, model: DiffusionModel) -> Update:
         return _implicit_update(model, self.eta)
 
 
-class ODESampler(Sampler):
+class ODESampler(_ImplicitSampler):
     r"""The step of :class:`DDIMSampler` by a line through the last two estimates: second order.
 
     .. math::
@@ -297,17 +309,6 @@ class ODESampler(Sampler):
     References:
         DPM-Solver++ (Lu et al., 2022), algorithm 2 and section 5. https://arxiv.org/abs/2211.01095
     """
-
-    def __init__(
-        self,
-        diffusion: DiffusionModel,
-        timesteps: int | Sequence[int] | None = None,
-        *,
-        eta: float = 0.0,
-    ) -> None:
-        super().__init__(diffusion, timesteps)
-        self.eta = _check_eta(eta)
-        self.deterministic = eta == 0
 
     def update(self, model: DiffusionModel) -> Update:
         update, t = _implicit_update(model, self.eta), _downwards(model.schedule)
