@@ -31,13 +31,13 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions.kl import register_kl
-from torch.nn.functional import softplus
 
-from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument, network_dtype
+from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.distributions import Changes, Noise
 from pyro_diffusion.kernels import pad
-from pyro_diffusion.observations import holds
+from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -392,35 +392,6 @@ class BernoulliDiffusion(DiffusionModel):
 
     def _changes(self, rate: Tensor) -> TorchDistribution:
         return Changes(rate).to_event(len(self.event_shape))
-
-
-class Noise(dist.Bernoulli):
-    """Bits of a chain. Where nothing is learned of them, no score-function term is due for their draws."""
-
-    @property
-    def has_rsample(self) -> bool:
-        return not self._param.requires_grad
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return self.sample(sample_shape)
-
-
-class Changes(dist.Poisson):
-    """Counts of a continuous chain; see :class:`Noise`."""
-
-    @property
-    def has_rsample(self) -> bool:
-        return not self.rate.requires_grad
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return self.sample(sample_shape)
-
-
-@register_kl(Noise, Noise)
-def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
-    """As torch's, which does not broadcast, and loses what is near one."""
-    ones = q.logits.sigmoid() * (softplus(-p.logits) - softplus(-q.logits))
-    return ones + (-q.logits).sigmoid() * (softplus(p.logits) - softplus(q.logits))
 
 
 def signed_logits(changed: Tensor, x: Tensor) -> Tensor:

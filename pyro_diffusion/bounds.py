@@ -43,11 +43,12 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from tqdm.auto import tqdm
 
-from pyro_diffusion.chains import BottomUpSite, SubsampledProgram
-from pyro_diffusion.kernels import ChainNormal, unexpanded
-from pyro_diffusion.observations import check_data
+from pyro_diffusion.chains import SubsampledProgram
+from pyro_diffusion.checks import check_data
+from pyro_diffusion.distributions import BottomUpSite, ChainNormal, unexpanded
+from pyro_diffusion.networks import evaluating
+from pyro_diffusion.params import ParamScope
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import ParamScope, evaluating
 
 if TYPE_CHECKING:
     import xarray

@@ -27,7 +27,7 @@ References:
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -35,23 +35,18 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
-from torch.distributions.kl import register_kl
 
-from pyro_diffusion.observations import (
-    as_real,
-    check_data,
-    check_event_shape,
-    check_observed,
-    observed_part,
-    zeroed,
-)
-from pyro_diffusion.store import ParamScope, free_name, snake_case
+from pyro_diffusion.checks import check_count, check_data, check_event_shape, check_observed
+from pyro_diffusion.distributions import BottomUpSite, CarriedSite
+from pyro_diffusion.observations import as_real, observed_part, zeroed
+from pyro_diffusion.params import ParamScope, free_name, snake_case
 from pyro_diffusion.timesteps import StratifiedTimesteps, Timesteps
 
 __all__ = ["BottomUpGuide", "GenerativeChain", "TimestepPlate", "TopDownGuide"]
 
 Kernel = Callable[..., TorchDistribution]
+
+_COUNTS = "num_samples is how many data to draw, num_data how many the whole data set has."
 
 
 class Program(nn.Module):
@@ -94,10 +89,10 @@ class Program(nn.Module):
         self, x_0: Tensor | None, num_data: int | None, num_samples: int = 1
     ) -> Iterator[None]:
         """The plate over data, scaled to ``num_data``, with all parameters stated outside of it."""
-        size = _check_count("num_samples", num_samples) if x_0 is None else len(x_0)
+        size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
-            if num_data is not None and _check_count("num_data", num_data):
+            if num_data is not None and check_count("num_data", num_data, 1, _COUNTS):
                 stack.enter_context(poutine.scale(scale=num_data / size))
             stack.enter_context(pyro.plate("data", size, dim=-1))
             yield
@@ -460,71 +455,6 @@ class _SubsampledGuide(SubsampledProgram):
                     pyro.sample(self.step_site, posterior)
 
 
-class WrappedSite(TorchDistribution):
-    """The distribution of a site under another name, for which KLs have rules of their own."""
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-
-    def __init__(self, base_dist: TorchDistribution) -> None:
-        self.base_dist = base_dist
-        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
-
-    @property
-    def has_rsample(self) -> bool:
-        return self.base_dist.has_rsample
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self.base_dist.support
-
-    @property
-    def mean(self) -> Tensor:
-        return self.base_dist.mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self.base_dist.variance
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        return type(self)(self.base_dist.expand(torch.Size(batch_shape)))
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.sample(sample_shape)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.rsample(sample_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.base_dist.log_prob(value)
-
-
-class CarriedSite(WrappedSite):
-    """A site that only carries its draw from guide to model: no term of the bound."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        shape = value.shape[: value.dim() - self.event_dim]
-        return value.new_zeros(torch.broadcast_shapes(shape, self.batch_shape))
-
-
-@register_kl(CarriedSite, CarriedSite)
-def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
-    return q.mean.new_zeros(q.batch_shape)
-
-
-class BottomUpSite(WrappedSite):
-    """A site of a :class:`BottomUpGuide`: the wrapped distribution, for which no KL is defined."""
-
-
-@register_kl(BottomUpSite, Distribution)
-def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
-    raise ValueError(
-        "sites of a bottom-up guide: got a request for their analytic KL (TraceMeanField_ELBO or "
-        "kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant in this "
-        "guide and the terms are log-ratios, not KLs. Use posterior_guide, in the model's order (a "
-        "hierarchical VAE has one with encoder=LadderEncoder(…)), or Trace_ELBO."
-    )
-
-
 class ProgramPair(NamedTuple):
     """A model and the guide that goes with it."""
 
@@ -539,15 +469,6 @@ def naming(site: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"site {site!r}: {error}") from error
-
-
-def _check_count(argument: str, number: int) -> int:
-    if not isinstance(number, int) or number < 1:
-        raise ValueError(
-            f"argument {argument!r}: got {number!r}; expected a whole number of at least 1. "
-            "num_samples is how many data to draw, num_data how many the whole data set has."
-        )
-    return number
 
 
 def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:

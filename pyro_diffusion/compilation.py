@@ -32,7 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pyro_diffusion.observations import unchecked
+from pyro_diffusion.checks import unchecked
 
 __all__ = ["CompiledELBO", "compile_elbo"]
 

@@ -17,20 +17,16 @@ References:
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.kernels import (
-    ChainStep,
-    chain_step,
-    gaussian,
-    pad,
-    posterior_mean,
-)
-from pyro_diffusion.observations import holds
+from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.distributions import gaussian
+from pyro_diffusion.kernels import ChainStep, chain_step, pad, posterior_mean
+from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.variances import (
@@ -568,21 +564,3 @@ def _check_std(argument: str, std: Tensor, mean: Tensor) -> Tensor:
             f"means' shape {tuple(mean.shape)}. A constant entry has no density: drop it."
         )
     return expanded
-
-
-def network_dtype(network: nn.Module) -> torch.dtype:
-    """Dtype of a network's first parameter of floating point, in which it wants its states."""
-    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    return next(floating, torch.get_default_dtype())
-
-
-def check_argument(name: str, value: Any, kind: type, example: str) -> Any:
-    """``value``, if it is an instance of ``kind``."""
-    if not isinstance(value, kind):
-        got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
-        got = f"the class {value.__name__}" if isinstance(value, type) else got
-        raise ValueError(
-            f"argument {name!r}: got {got}; expected an instance of {kind.__name__}. "
-            f"Pass an object, such as {example}."
-        )
-    return value

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ROWS
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.draws import Pair, Record, as_numpy, programs, to_arviz
 from pyro_diffusion.evidence import Evidence
-from pyro_diffusion.observations import check_data
-from pyro_diffusion.store import evaluating
+from pyro_diffusion.networks import evaluating
 
 if TYPE_CHECKING:
     import pandas

@@ -28,8 +28,9 @@ from pyro_diffusion.chains import (
     TimestepPlate,
     TopDownGuide,
 )
-from pyro_diffusion.denoisers import Denoised, Denoiser, check_argument
-from pyro_diffusion.families import Family, describe_part
+from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.denoisers import Denoised, Denoiser
+from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.kernels import (
     forward_increment,
     forward_marginal,
@@ -38,7 +39,6 @@ from pyro_diffusion.kernels import (
     noised,
     terminal_prior,
 )
-from pyro_diffusion.observations import holds
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.timesteps import Timesteps
 

@@ -25,9 +25,9 @@ from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
-from pyro_diffusion.families import Family
+from pyro_diffusion.family import Family
+from pyro_diffusion.networks import evaluating
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import evaluating
 
 if TYPE_CHECKING:
     import xarray

@@ -44,9 +44,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_diffusion.bounds import ROWS, Estimate, log_density
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.observations import as_real, check_data
-from pyro_diffusion.store import evaluating
+from pyro_diffusion.networks import evaluating
+from pyro_diffusion.observations import as_real
 
 __all__ = ["BoundEvaluation", "evaluate_bound"]
 

@@ -38,7 +38,7 @@ from pyro_diffusion.bounds import (
     trajectory_terms,
 )
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
-from pyro_diffusion.observations import check_data
+from pyro_diffusion.checks import check_data
 
 __all__ = ["Evidence", "average", "fingerprint", "importance_evidence", "tail"]
 

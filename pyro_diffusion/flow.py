@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.bernoulli import BernoulliDiffusion
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, check_state, fingerprint
-from pyro_diffusion.observations import check_data
-from pyro_diffusion.store import evaluating
+from pyro_diffusion.networks import evaluating
 
 __all__ = ["ode_log_likelihood"]
 

@@ -36,7 +36,7 @@ from torch.distributions import Independent, Normal, Transform
 from torch.nn.functional import softplus
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
-from pyro_diffusion.families import Family, describe_part
+from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.networks import FeedForward
 

@@ -24,14 +24,13 @@ References:
     Variational Diffusion Models (Kingma et al., 2021), appendix A. https://arxiv.org/abs/2107.00630
 """
 
-import math
 from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions.kl import register_kl
 
+from pyro_diffusion.distributions import gaussian
 from pyro_diffusion.schedules import NoiseSchedule
 
 __all__ = [
@@ -199,33 +198,6 @@ def terminal_prior(
     signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
     scale = (signal**2 + noise**2).sqrt().to(dtype).expand(event_shape)
     return gaussian(torch.zeros_like(scale), scale, len(event_shape))
-
-
-def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
-    """A Normal with independent entries, unvalidated: a schedule's scales are positive."""
-    return ChainNormal(mean, scale, validate_args=False).to_event(event_dim)
-
-
-class ChainNormal(dist.Normal):
-    """A Normal that takes one logarithm of a scale, however many entries have it."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        r""":math:`-\tfrac12 z^2 - \log s - \tfrac12 \log 2\pi` for each entry."""
-        z = (value - self.loc) / self.scale
-        return -0.5 * z.square() - (unexpanded(self.scale).log() + 0.5 * math.log(2 * math.pi))
-
-
-@register_kl(ChainNormal, ChainNormal)
-def _kl(q: ChainNormal, p: ChainNormal) -> Tensor:
-    ratio = (unexpanded(q.scale) / unexpanded(p.scale)).square()
-    distance = ((q.loc - p.loc) / p.scale).square()
-    return 0.5 * (distance + (ratio - ratio.log() - 1))
-
-
-def unexpanded(scale: Tensor) -> Tensor:
-    """One entry for all those that a scale was expanded to; it broadcasts as before."""
-    strides = scale.stride()
-    return scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
 
 class ChainStep(NamedTuple):

@@ -27,29 +27,43 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.nn.functional import one_hot
-from torch.special import log_ndtr
 
-from pyro_diffusion.observations import holds
-from pyro_diffusion.parameterizations import check_num_levels, embed_levels
+from pyro_diffusion.checks import check_num_levels, holds
+from pyro_diffusion.distributions import Counts, DiscretizedGaussian
 
 __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
-    "DiscretizedGaussian",
     "DiscretizedGaussianLikelihood",
     "GaussianLikelihood",
     "LevelLikelihood",
     "Likelihood",
     "PoissonLikelihood",
+    "embed_levels",
 ]
+
+
+def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
+    """Levels ``0 … K − 1`` as points of [-1, 1], equally spaced.
+
+    Raises:
+        ValueError: Data that are not whole numbers in ``0 … K − 1``.
+    """
+    levels = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+    inside = (levels >= 0) & (levels <= num_levels - 1) & (levels == levels.round())
+    if not holds(inside):
+        raise ValueError(
+            f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
+            f"0 … {num_levels - 1}, the levels of this model. Pass raw levels, which the model "
+            "rescales itself, and give it as many levels as the data have."
+        )
+    return levels * (2 / (num_levels - 1)) - 1
 
 
 class Likelihood(nn.Module, ABC):
@@ -343,105 +357,3 @@ class PoissonLikelihood(Likelihood):
 
     def extra_repr(self) -> str:
         return f"max_count={self.max_count:g}"
-
-
-class Counts(dist.Poisson):
-    """A Poisson law in float64: of large counts it is a small difference of large numbers."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        count, rate = value.double(), self.rate.double()
-        return (count.xlogy(rate) - rate - (count + 1).lgamma()).to(self.rate.dtype)
-
-
-class DiscretizedGaussian(TorchDistribution):
-    r"""A Gaussian in :math:`[-1, 1]`'s space, rounded to :math:`K` levels and clipped to them.
-
-    Sampling is literally that, so the probabilities of the levels sum to one.
-
-    Args:
-        loc: Mean in embedded space, shape ``batch_shape``.
-        scale: Standard deviation in embedded space, broadcastable to ``loc``.
-        num_levels: Number of levels :math:`K`; the support is the whole numbers ``0 … K − 1``.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
-        "loc": constraints.real,
-        "scale": constraints.positive,
-    }
-    has_enumerate_support = True
-
-    def __init__(
-        self, loc: Tensor, scale: Tensor, num_levels: int, *, validate_args: bool | None = None
-    ) -> None:
-        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.num_levels = num_levels
-        super().__init__(self.loc.shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
-        return constraints.integer_interval(0, self.num_levels - 1)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean level, by summing over the support."""
-        levels = self.enumerate_support()
-        return (self.log_prob(levels).exp() * levels).sum(0)
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of the level, by summing over the support."""
-        levels = self.enumerate_support()
-        return (self.log_prob(levels).exp() * (levels - self.mean) ** 2).sum(0)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscretizedGaussian":
-        return DiscretizedGaussian(
-            self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.num_levels,
-            validate_args=False,
-        )  # fmt: skip
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        with torch.no_grad():
-            shape = self._extended_shape(sample_shape)
-            point = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
-            return ((point + 1) * (self.num_levels - 1) / 2).round().clamp(0, self.num_levels - 1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        # In float64: a float32 network may be a million standard deviations off at first.
-        level, loc, scale = value.double(), self.loc.double(), self.scale.double()
-        centre = level * (2 / (self.num_levels - 1)) - 1
-        lower = (centre - 1 / (self.num_levels - 1) - loc) / scale
-        upper = (centre + 1 / (self.num_levels - 1) - loc) / scale
-        inner = _log_interval(lower, upper)
-        log_prob = torch.where(level <= 0, _log_cdf(upper), inner)
-        log_prob = torch.where(level >= self.num_levels - 1, _log_cdf(-lower), log_prob)
-        return log_prob.to(self.loc.dtype)
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        levels = torch.arange(self.num_levels, device=self.loc.device, dtype=self.loc.dtype)
-        levels = levels.reshape((-1,) + (1,) * len(self.batch_shape))
-        return levels.expand((-1, *self.batch_shape)) if expand else levels
-
-
-def _log_cdf(z: Tensor) -> Tensor:
-    r""":math:`\log \Phi(z)` with a gradient that holds far out, where that of ``log_ndtr`` is NaN.
-
-    Below :math:`z = -1000` it is :math:`-z^2/2 - \log(-z) - \tfrac12 \log 2\pi`, right to
-    :math:`z^{-2}`.
-    """
-    far = z.clamp(max=-1000.0)
-    tail = -0.5 * far.square() - (-far).log() - 0.5 * math.log(2 * math.pi)
-    return torch.where(z < -1000.0, tail, log_ndtr(z.clamp(min=-1000.0)))
-
-
-def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
-    r""":math:`\log(\Phi(u) - \Phi(l))`, from the side where :math:`\Phi` is small: nothing cancels."""
-    flip = lower + upper > 0
-    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-    log_upper = _log_cdf(upper)
-    # The difference is zero only where it underflows; the floor keeps the logarithm finite there.
-    ratio = (_log_cdf(lower) - log_upper).clamp(max=-torch.finfo(upper.dtype).tiny)
-    return log_upper + (-torch.expm1(ratio)).log()

@@ -12,12 +12,33 @@ References:
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward", "UNet"]
+__all__ = ["MLP", "FeedForward", "UNet", "evaluating", "network_dtype"]
+
+
+@contextmanager
+def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Switch modules to evaluation mode (no dropout), and back to what each was before."""
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules() if m.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """Dtype of a network's first parameter of floating point, in which it wants its states."""
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
 
 
 class MLP(nn.Module):

@@ -26,7 +26,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from pyro_diffusion.observations import holds
+from pyro_diffusion.checks import check_num_levels
+from pyro_diffusion.likelihoods import embed_levels
 
 __all__ = [
     "DataPrediction",
@@ -35,7 +36,6 @@ __all__ = [
     "Parameterization",
     "ScorePrediction",
     "VelocityPrediction",
-    "embed_levels",
 ]
 
 
@@ -172,30 +172,3 @@ class LevelPrediction(Parameterization):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_levels={self.num_levels})"
-
-
-def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
-    """Levels ``0 … K − 1`` as points of [-1, 1], equally spaced.
-
-    Raises:
-        ValueError: Data that are not whole numbers in ``0 … K − 1``.
-    """
-    levels = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
-    inside = (levels >= 0) & (levels <= num_levels - 1) & (levels == levels.round())
-    if not holds(inside):
-        raise ValueError(
-            f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
-            f"0 … {num_levels - 1}, the levels of this model. Pass raw levels, which the model "
-            "rescales itself, and give it as many levels as the data have."
-        )
-    return levels * (2 / (num_levels - 1)) - 1
-
-
-def check_num_levels(num_levels: int, argument: str = "num_levels") -> int:
-    """``num_levels``, if there are at least two."""
-    if not isinstance(num_levels, int) or num_levels < 2:
-        raise ValueError(
-            f"argument {argument!r}: got {num_levels!r}; expected a whole number of at least 2, "
-            "the number of values an entry can have. 8-bit images have 256, bits 2."
-        )
-    return num_levels

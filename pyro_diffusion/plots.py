@@ -16,8 +16,8 @@ from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence
+from pyro_diffusion.networks import evaluating
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.bounds import Estimate
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.evaluation import evaluate_bound
 from pyro_diffusion.evidence import Evidence, importance_evidence
 from pyro_diffusion.flow import ode_log_likelihood
-from pyro_diffusion.observations import check_data
 from pyro_diffusion.schedules import AlphaSchedule
 from pyro_diffusion.sequential import smc_evidence
 

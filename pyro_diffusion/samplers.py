@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser, network_dtype
+from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.kernels import chain_step, pad, posterior_mean
+from pyro_diffusion.networks import evaluating, network_dtype
 from pyro_diffusion.schedules import NoiseSchedule
-from pyro_diffusion.store import evaluating
 
 __all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler", "Update"]
 

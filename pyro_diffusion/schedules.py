@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from pyro_diffusion.observations import holds, looking
+from pyro_diffusion.checks import holds, looking
 
 __all__ = [
     "AlphaSchedule",

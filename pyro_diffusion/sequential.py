@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion.bernoulli import BernoulliDiffusion
 from pyro_diffusion.bounds import ROWS, log_density, measure_of
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, at_the_end, check_state, fingerprint, tail
@@ -45,8 +46,8 @@ from pyro_diffusion.kernels import (
     posterior_mean,
     posterior_variance,
 )
-from pyro_diffusion.observations import as_real, check_data
-from pyro_diffusion.store import evaluating
+from pyro_diffusion.networks import evaluating
+from pyro_diffusion.observations import as_real
 
 __all__ = ["smc_evidence"]
 

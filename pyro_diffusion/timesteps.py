@@ -18,17 +18,22 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints, kl_divergence
+from torch.distributions import kl_divergence
 
-from pyro_diffusion.observations import looking
+from pyro_diffusion.checks import looking
+from pyro_diffusion.distributions import (
+    ContinuousTimestepDistribution,
+    IndependentTimestepDistribution,
+    Share,
+    TimestepDistribution,
+)
 
 __all__ = [
     "ContinuousTimestepDistribution",
@@ -40,103 +45,6 @@ __all__ = [
     "Timesteps",
     "UniformTimesteps",
 ]
-
-
-class Share(NamedTuple):
-    """Which strata of a joint draw are drawn here: those that leave ``rest`` when divided by ``of``."""
-
-    rest: int | Tensor = 0  #: the remainder, in {0 … of − 1}; a tensor may change between draws
-    of: int = 1  #: among how many the strata are shared out
-
-
-class TimestepDistribution(TorchDistribution):
-    r"""A law :math:`\pi` over timesteps whose joint draw is stratified.
-
-    A draw of batch shape ``B`` cuts [0, 1] into as many equal strata as ``B`` has entries, puts one
-    point into each, hands the points to the entries in random order and maps them through the
-    quantile function: each entry alone has law :math:`\pi`, all together cover it evenly.
-
-    It has no parameters to differentiate, hence no score-function term: for Pyro it is
-    reparameterised.
-
-    Args:
-        log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
-        batch_shape: Shape of a joint draw.
-        share: Part of a larger joint draw that this one is; the whole of it by default.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    has_rsample = True
-
-    def __init__(
-        self, log_pi: Tensor, batch_shape: torch.Size = torch.Size(), share: Share = Share()
-    ) -> None:
-        self.log_pi = log_pi
-        self.share = share
-        super().__init__(batch_shape, validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.integer_interval(1, len(self.log_pi))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "TimestepDistribution":
-        return type(self)(self.log_pi, torch.Size(batch_shape), self.share)
-
-    def to(self, dtype: torch.dtype) -> "TimestepDistribution":
-        """The same law with weights of another dtype."""
-        return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
-
-    def shared(self, share: Share) -> "TimestepDistribution":
-        """The same law, as a share of a joint draw."""
-        return type(self)(self.log_pi, self.batch_shape, share)
-
-    def points(self, count: int) -> Tensor:
-        """Uniform numbers in [0, 1), float64, of which the quantile function makes timesteps."""
-        device = self.log_pi.device
-        strata = torch.randperm(count, device=device) * self.share.of + self.share.rest
-        within = torch.rand(count, dtype=torch.float64, device=device)
-        return (strata + within) / (count * self.share.of)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
-        points = self.points(shape.numel())
-        edges = self.log_pi.double().exp().cumsum(0)
-        t = 1 + torch.searchsorted(edges[:-1].contiguous(), points, right=True)
-        return t.reshape(shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.log_pi[value - 1]
-
-
-class ContinuousTimestepDistribution(TimestepDistribution):
-    r"""The stratified law of a chain without end: :math:`u = 0` with probability :math:`\rho`, else uniform.
-
-    :math:`u = 0` stands for the reconstruction term, and :math:`u \in (0, 1]` for the bound's rate there.
-
-    Args:
-        log_pi: :math:`\log \rho` and :math:`\log (1 - \rho)`, shape ``(2,)``.
-        batch_shape: Shape of a joint draw.
-    """
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.unit_interval
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
-        first, rest = self.log_pi.double().exp()
-        return ((self.points(shape.numel()) - first) / rest).clamp(min=0).reshape(shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        first, rest = self.log_pi
-        return torch.where(value == 0, first, rest)
-
-
-class IndependentTimestepDistribution(TimestepDistribution):
-    r"""A law :math:`\pi` whose draws know nothing of one another."""
-
-    def points(self, count: int) -> Tensor:
-        return torch.rand(count, dtype=torch.float64, device=self.log_pi.device)
 
 
 class JointStrata(Messenger):

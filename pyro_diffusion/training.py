@@ -42,7 +42,7 @@ from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.compilation import compile_elbo
 from pyro_diffusion.parallel import agreed_seed, gather, rank_and_size
-from pyro_diffusion.store import ParamScope, check_state
+from pyro_diffusion.params import ParamScope, check_state
 from pyro_diffusion.timesteps import JointStrata
 
 __all__ = ["CheckpointFiles", "SVIModule", "compile_elbo", "latest_checkpoint"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_diffusion.observations import check_data, check_mask, holds
+from pyro_diffusion.checks import check_data, check_mask, holds
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 

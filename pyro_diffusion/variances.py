@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.checks import check_data
 from pyro_diffusion.kernels import ChainStep, posterior_variance
-from pyro_diffusion.observations import check_data
-from pyro_diffusion.store import evaluating
+from pyro_diffusion.networks import evaluating
 
 __all__ = [
     "ForwardVariance",

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
+from pyro_diffusion.networks import evaluating
 from pyro_diffusion.observations import zeroed
-from pyro_diffusion.store import ParamScope, evaluating
+from pyro_diffusion.params import ParamScope
 from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
 
 __all__ = ["Family"]

@@ -102,7 +102,7 @@ def test_copies_share_values_and_nothing_else(clone, classic):
 def test_an_unpickled_model_keeps_a_free_name():
     diffusion = build(name="keepsItsName")
     data = pickle.dumps(diffusion)
-    from pyro_diffusion import store
+    from pyro_diffusion import params as store
 
     store._used_names.discard("keepsItsName")  # as in a process that never saw it
     assert pickle.loads(data).name == "keepsItsName"

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +28,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["ParamScope", "check_state", "evaluating", "free_name", "snake_case"]
+__all__ = ["ParamScope", "check_state", "free_name", "snake_case"]
 
 _used_names: set[str] = set()
 
@@ -237,16 +237,3 @@ class ParamScope(nn.Module):
         super().__setstate__(state)
         self.name = free_name(self.name)
         _used_names.add(self.name)
-
-
-@contextmanager
-def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Switch modules to evaluation mode (no dropout), and back to what each was before."""
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules() if m.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True

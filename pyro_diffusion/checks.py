@@ -1,0 +1,238 @@
+r"""Arguments and data, looked at: the errors that more than one room raises.
+
+A message has four beats: which argument or site, what came, what was expected, what to do. The equations
+call these functions and stay free of the sentences.
+
+Every check of *values* asks :func:`holds`. A program that is traced into a graph runs inside
+:func:`unchecked`, where there are no values to look at. A reader that has looked at all data runs the
+programs inside :func:`data_checked`, so that they do not look again at every chunk.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+__all__ = [
+    "check_argument",
+    "check_count",
+    "check_data",
+    "check_event_shape",
+    "check_finite",
+    "check_mask",
+    "check_num_levels",
+    "check_observed",
+    "check_positive",
+    "check_shape",
+    "check_state",
+    "check_timesteps",
+    "data_checked",
+    "holds",
+    "looking",
+    "unchecked",
+]
+
+_looking: ContextVar[bool] = ContextVar("looking", default=True)
+_data_due: ContextVar[bool] = ContextVar("data_due", default=True)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds in every entry. Inside :func:`unchecked` nobody looks, and it does."""
+    return not looking() or bool(condition.all())
+
+
+def looking() -> bool:
+    """Whether there are values to look at, as there are outside of :func:`unchecked`."""
+    return _looking.get()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Trust values, but not shapes and types: for a program that is traced and not run."""
+    token = _looking.set(False)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+@contextmanager
+def data_checked() -> Iterator[None]:
+    """Trust data: the caller has passed them through :func:`check_data` already."""
+    token = _data_due.set(False)
+    try:
+        yield
+    finally:
+        _data_due.reset(token)
+
+
+# Arguments.
+
+
+def check_argument(name: str, value: Any, kind: type, example: str) -> Any:
+    """``value``, if it is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
+        got = f"the class {value.__name__}" if isinstance(value, type) else got
+        raise ValueError(
+            f"argument {name!r}: got {got}; expected an instance of {kind.__name__}. "
+            f"Pass an object, such as {example}."
+        )
+    return value
+
+
+def check_count(argument: str, number: Any, least: int, remedy: str, meaning: str = "") -> int:
+    """``number`` as an int, if it is a whole number of at least ``least``; NumPy's numbers are taken too."""
+    if not isinstance(number, Integral) or isinstance(number, bool) or int(number) < least:
+        meaning = f", {meaning}" if meaning else ""
+        raise ValueError(
+            f"argument {argument!r}: got {number!r}; expected a whole number of at least {least}{meaning}. "
+            f"{remedy}"
+        )
+    return int(number)
+
+
+def check_num_levels(num_levels: Any, argument: str = "num_levels") -> int:
+    """``num_levels``, if there are at least two."""
+    remedy = "8-bit images have 256, bits 2."
+    return check_count(argument, num_levels, 2, remedy, "the number of values an entry can have")
+
+
+def check_positive(argument: str, number: Any, remedy: str, meaning: str = "") -> float:
+    """``number`` as a float, if it is positive and finite."""
+    proper = isinstance(number, Real) and not isinstance(number, bool)
+    if not proper or not 0 < float(number) < math.inf:
+        meaning = f", {meaning}" if meaning else ""
+        raise ValueError(
+            f"argument {argument!r}: got {number!r}; expected a positive number{meaning}. {remedy}"
+        )
+    return float(number)
+
+
+def check_shape(argument: str, shape: Any, remedy: str) -> torch.Size:
+    """``shape`` as a ``torch.Size``, if it is a tuple."""
+    if not isinstance(shape, tuple):
+        raise ValueError(f"argument {argument!r}: got {shape!r}; expected a tuple. {remedy}")
+    return torch.Size(shape)
+
+
+def check_state(state: Any, num_timesteps: int) -> int:
+    """``state``, if it is a timestep in ``0 … T``."""
+    if (
+        not isinstance(state, Integral)
+        or isinstance(state, bool)
+        or not 0 <= state <= num_timesteps
+    ):
+        raise ValueError(
+            f"argument 'state': got {state!r}; expected a timestep in 0 … {num_timesteps}. Pass 0 for data."
+        )
+    return int(state)
+
+
+def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str) -> list[int]:
+    """``timesteps``, if there are some, each a whole number in ``first … last``."""
+    wrong = [t for t in timesteps if not isinstance(t, Integral) or not first <= int(t) <= last]
+    if wrong or not len(timesteps):
+        raise ValueError(
+            f"argument 'timesteps': got {wrong[0] if wrong else 'none'}; expected whole numbers in "
+            f"{first} … {last}. {remedy}"
+        )
+    return [int(t) for t in timesteps]
+
+
+def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
+    """``values``, if none of them is NaN or infinite."""
+    if not holds(values.isfinite()):
+        count = int((~values.isfinite()).sum())
+        raise ValueError(
+            f"{what}: got NaN or infinite values ({count} of {values.numel()}); expected finite numbers. "
+            f"{remedy}"
+        )
+    return values
+
+
+# Data.
+
+
+def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
+
+    Unobserved entries may be NaN. Each becomes the first value that was observed of the same entry (of
+    any entry, if none was): a value that the likelihood and the transform can take, and that no term
+    depends on. The tensor is a new object, because transforms remember the last one by its identity.
+    """
+    if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
+        got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
+        raise ValueError(
+            f"argument 'x_0': got {got}; expected a tensor of shape (N,) + event_shape with N ≥ 1. "
+            "Convert arrays with torch.as_tensor, skip empty batches, and give the guide the data "
+            "that the model observes."
+        )
+    if not _data_due.get():
+        return x_0.view_as(x_0)
+    if mask is not None:
+        mask = _check_rows(check_mask(mask, x_0))
+        x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
+    if not holds(x_0.isfinite()):
+        raise ValueError(
+            f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
+            f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "
+            "mask=x_0.isfinite() for the bound of the observed part."
+        )
+    return x_0.view_as(x_0)
+
+
+def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
+    """``mask``, if it is boolean and has the data's shape."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x_0.shape:
+        got = type(mask).__name__
+        if isinstance(mask, Tensor):
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(
+            f"argument 'mask': got {got}; expected torch.bool of the data's shape {tuple(x_0.shape)}, "
+            "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
+        )
+    return mask
+
+
+def check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Data for a model, which may be run without any."""
+    if x_0 is None and mask is not None:
+        raise ValueError(
+            "argument 'mask': got a mask without data; expected x_0 as well. Leave out the mask to "
+            "draw complete data."
+        )
+    return None if x_0 is None else check_data(x_0, mask)
+
+
+def check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDistribution:
+    """The kernel of a site, if data that are observed there have its event shape."""
+    if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
+        raise ValueError(
+            f"got data of shape {tuple(x_0.shape)}; expected (N,) + {tuple(kernel.event_shape)}. Reshape "
+            "the data, or build the model with their event shape."
+        )
+    return kernel
+
+
+def _check_rows(mask: Tensor) -> Tensor:
+    observed = mask.flatten(1).any(1) if mask.dim() > 1 else mask
+    if not holds(observed):
+        raise ValueError(
+            f"argument 'mask': got {int((~observed).sum())} of {len(mask)} data without any observed "
+            f"entry, the first at row {int((~observed).nonzero()[0])}; expected at least one for each. "
+            "Drop those rows: they say nothing."
+        )
+    return mask
+
+
+def _first_observed(x_0: Tensor, mask: Tensor) -> Tensor:
+    first = mask.byte().argmax(0, keepdim=True)
+    anywhere = mask.flatten().byte().argmax()
+    return torch.where(mask.any(0), x_0.gather(0, first), x_0.take(anywhere))

@@ -1,0 +1,370 @@
+r"""Every distribution class of the package, and the KLs that are registered for them.
+
+==================================== =================================================================
+class                                is
+==================================== =================================================================
+``ChainNormal``                      the Gaussian of a chain's kernels (:func:`gaussian` makes them)
+``Noise``, ``Changes``               bits of a chain, and how often they change in continuous time
+``DiscretizedGaussian``, ``Counts``  laws of data: grey levels, and counts of large rates
+``CarriedSite``, ``BottomUpSite``    another distribution, for which KLs have rules of their own
+``TimestepDistribution`` and kin     laws of random timesteps, drawn jointly
+==================================== =================================================================
+"""
+
+import math
+from typing import Any, ClassVar, NamedTuple, Self
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+from torch.distributions.kl import register_kl
+from torch.nn.functional import softplus
+from torch.special import log_ndtr
+
+__all__ = [
+    "BottomUpSite",
+    "CarriedSite",
+    "ChainNormal",
+    "Changes",
+    "ContinuousTimestepDistribution",
+    "Counts",
+    "DiscretizedGaussian",
+    "IndependentTimestepDistribution",
+    "Noise",
+    "Share",
+    "TimestepDistribution",
+    "WrappedSite",
+    "gaussian",
+    "unexpanded",
+]
+
+# Kernels of a chain.
+
+
+def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> TorchDistribution:
+    """A Normal with independent entries. It is not validated, because a schedule's scales are positive."""
+    return ChainNormal(mean, scale, validate_args=False).to_event(event_dim)
+
+
+class ChainNormal(dist.Normal):
+    """A Normal that takes one logarithm of a scale, however many entries have it."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r""":math:`-\tfrac12 z^2 - \log s - \tfrac12 \log 2\pi` for each entry."""
+        z = (value - self.loc) / self.scale
+        return -0.5 * z.square() - (unexpanded(self.scale).log() + 0.5 * math.log(2 * math.pi))
+
+
+@register_kl(ChainNormal, ChainNormal)
+def _kl_of_normals(q: ChainNormal, p: ChainNormal) -> Tensor:
+    ratio = (unexpanded(q.scale) / unexpanded(p.scale)).square()
+    distance = ((q.loc - p.loc) / p.scale).square()
+    return 0.5 * (distance + (ratio - ratio.log() - 1))
+
+
+def unexpanded(scale: Tensor) -> Tensor:
+    """One entry for all those that a scale was expanded to; it broadcasts as before."""
+    strides = scale.stride()
+    return scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+
+
+class Noise(dist.Bernoulli):
+    """Bits of a chain. Where nothing about them is learned, their draws need no score-function term."""
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self._param.requires_grad
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return self.sample(sample_shape)
+
+
+@register_kl(Noise, Noise)
+def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
+    """As torch's, which does not broadcast, and loses what is near one."""
+    ones = q.logits.sigmoid() * (softplus(-p.logits) - softplus(-q.logits))
+    return ones + (-q.logits).sigmoid() * (softplus(p.logits) - softplus(q.logits))
+
+
+class Changes(dist.Poisson):
+    """Counts of a continuous chain; see :class:`Noise`."""
+
+    @property
+    def has_rsample(self) -> bool:
+        return not self.rate.requires_grad
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return self.sample(sample_shape)
+
+
+# Laws of data.
+
+
+class Counts(dist.Poisson):
+    """A Poisson law in float64, because of large counts it is a small difference of large numbers."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        count, rate = value.double(), self.rate.double()
+        return (count.xlogy(rate) - rate - (count + 1).lgamma()).to(self.rate.dtype)
+
+
+class DiscretizedGaussian(TorchDistribution):
+    r"""A Gaussian in :math:`[-1, 1]`'s space, rounded to :math:`K` levels and clipped to them.
+
+    Sampling is literally that, so the probabilities of the levels sum to one.
+
+    Args:
+        loc: Mean in embedded space, shape ``batch_shape``.
+        scale: Standard deviation in embedded space, broadcastable to ``loc``.
+        num_levels: Number of levels :math:`K`; the support is the whole numbers ``0 … K − 1``.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    has_enumerate_support = True
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, num_levels: int, *, validate_args: bool | None = None
+    ) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.num_levels = num_levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        return constraints.integer_interval(0, self.num_levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean level, by summing over the support."""
+        levels = self.enumerate_support()
+        return (self.log_prob(levels).exp() * levels).sum(0)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the level, by summing over the support."""
+        levels = self.enumerate_support()
+        return (self.log_prob(levels).exp() * (levels - self.mean) ** 2).sum(0)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiscretizedGaussian":
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return DiscretizedGaussian(loc, scale, self.num_levels, validate_args=False)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            point = torch.normal(self.loc.expand(shape), self.scale.expand(shape))
+            return ((point + 1) * (self.num_levels - 1) / 2).round().clamp(0, self.num_levels - 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        # In float64: a float32 network may be a million standard deviations off at first.
+        level, loc, scale = value.double(), self.loc.double(), self.scale.double()
+        centre = level * (2 / (self.num_levels - 1)) - 1
+        lower = (centre - 1 / (self.num_levels - 1) - loc) / scale
+        upper = (centre + 1 / (self.num_levels - 1) - loc) / scale
+        inner = _log_interval(lower, upper)
+        log_prob = torch.where(level <= 0, _log_cdf(upper), inner)
+        log_prob = torch.where(level >= self.num_levels - 1, _log_cdf(-lower), log_prob)
+        return log_prob.to(self.loc.dtype)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        levels = torch.arange(self.num_levels, device=self.loc.device, dtype=self.loc.dtype)
+        levels = levels.reshape((-1,) + (1,) * len(self.batch_shape))
+        return levels.expand((-1, *self.batch_shape)) if expand else levels
+
+
+def _log_cdf(z: Tensor) -> Tensor:
+    r""":math:`\log \Phi(z)` with a gradient that holds far out, where that of ``log_ndtr`` is NaN.
+
+    Below :math:`z = -1000` it is :math:`-z^2/2 - \log(-z) - \tfrac12 \log 2\pi`, right to
+    :math:`z^{-2}`.
+    """
+    far = z.clamp(max=-1000.0)
+    tail = -0.5 * far.square() - (-far).log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(z < -1000.0, tail, log_ndtr(z.clamp(min=-1000.0)))
+
+
+def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
+    r""":math:`\log(\Phi(u) - \Phi(l))`, from the side where :math:`\Phi` is small: nothing cancels."""
+    flip = lower + upper > 0
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_upper = _log_cdf(upper)
+    # The difference is zero only where it underflows; the floor keeps the logarithm finite there.
+    ratio = (_log_cdf(lower) - log_upper).clamp(max=-torch.finfo(upper.dtype).tiny)
+    return log_upper + (-torch.expm1(ratio)).log()
+
+
+# Sites of a program whose KLs have rules of their own.
+
+
+class WrappedSite(TorchDistribution):
+    """The distribution of a site under another name."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, base_dist: TorchDistribution) -> None:
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.base_dist.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.base_dist.support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base_dist.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base_dist.variance
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        return type(self)(self.base_dist.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.sample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base_dist.log_prob(value)
+
+
+class CarriedSite(WrappedSite):
+    """A site that only carries its draw from guide to model: no term of the bound."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        shape = value.shape[: value.dim() - self.event_dim]
+        return value.new_zeros(torch.broadcast_shapes(shape, self.batch_shape))
+
+
+@register_kl(CarriedSite, CarriedSite)
+def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
+    return q.mean.new_zeros(q.batch_shape)
+
+
+class BottomUpSite(WrappedSite):
+    """A site of a guide that runs against the model: the wrapped distribution, which has no KL."""
+
+
+@register_kl(BottomUpSite, Distribution)
+def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
+    raise ValueError(
+        "sites of a bottom-up guide: got a request for their analytic KL (TraceMeanField_ELBO or "
+        "kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant in this "
+        "guide and the terms are log-ratios, not KLs. Use posterior_guide, in the model's order (a "
+        "hierarchical VAE has one with encoder=LadderEncoder(…)), or Trace_ELBO."
+    )
+
+
+# Laws of random timesteps.
+
+
+class Share(NamedTuple):
+    """Which strata of a joint draw are drawn here: those that leave ``rest`` when divided by ``of``."""
+
+    rest: int | Tensor = 0  #: the remainder, in {0 … of − 1}; a tensor may change between draws
+    of: int = 1  #: among how many the strata are shared out
+
+
+class TimestepDistribution(TorchDistribution):
+    r"""A law :math:`\pi` over timesteps whose joint draw is stratified.
+
+    A draw of batch shape ``B`` cuts [0, 1] into as many equal strata as ``B`` has entries, puts one
+    point into each, hands the points to the entries in random order and maps them through the
+    quantile function: each entry alone has law :math:`\pi`, all together cover it evenly.
+
+    It has no parameters to differentiate, hence no score-function term: for Pyro it is
+    reparameterised.
+
+    Args:
+        log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
+        batch_shape: Shape of a joint draw.
+        share: Part of a larger joint draw that this one is; the whole of it by default.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = True
+
+    def __init__(
+        self, log_pi: Tensor, batch_shape: torch.Size = torch.Size(), share: Share = Share()
+    ) -> None:
+        self.log_pi, self.share = log_pi, share
+        super().__init__(batch_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.integer_interval(1, len(self.log_pi))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "TimestepDistribution":
+        return type(self)(self.log_pi, torch.Size(batch_shape), self.share)
+
+    def to(self, dtype: torch.dtype) -> "TimestepDistribution":
+        """The same law with weights of another dtype."""
+        return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
+
+    def shared(self, share: Share) -> "TimestepDistribution":
+        """The same law, as a share of a joint draw."""
+        return type(self)(self.log_pi, self.batch_shape, share)
+
+    def points(self, count: int) -> Tensor:
+        """Uniform numbers in [0, 1), float64, of which the quantile function makes timesteps."""
+        device = self.log_pi.device
+        strata = torch.randperm(count, device=device) * self.share.of + self.share.rest
+        within = torch.rand(count, dtype=torch.float64, device=device)
+        return (strata + within) / (count * self.share.of)
+
+    def quantile(self, points: Tensor) -> Tensor:
+        """The timesteps that uniform numbers stand for."""
+        edges = self.log_pi.double().exp().cumsum(0)
+        return 1 + torch.searchsorted(edges[:-1].contiguous(), points, right=True)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        return self.quantile(self.points(shape.numel())).reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_pi[value - 1]
+
+
+class IndependentTimestepDistribution(TimestepDistribution):
+    r"""A law :math:`\pi` whose draws know nothing of one another."""
+
+    def points(self, count: int) -> Tensor:
+        return torch.rand(count, dtype=torch.float64, device=self.log_pi.device)
+
+
+class ContinuousTimestepDistribution(TimestepDistribution):
+    r"""The stratified law of a chain without end: :math:`u = 0` with probability :math:`\rho`, else uniform.
+
+    :math:`u = 0` stands for the reconstruction term, and :math:`u \in (0, 1]` for the bound's rate there.
+
+    Args:
+        log_pi: :math:`\log \rho` and :math:`\log (1 - \rho)`, shape ``(2,)``.
+        batch_shape: Shape of a joint draw.
+    """
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.unit_interval
+
+    def quantile(self, points: Tensor) -> Tensor:
+        first, rest = self.log_pi.double().exp()
+        return ((points - first) / rest).clamp(min=0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        first, rest = self.log_pi
+        return torch.where(value == 0, first, rest)
