@@ -7,21 +7,43 @@ timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_dif
 """
 
 from pyro_diffusion.batches import OrderedBatches, ShuffledBatches
-from pyro_diffusion.bernoulli import (
-    BernoulliDenoiser,
-    BernoulliDiffusion,
-    EnumeratedDenoiser,
-    NeuralBernoulliDenoiser,
+from pyro_diffusion.bounds import (
+    BoundEvaluation,
+    ELBOTerms,
+    Estimate,
+    elbo_terms,
+    evaluate_bound,
+    snr_weight,
 )
-from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, snr_weight
-from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TimestepPlate, TopDownGuide
+from pyro_diffusion.chains import (
+    BottomUpGuide,
+    GenerativeChain,
+    ImportanceTimesteps,
+    JointStrata,
+    StratifiedTimesteps,
+    TimestepPlate,
+    TopDownGuide,
+    UniformTimesteps,
+)
 from pyro_diffusion.compilation import compile_elbo
 from pyro_diffusion.denoisers import (
+    BernoulliDenoiser,
+    DataPrediction,
     Denoised,
     Denoiser,
+    EnumeratedDenoiser,
+    ForwardVariance,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    LearnedVariance,
+    LevelPrediction,
+    NeuralBernoulliDenoiser,
     NeuralDenoiser,
+    NoisePrediction,
+    OptimalVariance,
+    PosteriorVariance,
+    ScorePrediction,
+    VelocityPrediction,
 )
 from pyro_diffusion.diagnostics import (
     active_units,
@@ -30,23 +52,21 @@ from pyro_diffusion.diagnostics import (
     simulation_based_calibration,
     to_arviz,
 )
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evaluation import BoundEvaluation, evaluate_bound
-from pyro_diffusion.evidence import Evidence, importance_evidence
-from pyro_diffusion.flow import ode_log_likelihood
+from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
+from pyro_diffusion.evidence import (
+    Evidence,
+    Summary,
+    importance_evidence,
+    ode_log_likelihood,
+    smc_evidence,
+    summary,
+)
 from pyro_diffusion.hvae import (
     BottomUpEncoder,
     GaussianLayer,
     HierarchicalVAE,
     LadderEncoder,
     TopDownEncoder,
-)
-from pyro_diffusion.kernels import (
-    forward_increment,
-    forward_marginal,
-    forward_posterior,
-    forward_transition,
-    terminal_prior,
 )
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
@@ -60,13 +80,6 @@ from pyro_diffusion.likelihoods import (
 from pyro_diffusion.networks import MLP, FeedForward, UNet
 from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO, bound_by_datum
 from pyro_diffusion.parallel import over_ranks
-from pyro_diffusion.parameterizations import (
-    DataPrediction,
-    LevelPrediction,
-    NoisePrediction,
-    ScorePrediction,
-    VelocityPrediction,
-)
 from pyro_diffusion.plots import (
     plot_bound,
     plot_compare,
@@ -78,7 +91,13 @@ from pyro_diffusion.plots import (
     plot_training,
     plot_trajectory,
 )
-from pyro_diffusion.report import Summary, summary
+from pyro_diffusion.processes import (
+    forward_increment,
+    forward_marginal,
+    forward_posterior,
+    forward_transition,
+    terminal_prior,
+)
 from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler, Sampler
 from pyro_diffusion.schedules import (
     AlphaSchedule,
@@ -91,20 +110,7 @@ from pyro_diffusion.schedules import (
     StridedSchedule,
     VarianceExploding,
 )
-from pyro_diffusion.sequential import smc_evidence
-from pyro_diffusion.timesteps import (
-    ImportanceTimesteps,
-    JointStrata,
-    StratifiedTimesteps,
-    UniformTimesteps,
-)
 from pyro_diffusion.transforms import Standardize
-from pyro_diffusion.variances import (
-    ForwardVariance,
-    LearnedVariance,
-    OptimalVariance,
-    PosteriorVariance,
-)
 
 __version__ = "0.1.0"
 

@@ -127,7 +127,7 @@ def check_state(state: Any, num_timesteps: int) -> int:
     if (
         not isinstance(state, Integral)
         or isinstance(state, bool)
-        or not 0 <= state <= num_timesteps
+        or not 0 <= int(state) <= num_timesteps
     ):
         raise ValueError(
             f"argument 'state': got {state!r}; expected a timestep in 0 … {num_timesteps}. Pass 0 for data."

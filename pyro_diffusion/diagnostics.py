@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.bounds import ROWS
 from pyro_diffusion.checks import check_data
 from pyro_diffusion.draws import Pair, Record, as_numpy, programs, to_arviz
 from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.walk import ROWS
 
 if TYPE_CHECKING:
     import pandas

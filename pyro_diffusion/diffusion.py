@@ -12,9 +12,10 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -23,26 +24,22 @@ from torch.distributions import Transform
 
 from pyro_diffusion.chains import (
     BottomUpGuide,
+    Continuum,
     GenerativeChain,
     ProgramPair,
+    Steps,
     TimestepPlate,
+    Timesteps,
     TopDownGuide,
 )
-from pyro_diffusion.checks import check_argument, holds
-from pyro_diffusion.denoisers import Denoised, Denoiser
+from pyro_diffusion.checks import check_argument, check_count
+from pyro_diffusion.denoisers import BernoulliDenoiser, Denoised, Denoiser
 from pyro_diffusion.family import Family, describe_part
-from pyro_diffusion.kernels import (
-    forward_increment,
-    forward_marginal,
-    forward_posterior,
-    forward_transition,
-    noised,
-    terminal_prior,
-)
+from pyro_diffusion.params import shared_copy
+from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
-from pyro_diffusion.timesteps import Timesteps
 
-__all__ = ["DiffusionModel"]
+__all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion"]
 
 
 class DiffusionModel(Family):
@@ -78,8 +75,6 @@ class DiffusionModel(Family):
         torch.Size([3, 2])
     """
 
-    states: ClassVar[str] = "real numbers"  #: what the chain's states are
-
     def __init__(
         self,
         denoiser: Denoiser,
@@ -89,19 +84,21 @@ class DiffusionModel(Family):
         name: str | None = None,
     ) -> None:
         check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
-        if denoiser.states != self.states:
-            raise ValueError(
-                f"argument 'denoiser': got {type(denoiser).__name__}, whose states are {denoiser.states}; "
-                f"expected {self.states} for a {type(self).__name__}. Pass it to the model of its kind, "
-                "BernoulliDiffusion for bits."
-            )
         super().__init__(denoiser.event_shape, likelihood, transform, name)
         if getattr(likelihood, "num_outputs", 1) > 1:
             raise ValueError(
                 f"argument 'likelihood': got {type(likelihood).__name__}, which takes several numbers for "
                 "each entry; expected one that takes x̂_0. Use prediction=LevelPrediction(K) without one."
             )
+        if likelihood is not None or transform is not None:
+            argument = "transform" if likelihood is None else "likelihood"
+            denoiser.process.check_has_score(argument, "Leave it out: the data are the states.")
         self.denoiser = denoiser
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process :math:`q`, whose kernels are E1, E2, E3 and E5; the denoiser's."""
+        return self.denoiser.process
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -135,32 +132,30 @@ class DiffusionModel(Family):
             self.decode,
             num_timesteps=self.schedule.num_timesteps,
             owner=self,
-            state_mask=self.embed_mask,
         )
 
     @property
     def guide(self) -> BottomUpGuide:
         r""":math:`\prod_t q(x_t \mid x_{t-1})` as a Pyro program (E4); sites ``x_1 … x_T``."""
         return BottomUpGuide(
-            self.forward_transition,
+            self.process.transition,
             num_timesteps=self.schedule.num_timesteps,
             embed=self.embed,
             owner=self,
             below="denoiser.schedule",
-            state_mask=self.embed_mask,
         )
 
     @property
     def posterior_guide(self) -> TopDownGuide:
         r""":math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` as a Pyro program (E4)."""
+        process, last = self.process, self.schedule.num_timesteps
         return TopDownGuide(
             self.embed,
-            self.terminal_marginal,
-            self.forward_posterior,
-            num_timesteps=self.schedule.num_timesteps,
+            partial(process.marginal, t=last),
+            process.posterior,
+            num_timesteps=last,
             owner=self,
             below="denoiser.schedule",
-            state_mask=self.embed_mask,
         )
 
     def subsampled(
@@ -179,15 +174,11 @@ class DiffusionModel(Family):
         Raises:
             ValueError: ``num_timesteps`` below one.
         """
-        _check_draws(num_timesteps)
+        num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
         if self.schedule.num_timesteps == 1:
             return ProgramPair(self.model, self.posterior_guide)
-        return self._plate(
-            (self.forward_marginal, self.forward_posterior, self.reverse),
-            self.schedule.num_timesteps,
-            num_timesteps,
-            timesteps,
-        )
+        time = Steps(self.schedule.num_timesteps)
+        return TimestepPlate(self, time, num_timesteps=num_timesteps, timesteps=timesteps)
 
     def continuous(
         self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
@@ -217,34 +208,9 @@ class DiffusionModel(Family):
             Variational Diffusion Models (Kingma et al., 2021), section 4.2.
             https://arxiv.org/abs/2107.00630
         """
-        _check_draws(num_timesteps)
+        num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
         model = self.with_both_ends()
-        kernels = model.marginal_at, model.increment, model.reverse_increment
-        return model._plate(kernels, math.inf, num_timesteps, timesteps)
-
-    def _plate(
-        self,
-        kernels: tuple[Any, Any, Any],
-        chain_length: float,
-        num_timesteps: int,
-        timesteps: Timesteps | None,
-    ) -> TimestepPlate:
-        """Random timesteps of a chain with the given marginal, posterior and reverse kernels."""
-        marginal, posterior, reverse = kernels
-        return TimestepPlate(
-            self.embed,
-            marginal,
-            posterior,
-            self.prior,
-            reverse,
-            num_timesteps=num_timesteps,
-            chain_length=chain_length,
-            timesteps=timesteps,
-            owner=self,
-            below="denoiser.schedule",
-            state_mask=self.embed_mask,
-            log_volume=None if self.transform is None else self.log_volume,
-        )
+        return TimestepPlate(model, Continuum(), num_timesteps=num_timesteps, timesteps=timesteps)
 
     def with_both_ends(self) -> Self:
         r"""The model itself; of one step, which stands at :math:`\lambda(1)` alone, that of two."""
@@ -282,67 +248,53 @@ class DiffusionModel(Family):
         return self._with_schedule(StridedSchedule(self.schedule, timesteps))
 
     def _with_schedule(self, schedule: NoiseSchedule) -> Self:
-        model = object.__new__(type(self))  # no copy, which would take a name of its own
-        model.__dict__.update(self.__dict__, _modules=self._modules.copy())
+        model = shared_copy(self)
         model.denoiser = self.denoiser.with_schedule(schedule)
         return model
 
-    # The kernels that the programs are made of.
+    # What the programs are made of, besides the process and the denoiser.
 
     @property
-    def _entrance(self) -> Any:
+    def entrance(self) -> Any:
+        """The object whose ``embed`` makes states of data: the likelihood, or else the denoiser."""
         return self.denoiser if self.likelihood is None else self.likelihood
 
+    @property
+    def gap(self) -> float | None:  # type: ignore[override]
+        """What a kernel sees where nothing was observed: the process's value."""
+        return self.process.gap
+
+    def state_mask(self, mask: Tensor) -> Tensor:
+        """Observed entries of a state: latents are the data's entries with noise."""
+        return self.embed_mask(mask)
+
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        return _check_resolution(super().embed(x_0, mask), self.schedule)
+        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved."""
+        if mask is not None and self.gap is None:
+            raise ValueError(
+                f"argument 'mask': got one for a chain of {self.process.states}; expected none, because "
+                "what stands for a gap would be a state as well. Leave out data with gaps, or use a "
+                "DiffusionModel with LevelPrediction(K)."
+            )
+        return self.process.check_states(super().embed(x_0, mask))
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""
-        return terminal_prior(self.schedule, self.event_shape, dtype=self.dtype)
+        return self.process.prior(self.dtype)
 
-    def decode(self, x_1: Tensor) -> TorchDistribution:
-        r""":math:`p_\theta(x_0 \mid x_1)`, the term that a VAE calls its decoder."""
-        return self.decode_denoised(x_1, self.denoiser.denoise(x_1, self.schedule.log_snr(1)))
+    def decode(
+        self, x_1: Tensor, denoised: Denoised | None = None, **given: Any
+    ) -> TorchDistribution:
+        r""":math:`p_\theta(x_0 \mid x_1)` in the user's units, the term that a VAE calls its decoder.
 
-    def reverse(self, x_t: Tensor, t: Tensor) -> tuple[TorchDistribution, TorchDistribution]:
-        r""":math:`p_\theta(x_{t-1} \mid x_t)` and :math:`p_\theta(x_0 \mid x_1)` from one network call."""
-        denoised = self.denoiser.denoise(x_t, self.schedule.log_snr(t))
-        return self.denoiser.reverse_kernel(x_t, t, denoised), self.decode_denoised(x_t, denoised)
-
-    def forward_transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`q(x_t \mid x_{t-1})` (E1)."""
-        return forward_transition(x_prev, t, self.schedule, event_dim=self.denoiser.event_dim)
-
-    def forward_marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`q(x_t \mid x_0)` (E2) for an embedded ``x_0``."""
-        return forward_marginal(x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
-
-    def terminal_marginal(self, x_0: Tensor) -> TorchDistribution:
-        r""":math:`q(x_T \mid x_0)` for an embedded ``x_0``."""
-        return self.forward_marginal(x_0, self.schedule.num_timesteps)
-
-    def forward_posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`q(x_{t-1} \mid x_t, x_0)` (E3) for an embedded ``x_0``."""
-        return forward_posterior(x_t, x_0, t, self.schedule, event_dim=self.denoiser.event_dim)
-
-    def marginal_at(self, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r""":math:`q(x_u \mid x_0)` at a time of the continuous chain, for an embedded ``x_0``."""
-        log_snr = self.schedule.log_snr_at(u)
-        return noised(x_0, log_snr, self.schedule, event_dim=self.denoiser.event_dim)
-
-    def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r"""What :math:`q` says in a step of the continuous chain, in units of its length."""
-        return forward_increment(x_0, u, self.schedule, event_dim=self.denoiser.event_dim)
-
-    def reverse_increment(
-        self, x_u: Tensor, u: Tensor
-    ) -> tuple[TorchDistribution, TorchDistribution]:
-        r"""What :math:`p_\theta` says in that step, and :math:`p_\theta(x_0 \mid x_1)`; one network call."""
-        denoised = self.denoiser.denoise(x_u, self.schedule.log_snr_at(u))
-        return self.increment(x_u, denoised.x_0_hat, u), self.decode_denoised(x_u, denoised)
-
-    def decode_denoised(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
-        r""":math:`p_\theta(x_0 \mid x_1)` from what the denoiser said of :math:`x_1` already."""
+        Args:
+            x_1: States, ``batch_shape + event_shape``.
+            denoised: What the denoiser said of them; ``None`` asks it.
+            given: ``context=`` of conditional data.
+        """
+        if denoised is None:
+            given = self.denoiser.check_given(given)
+            denoised = self.denoiser.denoise(x_1, self.schedule.log_snr(1), **given)
         batch_shape = x_1.shape[: x_1.dim() - self.denoiser.event_dim]
         return self.data_kernel(self.decode_inside(x_1, denoised), batch_shape)
 
@@ -351,6 +303,69 @@ class DiffusionModel(Family):
         if self.likelihood is None:
             return self.denoiser.decode(x_1, denoised)
         return self.likelihood(denoised.x_0_hat)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _MOVED:
+            where, function = _MOVED[name]
+            warnings.warn(
+                f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return partial(function, self)
+        return super().__getattr__(name)
+
+
+#: Kernels that were methods of the model in version 0.1: where they are, and how to call them.
+_MOVED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "forward_transition": ("process.transition", lambda d, x, t: d.process.transition(x, t)),
+    "forward_marginal": ("process.marginal", lambda d, x_0, t: d.process.marginal(x_0, t)),
+    "forward_posterior": (
+        "process.posterior",
+        lambda d, x_t, x_0, t: d.process.posterior(x_t, x_0, t),
+    ),
+    "terminal_marginal": (
+        "process.marginal",
+        lambda d, x_0: d.process.marginal(x_0, d.schedule.num_timesteps),
+    ),
+    "marginal_at": ("process.marginal_at", lambda d, x_0, u: d.process.marginal_at(x_0, u)),
+    "increment": ("process.increment", lambda d, x_u, x_0, u: d.process.increment(x_u, x_0, u)),
+    "reverse": (
+        "chains.Steps.pair",
+        lambda d, x_t, t: Steps(d.schedule.num_timesteps).pair(d, x_t, t),
+    ),
+    "reverse_increment": ("chains.Continuum.pair", lambda d, x_u, u: Continuum().pair(d, x_u, u)),
+    "decode_denoised": ("decode", lambda d, x_1, denoised: d.decode(x_1, denoised)),
+}
+
+
+class BernoulliDiffusion(DiffusionModel):
+    r"""A diffusion model of bits: the same chains, whose denoiser brings binomial kernels.
+
+    The name is that of version 0.1. ``DiffusionModel(denoiser)`` is the same model.
+
+    Args:
+        denoiser: The reverse kernels, which bring schedule, rate and event shape.
+        name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
+
+    Raises:
+        ValueError: Another denoiser; from a program: data other than bits, of another shape, or with gaps.
+
+    Example:
+        >>> denoiser = NeuralBernoulliDenoiser(MLP((20,)), LinearDecaySchedule(200), event_shape=(20,))
+        >>> diffusion = BernoulliDiffusion(denoiser)
+        >>> pair = diffusion.subsampled()
+        >>> svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+        >>> loss = svi.step(torch.eye(5).repeat(1, 4))
+
+    References:
+        Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), table 1.
+        https://arxiv.org/abs/1503.03585
+    """
+
+    def __init__(self, denoiser: BernoulliDenoiser, *, name: str | None = None) -> None:
+        check_argument("denoiser", denoiser, BernoulliDenoiser, "NeuralBernoulliDenoiser(…)")
+        super().__init__(denoiser, name=name)
 
 
 def check_diffusion(diffusion: Any) -> DiffusionModel:
@@ -371,23 +386,4 @@ def _evenly_spaced(count: int, last: int) -> list[int]:
     return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(count)]
 
 
-def _check_resolution(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Embedded data, if the noise of :math:`x_1`, where there is least of it, is not lost in rounding."""
-    noise = (-0.5 * schedule.log_snr(1)).exp()
-    largest = x_0.abs().amax(0)
-    if not holds(torch.finfo(x_0.dtype).eps * largest <= noise):
-        raise ValueError(
-            f"argument 'x_0': got states of up to {largest.max().item():.3g} in {x_0.dtype} with a noise of "
-            f"{noise.min().item():.3g} at x_1, which is lost in their rounding; expected at least "
-            f"{torch.finfo(x_0.dtype).eps:.1g} of them. Pass transform=Standardize.from_data(x_0), a smaller "
-            "log_snr_max, or a network in float64."
-        )
-    return x_0
-
-
-def _check_draws(num_timesteps: int) -> None:
-    if not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(
-            f"argument 'num_timesteps': got {num_timesteps!r}; expected a whole number of at "
-            "least 1, the timesteps drawn for each datum. One is enough: the bound stays unbiased."
-        )
+_DRAWS = "One timestep for each datum is enough: the bound stays unbiased."

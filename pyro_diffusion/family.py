@@ -13,6 +13,7 @@ one transform have bounds in the same units, which can be compared.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
+from pyro_diffusion.given import seen
 from pyro_diffusion.networks import evaluating
-from pyro_diffusion.observations import zeroed
 from pyro_diffusion.params import ParamScope
 from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
 
-__all__ = ["Family"]
+__all__ = ["Family", "programs", "unpacked"]
 
 
 class Family(ParamScope, ABC):
@@ -117,9 +118,15 @@ class Family(ParamScope, ABC):
             "transform": describe(self.transform),
         }
 
+    gap: float | None = 0.0  #: what a kernel sees where nothing was observed
+
+    def state_mask(self, mask: Tensor) -> Tensor | None:
+        """Observed entries of a latent state, given those of the data; ``None`` if latents are whole."""
+        return None
+
     @property
-    def _entrance(self) -> Any:
-        """Whose ``embed`` it is by which data enter."""
+    def entrance(self) -> Any:
+        """The object whose ``embed`` makes states of data; ``None`` where data are states as they are."""
         return self.likelihood
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -130,7 +137,7 @@ class Family(ParamScope, ABC):
                 f"the model is. Call x_0.to({str(self.device)!r}), or move the model."
             )
         inside = x_0 if self.transform is None else transformed(self.transform, x_0)
-        embedded = inside if self._entrance is None else self._entrance.embed(inside)
+        embedded = inside if self.entrance is None else self.entrance.embed(inside)
         if embedded.shape[1:] != self.event_shape:
             raise ValueError(
                 f"argument 'x_0': got data of shape {tuple(x_0.shape)}, which are states of shape "
@@ -144,7 +151,7 @@ class Family(ParamScope, ABC):
                 "hierarchical VAE LevelLikelihood(…), for whole numbers, or x_0.float() for measurements."
             )
         embedded = embedded.to(self.dtype)
-        return embedded if mask is None else zeroed(embedded, self.embed_mask(mask))
+        return embedded if mask is None else seen(embedded, self.embed_mask(mask), self.gap)
 
     def embed_mask(self, mask: Tensor) -> Tensor:
         """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
@@ -191,3 +198,17 @@ def describe_part(part: Any) -> str:
     """A part's class, with what a module says of its arguments (and not of learned numbers)."""
     arguments = part.extra_repr() if isinstance(part, nn.Module) else ""
     return type(part).__name__ + (f"({arguments})" if arguments else "")
+
+
+def programs(family: Family) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide of a family, the guide in the model's order where there is one."""
+    return family.model, getattr(family, "posterior_guide", family.guide)
+
+
+def unpacked(
+    model: Any, guide: Any, x_0: Any
+) -> tuple[Callable[..., Any], Callable[..., Any], Tensor]:
+    """Model, guide and data, from what a reader was called with: those three, or a family and data."""
+    if isinstance(model, Family) and (guide is None or isinstance(guide, Tensor)):
+        return (*programs(model), guide if x_0 is None else x_0)
+    return model, guide, x_0

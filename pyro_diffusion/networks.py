@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward", "UNet", "evaluating", "network_dtype"]
+__all__ = ["MLP", "FeedForward", "UNet", "evaluating", "network_dtype", "state_dtype"]
 
 
 @contextmanager
@@ -39,6 +39,11 @@ def network_dtype(network: nn.Module) -> torch.dtype:
     """Dtype of a network's first parameter of floating point, in which it wants its states."""
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return next(floating, torch.get_default_dtype())
+
+
+def state_dtype(network: nn.Module) -> torch.dtype:
+    """Dtype of the states of a network's chain: its own, and float32 for a network of half precision."""
+    return torch.promote_types(network_dtype(network), torch.float32)
 
 
 class MLP(nn.Module):

@@ -12,6 +12,9 @@ module does raises: nothing is trained in its place.
 
 A scope is also what is saved and loaded: its ``state_dict`` takes along a description of what the
 numbers mean, and is loaded whole or not at all.
+
+:func:`shared_copy` is the other kind of copy: the same parameters under the same names, in a module
+that differs in an attribute.
 """
 
 import io
@@ -21,16 +24,20 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-__all__ = ["ParamScope", "check_state", "free_name", "snake_case"]
+__all__ = ["ParamScope", "check_state", "free_name", "shared_copy", "snake_case"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _used_names: set[str] = set()
+#: Where torch keeps what is assigned to a module and is not a plain attribute.
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 def _in_store(name: str) -> bool:
@@ -50,6 +57,24 @@ def free_name(name: str) -> str:
         number += 1
         candidate = f"{stem}_{number}"
     return candidate
+
+
+def shared_copy(module: ModuleT) -> ModuleT:
+    """A shallow copy of a module, which shares every parameter, buffer and submodule with it.
+
+    Training the copy trains the module, and a :class:`ParamScope` keeps its name: both state the same
+    tensors to Pyro under the same names. What is *assigned* to one of them later (an attribute, a
+    parameter, a buffer or a submodule) leaves the other as it is. The constructor is not called, so
+    that subclasses may have any.
+
+    Two things follow from how torch works. Moving the copy to another device moves the shared
+    parameters, but replaces the buffers that belong to the copy itself. Hooks are shared as well.
+    ``copy.deepcopy`` gives the other kind of copy, with tensors and a name of its own.
+    """
+    shared = object.__new__(type(module))  # copy.copy would give a scope another name
+    own = {registry: getattr(module, registry).copy() for registry in _REGISTRIES}
+    shared.__dict__.update(module.__dict__ | own)
+    return shared
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

@@ -35,11 +35,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_diffusion.checks import check_count, check_finite
 from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.kernels import chain_step, pad, posterior_mean
 from pyro_diffusion.networks import evaluating, network_dtype
+from pyro_diffusion.processes.base import pad
+from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.walk import ReverseWalk
 
 __all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler", "Update"]
 
@@ -67,18 +70,15 @@ class Sampler(ABC):
         ValueError: Another thing than a model, or timesteps that are not its own.
     """
 
-    states: ClassVar[tuple[str, ...]] = ("real numbers",)  #: of the models that it can draw from
+    needs_score: ClassVar[bool] = True  #: whether its steps add states and estimates up
 
     def __init__(
         self, diffusion: DiffusionModel, timesteps: int | Sequence[int] | None = None
     ) -> None:
         self.diffusion, self.timesteps = check_diffusion(diffusion), timesteps
-        if diffusion.states not in self.states:
-            raise ValueError(
-                f"argument 'diffusion': got a {type(diffusion).__name__}, whose states are "
-                f"{diffusion.states}; expected real numbers, for {type(self).__name__} adds them up. Use "
-                "AncestralSampler."
-            )
+        if self.needs_score:
+            remedy = f"{type(self).__name__} adds states up: use AncestralSampler."
+            diffusion.process.check_has_score("diffusion", remedy)
         self._step: Callable[..., tuple[Tensor, Tensor | None]] = _step
         self._network: Any = None  # compiled
         _ = self.model  # to refuse timesteps before anything is drawn
@@ -163,16 +163,13 @@ class Sampler(ABC):
 
     def _last(self, model: DiffusionModel, x_1: Tensor) -> Tensor:
         r""":math:`x_0` from :math:`x_1`: a draw, or the mean if nothing is drawn and there is one."""
-        if not x_1.isfinite().all():
-            raise ValueError(
-                f"argument 'network': got NaN or infinite values in {int((~x_1.isfinite()).sum())} entries "
-                "of the states; expected finite outputs. Lower the learning rate or clip gradients, and "
-                "check the data's scale."
-            )
-        denoised = model.denoiser.denoise(x_1, model.schedule.log_snr(1))
+        remedy = "Lower the learning rate or clip gradients, and check the data's scale."
+        check_finite("argument 'network', the states that it leads to", x_1, remedy)
+        walk = ReverseWalk(model)
+        denoised = walk.look(x_1, 1)
         kernel = model.decode_inside(x_1, denoised)
         if not self.deterministic or kernel.support.is_discrete:
-            return model.decode_denoised(x_1, denoised)()
+            return walk.end(x_1, denoised)()
         return kernel.mean if model.transform is None else model.transform.inv(kernel.mean)
 
 
@@ -203,7 +200,7 @@ class AncestralSampler(Sampler):
         https://arxiv.org/abs/2006.11239
     """
 
-    states: ClassVar[tuple[str, ...]] = ("real numbers", "bits")
+    needs_score: ClassVar[bool] = False
 
     def update(self, model: DiffusionModel) -> Update:
         step = chain_step(_downwards(model.schedule), model.schedule)
@@ -216,11 +213,13 @@ class AncestralSampler(Sampler):
         )
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
-        denoiser = self._denoiser(model)
-        if type(denoiser) is NeuralDenoiser and not denoiser.variance.num_outputs:
+        denoiser: Any = model.denoiser
+        if _is_plain(denoiser) and not denoiser.variance.num_outputs:
             return super()._chain(model, x_t, progress)
-        for t in _bar(_downwards(model.schedule).tolist(), progress):
-            x_t = denoiser(x_t, t)()
+        walk = ReverseWalk(model)
+        walk.denoiser = self._denoiser(model)
+        for t in _bar(list(walk.timesteps[:-1]), progress):
+            x_t = walk.kernel(x_t, t, walk.look(x_t, t))()
         return x_t
 
 
@@ -336,9 +335,18 @@ class _Linear(NamedTuple):
     scale: Tensor  #: what the network's state is divided by
 
 
-def _linear(denoiser: Denoiser) -> _Linear | None:
+def _is_plain(denoiser: Denoiser) -> bool:
+    """Whether estimate and kernel are those of :class:`NeuralDenoiser`, known before the first step."""
+    kind = type(denoiser)
+    return isinstance(denoiser, NeuralDenoiser) and (kind.denoise, kind.reverse_kernel) == (
+        NeuralDenoiser.denoise,
+        NeuralDenoiser.reverse_kernel,
+    )
+
+
+def _linear(denoiser: Any) -> _Linear | None:
     """How the estimate follows from the network's output, if linearly and with one number for each entry."""
-    if type(denoiser) is not NeuralDenoiser or denoiser.schedule.event_dim:
+    if not _is_plain(denoiser) or denoiser.schedule.event_dim:
         return None
     if denoiser.prediction.num_outputs > 1 or denoiser.variance.num_outputs:
         return None
@@ -434,13 +442,9 @@ def _bar(steps: Iterable[Any], progress: bool) -> Iterator[Any]:
 
 def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tensor:
     """States to start from: given ones, if they fit, or draws of the prior."""
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(
-            f"argument 'num_samples': got {num_samples!r}; expected a whole number of at least 1, how many "
-            "data to draw."
-        )
+    num_samples = check_count("num_samples", num_samples, 1, "Pass how many data to draw.")
     if x_T is None:
-        return model.prior().sample((num_samples,))
+        return ReverseWalk(model).start().sample((num_samples,))
     expected = (num_samples, *model.event_shape)
     if x_T.shape != expected or x_T.device != model.device:
         raise ValueError(

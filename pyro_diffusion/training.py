@@ -39,11 +39,10 @@ except ImportError as error:
 
 from pyro_diffusion.batches import ShuffledBatches
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
-from pyro_diffusion.chains import SubsampledProgram
+from pyro_diffusion.chains import JointStrata, SubsampledProgram
 from pyro_diffusion.compilation import compile_elbo
 from pyro_diffusion.parallel import agreed_seed, gather, rank_and_size
 from pyro_diffusion.params import ParamScope, check_state
-from pyro_diffusion.timesteps import JointStrata
 
 __all__ = ["CheckpointFiles", "SVIModule", "compile_elbo", "latest_checkpoint"]
 

@@ -14,16 +14,16 @@ from torch import nn
 
 from pyro_diffusion.bounds import Estimate, elbo_terms, snr_weight
 from pyro_diffusion.denoisers import (
+    DataPrediction,
     ForwardVariance,
     GaussianDenoiser,
     NeuralDenoiser,
     PosteriorVariance,
 )
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.kernels import chain_step
 from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood, GaussianLikelihood
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import DataPrediction
+from pyro_diffusion.processes.gaussian import chain_step
 from pyro_diffusion.schedules import AlphaSchedule, LinearSchedule, LogSNRSchedule
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -37,7 +37,7 @@ from pyro_diffusion import (
     Standardize,
     compile_elbo,
 )
-from pyro_diffusion.timesteps import JointStrata
+from pyro_diffusion.chains import JointStrata
 
 interpreted = partial(compile_elbo, backend=None)
 

@@ -8,26 +8,26 @@ from torch import nn
 
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import (
+    DataPrediction,
     Denoiser,
     ForwardVariance,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     LearnedVariance,
-    NeuralDenoiser,
-    PosteriorVariance,
-)
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.kernels import chain_step, forward_marginal
-from pyro_diffusion.likelihoods import GaussianLikelihood
-from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import (
-    DataPrediction,
     LevelPrediction,
+    NeuralDenoiser,
     NoisePrediction,
+    OptimalVariance,
     Parameterization,
+    PosteriorVariance,
     ScorePrediction,
     VelocityPrediction,
 )
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.likelihoods import GaussianLikelihood
+from pyro_diffusion.networks import MLP
+from pyro_diffusion.processes import forward_marginal
+from pyro_diffusion.processes.gaussian import chain_step
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -35,7 +35,6 @@ from pyro_diffusion.schedules import (
     LogSNRSchedule,
     VarianceExploding,
 )
-from pyro_diffusion.variances import OptimalVariance
 
 PREDICTIONS = [
     NoisePrediction(),

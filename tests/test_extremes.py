@@ -13,14 +13,20 @@ from oracles import GaussianReverseChain, log_normal
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 
-from pyro_diffusion.bounds import elbo_terms, log_density
+from pyro_diffusion.bounds import elbo_terms, evaluate_bound
 from pyro_diffusion.chains import ProgramPair
-from pyro_diffusion.denoisers import GaussianDenoiser, NeuralDenoiser
+from pyro_diffusion.denoisers import (
+    DataPrediction,
+    GaussianDenoiser,
+    LevelPrediction,
+    NeuralDenoiser,
+    NoisePrediction,
+    OptimalVariance,
+    VelocityPrediction,
+)
 from pyro_diffusion.diagnostics import to_arviz
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evaluation import evaluate_bound
-from pyro_diffusion.evidence import importance_evidence
-from pyro_diffusion.flow import ode_log_likelihood
+from pyro_diffusion.evidence import importance_evidence, ode_log_likelihood, smc_evidence, summary
 from pyro_diffusion.hvae import HierarchicalVAE, LadderEncoder
 from pyro_diffusion.likelihoods import (
     DiscretizedGaussianLikelihood,
@@ -29,22 +35,14 @@ from pyro_diffusion.likelihoods import (
 )
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.objectives import bound_by_datum
-from pyro_diffusion.parameterizations import (
-    DataPrediction,
-    LevelPrediction,
-    NoisePrediction,
-    VelocityPrediction,
-)
-from pyro_diffusion.report import summary
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     LogSNRSchedule,
     MonotoneSchedule,
     VarianceExploding,
 )
-from pyro_diffusion.sequential import smc_evidence
+from pyro_diffusion.scoring import log_density
 from pyro_diffusion.transforms import Standardize
-from pyro_diffusion.variances import OptimalVariance
 
 
 def hierarchy(encoder, **arguments):

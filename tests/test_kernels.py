@@ -4,13 +4,13 @@ import torch
 from oracles import alpha_bar, posterior_coefficients
 from torch.distributions import kl_divergence
 
-from pyro_diffusion.kernels import (
-    chain_step,
+from pyro_diffusion.processes import (
     forward_marginal,
     forward_posterior,
     forward_transition,
     terminal_prior,
 )
+from pyro_diffusion.processes.gaussian import chain_step
 from pyro_diffusion.schedules import AlphaSchedule, LinearSchedule
 
 ALPHA = np.array([0.95, 0.8, 0.6, 0.3])

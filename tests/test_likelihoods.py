@@ -6,12 +6,12 @@ from pyro.optim import Adam
 from scipy.stats import norm, poisson
 
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import GaussianDenoiser, NeuralDenoiser
+from pyro_diffusion.denoisers import GaussianDenoiser, LevelPrediction, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.distributions import DiscretizedGaussian
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
-    DiscretizedGaussian,
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
     LevelLikelihood,
@@ -19,7 +19,6 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule
 
 

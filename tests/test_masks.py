@@ -15,7 +15,12 @@ from torch.distributions import AffineTransform
 
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.chains import GenerativeChain
-from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, NeuralDenoiser
+from pyro_diffusion.denoisers import (
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    LevelPrediction,
+    NeuralDenoiser,
+)
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
@@ -24,7 +29,6 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import LogSNRSchedule
 
 GUIDES = ["guide", "posterior_guide"]

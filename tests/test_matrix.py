@@ -19,11 +19,10 @@ from pyro.infer import (
 )
 from pyro.optim import Adam
 
-from pyro_diffusion.denoisers import LearnedVariance, NeuralDenoiser
+from pyro_diffusion.denoisers import LearnedVariance, LevelPrediction, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import PoissonLikelihood
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import LogSNRSchedule
 
 ELBOS = [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO, TraceMeanField_ELBO]

@@ -4,10 +4,9 @@ import sys
 import pytest
 import torch
 
-from pyro_diffusion.denoisers import NeuralDenoiser
+from pyro_diffusion.denoisers import LevelPrediction, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import MLP, UNet
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import LogSNRSchedule
 
 

@@ -11,8 +11,8 @@ from pyro.infer import TraceMeanField_ELBO
 
 from pyro_diffusion.batches import permuted
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
+from pyro_diffusion.chains import StratifiedTimesteps
 from pyro_diffusion.parallel import over_ranks, rank_and_size, share
-from pyro_diffusion.timesteps import StratifiedTimesteps
 
 pytest.importorskip("lightning.pytorch")
 

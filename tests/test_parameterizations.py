@@ -2,15 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_diffusion.denoisers import LearnedVariance, NeuralDenoiser
-from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import (
+from pyro_diffusion.denoisers import (
     DataPrediction,
+    LearnedVariance,
     LevelPrediction,
+    NeuralDenoiser,
     NoisePrediction,
     ScorePrediction,
     VelocityPrediction,
 )
+from pyro_diffusion.networks import MLP
 from pyro_diffusion.schedules import LogSNRSchedule
 
 INVERTIBLE = [NoisePrediction(), DataPrediction(), VelocityPrediction(), ScorePrediction()]

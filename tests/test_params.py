@@ -17,6 +17,7 @@ from pyro_diffusion.denoisers import NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import GaussianLikelihood
 from pyro_diffusion.networks import MLP
+from pyro_diffusion.params import shared_copy
 from pyro_diffusion.schedules import LogSNRSchedule
 
 X = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
@@ -271,3 +272,78 @@ def test_module_local_params():
             elbo(X).backward()
             optimiser.step()
         assert moved(before, dict(diffusion.named_parameters())) == set(before)
+
+
+# copies that share
+
+
+class Gain(nn.Module):
+    """A user's module, with another constructor and one of everything that a module can hold."""
+
+    def __init__(self, layer, *, gain):
+        super().__init__()
+        self.layer, self.label = layer, "first"
+        self.gain = nn.Parameter(torch.tensor(gain))
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+
+
+class Named(DiffusionModel):
+    """A user's family, with another constructor."""
+
+    def __init__(self, label):
+        super().__init__(NeuralDenoiser(MLP((2,), hidden_size=8), LogSNRSchedule(3), (2,)))
+        self.label = label
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Gain(nn.Linear(2, 2), gain=2.0), lambda: Named("mine"), build]
+)
+def test_a_shared_copy_has_the_same_tensors(build):
+    module = build()
+    twin = shared_copy(module)
+    assert type(twin) is type(module)
+    assert twin is not module
+    for kind in ("named_parameters", "named_buffers", "named_children"):
+        ours, theirs = (dict(getattr(m, kind)()) for m in (module, twin))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name] is theirs[name] for name in ours)
+    assert twin.state_dict().keys() == module.state_dict().keys()
+    assert getattr(twin, "label", None) == getattr(module, "label", None)
+
+
+def test_what_is_assigned_to_a_shared_copy_stays_there():
+    module = Gain(nn.Linear(2, 2), gain=2.0)
+    attributes, keys = list(module.__dict__), list(module.state_dict())
+    layer, gain, kept = module.layer, module.gain, module.kept
+    twin = shared_copy(module)
+    twin.label, twin.layer, twin.gain = "second", nn.Linear(3, 3), nn.Parameter(torch.tensor(5.0))
+    twin.kept, twin.another = torch.zeros(2), nn.Linear(1, 1)
+    twin.register_buffer("kept", torch.zeros(2), persistent=False)
+    twin.register_buffer("passing", torch.zeros(2), persistent=True)
+    pairs = ((module.layer, layer), (module.gain, gain), (module.kept, kept))
+    assert all(ours is before for ours, before in pairs)
+    assert module.label == "first"
+    assert list(module.__dict__) == attributes
+    assert list(module.state_dict()) == keys
+    module.label = "third"
+    assert twin.label == "second"
+
+
+def test_a_shared_copy_is_trained_with_the_model_under_its_names():
+    diffusion = build()
+    twin = shared_copy(diffusion)
+    assert twin.name == diffusion.name
+    assert_trains(diffusion, pair=(twin.model, twin.guide))
+    assert_trains(twin, pair=(diffusion.model, diffusion.guide))
+    names = {f"{diffusion.name}.{path}" for path, _ in diffusion.named_parameters()}
+    assert set(pyro.get_param_store()) == names
+
+
+def test_a_users_family_is_put_on_another_grid():
+    diffusion = Named("mine")
+    other = diffusion.with_num_timesteps(7)
+    assert (other.label, other.name) == ("mine", diffusion.name)
+    assert (other.schedule.num_timesteps, diffusion.schedule.num_timesteps) == (7, 3)
+    assert other.denoiser.network is diffusion.denoiser.network
+    assert_trains(diffusion, pair=(other.model, other.guide))

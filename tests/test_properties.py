@@ -14,15 +14,19 @@ from torch import nn
 
 from pyro_diffusion.bounds import elbo_terms
 from pyro_diffusion.denoisers import (
+    DataPrediction,
     ForwardVariance,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
     LearnedVariance,
+    LevelPrediction,
     NeuralDenoiser,
+    NoisePrediction,
     PosteriorVariance,
+    ScorePrediction,
+    VelocityPrediction,
 )
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.kernels import forward_marginal, forward_posterior, forward_transition
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -31,13 +35,7 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import (
-    DataPrediction,
-    LevelPrediction,
-    NoisePrediction,
-    ScorePrediction,
-    VelocityPrediction,
-)
+from pyro_diffusion.processes import forward_marginal, forward_posterior, forward_transition
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,

@@ -17,7 +17,7 @@ from pyro_diffusion import (
     LogSNRSchedule,
     summary,
 )
-from pyro_diffusion.report import Summary, SummaryRow
+from pyro_diffusion.evidence import Summary, SummaryRow
 
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])

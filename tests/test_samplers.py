@@ -12,19 +12,25 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_diffusion import samplers
-from pyro_diffusion.bernoulli import BernoulliDiffusion, EnumeratedDenoiser
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser, NeuralDenoiser
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood, GaussianLikelihood
-from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import (
+from pyro_diffusion.denoisers import (
     DataPrediction,
+    EnumeratedDenoiser,
+    ForwardVariance,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    LearnedVariance,
     LevelPrediction,
+    NeuralDenoiser,
     NoisePrediction,
+    OptimalVariance,
+    PosteriorVariance,
     ScorePrediction,
     VelocityPrediction,
 )
+from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
+from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood, GaussianLikelihood
+from pyro_diffusion.networks import MLP
 from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
 from pyro_diffusion.schedules import (
     CosineSchedule,
@@ -34,12 +40,6 @@ from pyro_diffusion.schedules import (
     VarianceExploding,
 )
 from pyro_diffusion.transforms import Standardize
-from pyro_diffusion.variances import (
-    ForwardVariance,
-    LearnedVariance,
-    OptimalVariance,
-    PosteriorVariance,
-)
 
 PREDICTIONS = [
     NoisePrediction(), DataPrediction(), VelocityPrediction(), ScorePrediction(), LevelPrediction(5)

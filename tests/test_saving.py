@@ -9,11 +9,15 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 
-from pyro_diffusion.denoisers import LearnedVariance, NeuralDenoiser, PosteriorVariance
+from pyro_diffusion.denoisers import (
+    LearnedVariance,
+    NeuralDenoiser,
+    PosteriorVariance,
+    VelocityPrediction,
+)
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood, GaussianLikelihood
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import VelocityPrediction
 from pyro_diffusion.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule
 from pyro_diffusion.transforms import Standardize
 

@@ -11,12 +11,15 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 
-from pyro_diffusion.bernoulli import BernoulliDiffusion, EnumeratedDenoiser
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import NeuralDenoiser, PosteriorVariance
-from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.denoisers import (
+    EnumeratedDenoiser,
+    LevelPrediction,
+    NeuralDenoiser,
+    PosteriorVariance,
+)
+from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,

@@ -9,13 +9,17 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_diffusion.denoisers import GaussianDenoiser, NeuralDenoiser, PosteriorVariance
+from pyro_diffusion.chains import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
+from pyro_diffusion.denoisers import (
+    DataPrediction,
+    GaussianDenoiser,
+    NeuralDenoiser,
+    PosteriorVariance,
+)
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import DataPrediction
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
-from pyro_diffusion.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 
 ALPHA = np.array([0.95, 0.8, 0.6, 0.5, 0.3])
 MEAN, STD = np.array([0.3, -0.5]), np.array([0.6, 1.4])

@@ -7,14 +7,14 @@ import torch
 from pyro import poutine
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_diffusion.timesteps import (
+from pyro_diffusion.chains import (
     ImportanceTimesteps,
     JointStrata,
-    Share,
     StratifiedTimesteps,
     Timesteps,
     UniformTimesteps,
 )
+from pyro_diffusion.distributions import Share
 
 CPU = torch.device("cpu")
 NORMAL = dist.Normal(0.0, 1.0)

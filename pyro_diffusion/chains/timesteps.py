@@ -15,17 +15,14 @@ References:
     sampling). https://arxiv.org/abs/2102.09672
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_diffusion.checks import looking
 from pyro_diffusion.distributions import (
@@ -34,14 +31,12 @@ from pyro_diffusion.distributions import (
     Share,
     TimestepDistribution,
 )
+from pyro_diffusion.scoring import log_density, replayed, score
 
 __all__ = [
-    "ContinuousTimestepDistribution",
     "ImportanceTimesteps",
-    "IndependentTimestepDistribution",
     "JointStrata",
     "StratifiedTimesteps",
-    "TimestepDistribution",
     "Timesteps",
     "UniformTimesteps",
 ]
@@ -96,8 +91,19 @@ class Timesteps(ABC):
     """A rule that gives the law of the timesteps, for a chain of any length."""
 
     @abstractmethod
-    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
-        r"""The law :math:`\pi` over :math:`\{1, …, T\}`; over :math:`u \in [0, 1]` for ``math.inf`` steps."""
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+        r"""The law :math:`\pi` over :math:`\{1, …, T\}`."""
+
+    def continuous(self, device: torch.device) -> TimestepDistribution:
+        r"""The law over the times :math:`u \in [0, 1]` of the chain without end, if the rule has one.
+
+        Raises:
+            ValueError: It has none.
+        """
+        raise ValueError(
+            f"argument 'timesteps': got {self} for a continuous chain, of which no timestep has a "
+            "probability; expected a law with a share for the reconstruction. Use StratifiedTimesteps()."
+        )
 
 
 class StratifiedTimesteps(Timesteps):
@@ -124,16 +130,17 @@ class StratifiedTimesteps(Timesteps):
             )
         self.reconstruction_share = reconstruction_share
 
-    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         first = max(self.reconstruction_share, 1 / num_timesteps)
-        if num_timesteps == math.inf:
-            pi = torch.tensor([first, 1 - first], dtype=torch.float64, device=device)
-            return ContinuousTimestepDistribution(pi.log())
-        num_timesteps = int(num_timesteps)
         rest = (1 - first) / max(num_timesteps - 1, 1)
         pi = torch.full((num_timesteps,), rest, dtype=torch.float64, device=device)
         pi[0] = first
         return TimestepDistribution(pi.log())
+
+    def continuous(self, device: torch.device) -> TimestepDistribution:
+        first = self.reconstruction_share
+        pi = torch.tensor([first, 1 - first], dtype=torch.float64, device=device)
+        return ContinuousTimestepDistribution(pi.log())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(reconstruction_share={self.reconstruction_share})"
@@ -146,8 +153,7 @@ class UniformTimesteps(Timesteps):
     :class:`StratifiedTimesteps` is quieter at the same cost.
     """
 
-    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
-        num_timesteps = _check_finite(num_timesteps, self)
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         pi = torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64, device=device)
         return IndependentTimestepDistribution(pi.log())
 
@@ -200,8 +206,7 @@ class ImportanceTimesteps(Timesteps):
         # Laws by length and device, changed in place: a compiled program reads them where they are.
         self._laws: dict[tuple[int, torch.device], Tensor] = {}
 
-    def __call__(self, num_timesteps: float, device: torch.device) -> TimestepDistribution:
-        num_timesteps = _check_finite(num_timesteps, self)
+    def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         law = self._laws.get((num_timesteps, device))
         if law is None:
             with torch.inference_mode(
@@ -237,21 +242,17 @@ class ImportanceTimesteps(Timesteps):
         self, model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
     ) -> None:
         """Take in the terms of one draw of a subsampled pair."""
-        drawn = poutine.trace(guide).get_trace(x_0, **given)
-        scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x_0, **given)
+        drawn, scored = replayed(model, guide, x_0, **given)
         q, p = drawn.nodes, scored.nodes
         if "t" not in q or "x_{t-1}" not in p:
             raise ValueError(
                 f"arguments 'model' and 'guide': got programs with the sites {', '.join(map(repr, q))}; "
                 "expected a subsampled pair, which draws timesteps. Pass diffusion.subsampled(timesteps=…)."
             )
-        t, value = q["t"]["value"], p["x_{t-1}"]["value"]
-        try:
-            kl = kl_divergence(q["x_{t-1}"]["fn"], p["x_{t-1}"]["fn"])
-        except NotImplementedError:  # no formula
-            kl = q["x_{t-1}"]["fn"].log_prob(value) - p["x_{t-1}"]["fn"].log_prob(value)
-        reconstruction = p["x_0"]["fn"].log_prob(p["x_0"]["value"])
-        squares = torch.where(t == 1, reconstruction, kl).double().square()
+        step, t = p["x_{t-1}"], q["t"]["value"]
+        kl = score(q["x_{t-1}"]["fn"], step["fn"], step["value"]).term
+        reconstruction = log_density(p["x_0"]["fn"], p["x_0"]["value"])
+        squares = torch.where(t == 1, reconstruction, kl).square()
         t, squares = torch.broadcast_tensors(t, squares)
         for step in t.unique().tolist():
             mean = max(squares[t == step].mean().item(), 1e-30)
@@ -265,12 +266,3 @@ class ImportanceTimesteps(Timesteps):
             f"{type(self).__name__}(decay={self.decay}, uniform_share={self.uniform_share}, "
             f"{len(self.moments)} moments)"
         )
-
-
-def _check_finite(num_timesteps: float, law: Timesteps) -> int:
-    if num_timesteps == math.inf:
-        raise ValueError(
-            f"argument 'timesteps': got {law} for a continuous chain, of which no timestep has a "
-            "probability; expected a law with a share for the reconstruction. Use StratifiedTimesteps()."
-        )
-    return int(num_timesteps)

@@ -29,11 +29,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_diffusion.bernoulli import BernoulliDiffusion
-from pyro_diffusion.checks import check_data
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import Evidence, check_state, fingerprint
+from pyro_diffusion.checks import check_count, check_data, check_state
+from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.walk import look
 
 __all__ = ["ode_log_likelihood"]
 
@@ -150,50 +151,57 @@ def _velocity(
     diffusion: DiffusionModel, probes: Tensor, *, exact: bool
 ) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
     """dx/dλ and its divergence, for the solver."""
-    denoiser, size = diffusion.denoiser, diffusion.event_shape.numel()
+    schedule, size = diffusion.schedule, diffusion.event_shape.numel()
 
     def at(log_snr: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """At a level, for a path and its divergence so far."""
-        with torch.enable_grad():
-            level = log_snr.detach().double().requires_grad_()
-            signal = diffusion.schedule.scales(level)[0]
-            # of a variance-exploding chain the signal is one at every level
-            growth = torch.tensor(0.0, dtype=torch.float64, device=log_snr.device)
-            if signal.requires_grad:
-                (growth,) = torch.autograd.grad(signal.log(), level)
-            x = path[0].detach().to(denoiser.dtype).requires_grad_()
-            x_0_hat = denoiser.x_0_hat(x, level.detach().expand(len(x)))
-            traces = [
-                torch.autograd.grad((x_0_hat * e).sum(), x, retain_graph=True)[0]
-                .mul(e)
-                .reshape(len(x), -1)
-                for e in probes
-            ]
-        trace = torch.stack([t.double().sum(1) for t in traces])
+        signal, growth = _signal(schedule, log_snr)
+        x = path[0].to(diffusion.dtype)
+        said, products = look(
+            diffusion.denoiser,
+            x,
+            log_snr.expand(()),
+            pull=lambda said, part: [said.x_0_hat * e[part] for e in probes],
+        )
+        traces = [
+            (product * e).reshape(len(x), -1) for product, e in zip(products, probes, strict=True)
+        ]
+        trace = torch.stack([each.double().sum(1) for each in traces])
         trace = trace.sum(0, keepdim=True) if exact else trace
-        signal = signal.detach()
-        dx = (growth - 0.5) * path[0] + 0.5 * signal * x_0_hat.detach().double()
+        dx = (growth - 0.5) * path[0] + 0.5 * signal * said.x_0_hat.double()
         return dx, (growth - 0.5) * size + 0.5 * signal * trace
 
     return at
+
+
+def _signal(schedule: NoiseSchedule, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The signal :math:`a` at a level, and :math:`d \log a / d\lambda`."""
+    with torch.enable_grad():
+        level = log_snr.detach().double().requires_grad_()
+        signal = schedule.scales(level)[0]
+        # of a variance-exploding chain the signal is one at every level
+        growth = torch.zeros_like(level)
+        if signal.requires_grad:
+            (growth,) = torch.autograd.grad(signal.log(), level)
+    return signal.detach(), growth
 
 
 def _probes(x: Tensor, num_probes: int | None) -> Tensor:
     """Unit vectors for the exact trace, or random signs for each datum."""
     if num_probes is None:
         size = x[0].numel()
-        return torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+        unit = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+        return unit.expand(size, *x.shape)
     return 2.0 * torch.randint(2, (num_probes, *x.shape), dtype=x.dtype, device=x.device) - 1.0
 
 
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
-    check_state(state, diffusion.schedule.num_timesteps)
-    bits = isinstance(diffusion, BernoulliDiffusion)
-    if bits or diffusion.schedule.event_dim:
-        what = "a BernoulliDiffusion" if bits else "a schedule with a curve for each entry"
+    check_state(state, check_diffusion(diffusion).schedule.num_timesteps)
+    diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
+    if diffusion.schedule.event_dim:
         raise ValueError(
-            f"argument 'diffusion': got {what}; expected real-valued states at one log-SNR, along which the "
-            "flow runs. Use importance_evidence."
+            "argument 'diffusion': got a schedule with a curve for each entry; expected states at one "
+            "log-SNR, along which the flow runs. Use importance_evidence."
         )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
     if state == 0 and (diffusion.likelihood is not None or levels):
@@ -203,8 +211,6 @@ def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> Non
             "for the flow has a density of states. Dequantise the data and fit a model without a likelihood, "
             "ask for a state (state=1), or use importance_evidence."
         )
-    if num_probes is not None and (not isinstance(num_probes, int) or num_probes < 2):
-        raise ValueError(
-            f"argument 'num_probes': got {num_probes!r}; expected a whole number of at least 2, whose spread "
-            "is the standard error. Leave it out for the exact trace of small data."
-        )
+    if num_probes is not None:
+        remedy = "Leave it out for the exact trace of small data."
+        check_count("num_probes", num_probes, 2, remedy, "whose spread is the standard error")

@@ -19,14 +19,15 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_data
-from pyro_diffusion.kernels import ChainStep, posterior_variance
+from pyro_diffusion.checks import check_argument, check_data
+from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.processes.gaussian import ChainStep, posterior_variance
 
 __all__ = [
     "ForwardVariance",
@@ -36,6 +37,15 @@ __all__ = [
     "ReverseVariance",
     "exact_variance",
 ]
+
+
+class Embedding(Protocol):
+    """What :class:`OptimalVariance` needs of a model: its denoiser, and its way to embed data."""
+
+    denoiser: Denoiser
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data as states of the chain."""
 
 
 def exact_variance(step: ChainStep, x_0_variance: Tensor) -> Tensor:
@@ -165,7 +175,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
     @classmethod
     @torch.no_grad()
     def from_data(
-        cls, diffusion: Any, x_0: Tensor, *, num_levels: int = 64, batch_size: int = 2048
+        cls, diffusion: Embedding, x_0: Tensor, *, num_levels: int = 64, batch_size: int = 2048
     ) -> "OptimalVariance":
         """Squared errors of a model's estimates, over data and noise, at evenly spaced log-SNRs.
 
@@ -179,12 +189,10 @@ class OptimalVariance(nn.Module, ReverseVariance):
             ValueError: Another thing than a model of real numbers; a schedule with a curve for each entry, or
                 of one step; data as for the programs.
         """
-        if getattr(getattr(diffusion, "denoiser", None), "states", None) != "real numbers":
-            raise ValueError(
-                f"argument 'diffusion': got a {type(diffusion).__name__}; expected a DiffusionModel of real "
-                "numbers, whose kernels have a variance. Pass the model itself, trained."
-            )
-        schedule, denoiser = diffusion.schedule, diffusion.denoiser
+        denoiser: Any = getattr(diffusion, "denoiser", None)
+        check_argument("diffusion", denoiser, Denoiser, "the DiffusionModel itself, trained")
+        denoiser.process.check_has_score("diffusion", "Pass the model itself, trained.")
+        schedule = denoiser.schedule
         if schedule.event_dim or schedule.num_timesteps == 1:
             raise ValueError(
                 f"argument 'diffusion': got {schedule}; expected a single curve and two timesteps or more, "
@@ -195,10 +203,9 @@ class OptimalVariance(nn.Module, ReverseVariance):
         x_0, squares = diffusion.embed(check_data(x_0)), []
         with evaluating(denoiser):
             for level in levels:
-                signal, noise = (scale.to(x_0.dtype) for scale in schedule.scales(level))
                 total = 0.0
                 for part in x_0.split(batch_size):
-                    x_t = signal * part + noise * torch.randn_like(part)
+                    x_t = denoiser.process.noised(part, level).sample()
                     error = part - denoiser.x_0_hat(x_t, level)
                     total += error.double().square().sum().item()
                 squares.append(total / x_0.numel())

@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyro_diffusion.bernoulli import BernoulliDiffusion
-from pyro_diffusion.bounds import Estimate
+from pyro_diffusion.bounds import Estimate, evaluate_bound
 from pyro_diffusion.checks import check_data
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.evaluation import evaluate_bound
-from pyro_diffusion.evidence import Evidence, importance_evidence
-from pyro_diffusion.flow import ode_log_likelihood
+from pyro_diffusion.evidence.evidence import Evidence
+from pyro_diffusion.evidence.flow import ode_log_likelihood
+from pyro_diffusion.evidence.importance import importance_evidence
+from pyro_diffusion.evidence.sequential import smc_evidence
 from pyro_diffusion.schedules import AlphaSchedule
-from pyro_diffusion.sequential import smc_evidence
 
 __all__ = ["Summary", "SummaryRow", "summary"]
 
@@ -137,7 +136,7 @@ def summary(
         diffusion.model, diffusion.guide, x_0, num_particles=num_particles
     )
     rows = [_bound(chain, diffusion, x_0, standard_error, None), _estimate(chain, by_weights)]
-    if not isinstance(diffusion, BernoulliDiffusion):
+    if diffusion.process.has_score:
         by_runs = smc_evidence(diffusion, x_0, num_particles=num_particles, num_runs=num_runs)
         rows.append(_estimate(chain, by_runs))
     curve: Any = diffusion.schedule

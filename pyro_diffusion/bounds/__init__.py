@@ -1,0 +1,23 @@
+r"""The hierarchical bound as named terms with errors.
+
+:func:`elbo_terms` reads the terms of whole trajectories off any Pyro model and guide,
+:func:`evaluate_bound` the mean bound of a diffusion model to an error that is asked for.
+"""
+
+from pyro_diffusion.bounds.elbo import elbo_terms
+from pyro_diffusion.bounds.evaluation import BoundEvaluation, evaluate_bound
+from pyro_diffusion.bounds.moments import TermMoments, join_chunks
+from pyro_diffusion.bounds.terms import ELBOTerms, Estimate, snr_weight
+from pyro_diffusion.bounds.trajectories import trajectory_terms
+
+__all__ = [
+    "BoundEvaluation",
+    "ELBOTerms",
+    "Estimate",
+    "TermMoments",
+    "elbo_terms",
+    "evaluate_bound",
+    "join_chunks",
+    "snr_weight",
+    "trajectory_terms",
+]

@@ -1,0 +1,108 @@
+"""Programs and their sites, looked at: what a bound by datum needs of a Pyro model and guide."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from pyro_diffusion.chains import SubsampledProgram
+from pyro_diffusion.params import ParamScope
+
+__all__ = [
+    "check_data_plate",
+    "check_legal",
+    "check_programs",
+    "check_same_mask",
+    "check_sites",
+    "latents_differ",
+]
+
+
+def latents_differ(how: str) -> ValueError:
+    """The error of programs whose latent sites are not the same."""
+    return ValueError(
+        f"latent sites: got programs that differ, {how}; expected the same latent sites in model and guide. "
+        "Rename the sites, or observe in both what is data."
+    )
+
+
+def check_programs(model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+    """Raise a ``ValueError`` if one is no program with every site."""
+    if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
+        raise _subsampled()
+    for name, program in (("model", model), ("guide", guide)):
+        if isinstance(program, ParamScope) or not callable(program):
+            raise ValueError(
+                f"argument {name!r}: got a {type(program).__name__}; expected one of its programs. Pass "
+                "its .model, and its .posterior_guide (or .guide)."
+            )
+
+
+def _subsampled() -> ValueError:
+    return ValueError(
+        "arguments 'model' and 'guide': got a subsampled pair, whose sites are a random few of the chain's; "
+        "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide; they have "
+        "the same bound."
+    )
+
+
+def check_data_plate(msg: Any, rows: int) -> None:
+    """Raise a ``ValueError`` if a site is not in a plate of the batch's size at dim −1."""
+    plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
+    if not plates or plates[0].size != rows:
+        raise ValueError(
+            f"site {msg['name']!r}: got a site "
+            + (f"in a plate of size {plates[0].size}" if plates else "outside of every plate")
+            + f"; expected all sites in a plate of the batch's size ({rows}) at dim -1, because terms "
+            "are reported by datum. Put local variables into the data plate; a model with global "
+            "latents has no bound for a single datum."
+        )
+    if isinstance(msg["scale"], torch.Tensor) and msg["scale"].numel() > 1:
+        raise _subsampled()
+
+
+def check_same_mask(
+    name: str, ours: tuple[Any, Any], theirs: tuple[Any, Any], batch_shape: torch.Size
+) -> None:
+    """Raise a ``ValueError`` if a site's masks, of the batch and of entries, differ between programs."""
+    if not _alike(ours[0], theirs[0], batch_shape) or not _same_entries(ours[1], theirs[1]):
+        raise ValueError(
+            f"site {name!r}: got another mask in the guide than in the model; expected the "
+            "same in both, so that a term has one set of entries. Mask both programs alike."
+        )
+
+
+def _alike(ours: Any, theirs: Any, shape: torch.Size) -> bool:
+    if ours is theirs:
+        return True
+    masks = (torch.as_tensor(True if m is None else m).cpu().expand(shape) for m in (ours, theirs))
+    return torch.equal(*masks)
+
+
+def _same_entries(ours: Any, theirs: Any) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (ours, theirs))))
+
+
+def check_sites(
+    left: Mapping[str, Any], latents: Mapping[str, Any], observed: Mapping[str, Any]
+) -> None:
+    """Raise a ``ValueError`` if the guide has latents that the model has not, or the model none at all."""
+    if left:
+        raise latents_differ(f"the guide alone samples {', '.join(map(repr, left))}")
+    if not observed or not latents:
+        raise ValueError(
+            f"argument 'model': got a program with {len(latents)} latent and {len(observed)} observed sites; "
+            "expected at least one of each. Pass the data to obs= of the site that they are observed at."
+        )
+
+
+def check_legal(analytic_kl: bool | None, in_order: bool) -> None:
+    """Raise a ``ValueError`` if KLs are asked for where the terms are log-ratios."""
+    if analytic_kl and not in_order:
+        raise ValueError(
+            "argument 'analytic_kl': got True for a guide that samples its sites in another order "
+            "than the model; expected None or False, because its terms are log-ratios and not KLs. "
+            "Use posterior_guide, the same joint distribution in the model's order."
+        )

@@ -1,0 +1,96 @@
+r"""The hierarchical bound of any Pyro model and guide, as named terms with errors.
+
+With the posterior-ordered guide the terms are KLs (E10),
+:math:`L_t = E\,\mathrm{KL}(q(x_t \mid x_{t+1}, x_0) \| p(x_t \mid x_{t+1}))`. With the forward guide
+they are expected log-ratios (E11), :math:`L_t = E \log q(x_t \mid x_{t-1}) / p(x_t \mid x_{t+1})`,
+with the same sum. (:math:`L_T` is a mean KL in either, because :math:`p(x_T)` has no parents.) Lecture notes
+print the log-ratios as
+:math:`E\,\mathrm{KL}(q(x_t \mid x_{t-1}) \| p(x_t \mid x_{t+1}))`. That is another number for
+:math:`t < T`, because given both neighbours :math:`x_t` does not follow
+:math:`q(x_t \mid x_{t-1})`; it is not used here.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 34-58.
+    https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pyro_diffusion.bounds.moments import TermMoments
+from pyro_diffusion.bounds.terms import ELBOTerms
+from pyro_diffusion.bounds.trajectories import trajectory_terms
+from pyro_diffusion.family import Family, unpacked
+from pyro_diffusion.given import Given
+
+__all__ = ["elbo_terms"]
+
+
+def elbo_terms(
+    model: Family | Callable[..., Any],
+    guide: Callable[..., Any] | Tensor | None = None,
+    x_0: Tensor | None = None,
+    *,
+    num_particles: int = 8,
+    analytic_kl: bool | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **given: Any,
+) -> ELBOTerms:
+    r"""The bound of a Pyro model and guide, with the term of every site (E10, or E11).
+
+    Any pair will do that is called with a batch of data, has the same latent sites in both
+    programs and every site inside a data plate at dim −1. The latent site that the model samples
+    first is :math:`x_T`, the last one :math:`x_1`; observed sites together are the reconstruction.
+    Values are unscaled whatever plates or handlers scale, no gradient is recorded, and programs that
+    are modules are in evaluation mode meanwhile (inside a function or a handler, call ``eval()``).
+
+    Data and particles are processed in chunks of ``batch_size`` trajectories, and a trajectory's states
+    are let go of one by one while the model scores it. The default keeps the states of a chunk under
+    256 MiB, fewer trajectories at a time the longer the chain. The programs see a chunk as a batch, in
+    which each datum stands once for each of its particles.
+
+    Args:
+        model: Program for :math:`p`, called as ``model(x_0)``; or a family, whose own programs are read:
+            ``elbo_terms(diffusion, x_0)``.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; left out for a family.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        num_particles: Trajectories for each datum.
+        analytic_kl: Take KLs in closed form. ``None`` does so where that is legal (the guide runs
+            in the model's order) and a formula is known, which is the quieter estimator of a *term*.
+            ``False`` averages log-ratios along the trajectories: for a denoiser close to exact their
+            noise cancels in the sum, and the *bound* can be many times quieter.
+        batch_size: Trajectories (data times particles) in a chunk.
+        progress: Show a progress bar if the evaluation takes more than five seconds.
+        given: What goes with the data, handed to both programs row by row: ``mask=`` of observed entries,
+            boolean, of the data's shape, for the bound of the observed part; ``context=`` of
+            conditional data.
+
+    Returns:
+        :class:`ELBOTerms`.
+
+    Raises:
+        ValueError: Latents or masks that differ between the programs, a site outside the data plate,
+            a subsampled pair, ``analytic_kl=True`` with the forward guide, or a term that is not
+            finite (the message names the site).
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
+        >>> diffusion = DiffusionModel(denoiser)
+        >>> terms = elbo_terms(diffusion.model, diffusion.posterior_guide, torch.zeros(3, 2))
+        >>> terms.transition.shape, terms.is_kl
+        (torch.Size([4, 3]), True)
+    """
+    model, guide, x_0 = unpacked(model, guide, x_0)
+    moments, what = TermMoments(), Given(**given)
+    for start, sites in trajectory_terms(
+        model, guide, x_0, what, num_particles=num_particles, analytic_kl=analytic_kl,
+        batch_size=batch_size, progress=progress,
+    ):  # fmt: skip
+        moments.update(start, sites)
+    terms = moments.terms()
+    if what.mask is None:
+        return terms
+    return terms._replace(event_size=int(what.mask.sum()) / len(x_0))

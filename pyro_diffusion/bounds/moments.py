@@ -1,0 +1,75 @@
+"""Means and Monte Carlo errors of terms, from chunks of particles."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.bounds.terms import ELBOTerms
+
+__all__ = ["TermMoments", "join_chunks"]
+
+
+class Moments:
+    """Running mean and squared deviations over particles (Chan et al., 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def update(self, values: Tensor) -> None:
+        """Take in values with the particles in front."""
+        count, mean = len(values), values.mean(0)
+        squares = (values - mean).square().sum(0)
+        total = self.count + count
+        shift = mean - self.mean if self.count else torch.zeros_like(mean)
+        self.mean = self.mean + shift * (count / total) if self.count else mean
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.count = total
+
+    def standard_error(self) -> Tensor:
+        """Of the mean; NaN for a single particle."""
+        if self.count == 1:
+            return torch.full_like(self.mean, math.nan)
+        return (self.squares / (self.count - 1) / self.count).sqrt()
+
+
+class TermMoments:
+    """Means and errors of terms, from the chunks of :func:`~pyro_diffusion.bounds.trajectory_terms`."""
+
+    def __init__(self) -> None:
+        self.totals: dict[int, Moments] = defaultdict(Moments)
+        self.sites: dict[int, Moments] = defaultdict(Moments)
+
+    def update(self, start: int, sites: Any) -> None:
+        """Take in a chunk whose first datum is in row ``start``."""
+        self.last = sites
+        self.sites[start].update(sites.values.movedim(1, 0))
+        self.totals[start].update(sites.log_weight)
+
+    def terms(self) -> ELBOTerms:
+        """The bound of all data taken in."""
+        mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
+        return ELBOTerms(
+            reconstruction=mean[0],
+            transition=mean[1:-1],
+            prior=mean[-1],
+            standard_error=_errors(self.totals),
+            term_standard_error=_errors(self.sites),
+            kinds=self.last.kinds,
+            site_names=self.last.names,
+            event_size=self.last.event_size,
+        )
+
+
+def _errors(moments: dict[int, Moments]) -> Tensor:
+    return torch.cat([part.standard_error() for part in moments.values()], dim=-1)
+
+
+def join_chunks(chunks: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    """Values of shape ``(particles, data, …)`` from chunks by the row of their first datum."""
+    return torch.cat([torch.cat(list(parts)) for parts in chunks.values()], dim=1)

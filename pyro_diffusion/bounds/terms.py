@@ -1,0 +1,204 @@
+r"""The bound as named terms with errors.
+
+The bound is a sum over sites, one term for each timestep, and the guide's order says which:
+
+.. math::
+    \mathrm{ELBO} = \underbrace{E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
+        - \sum_{t=1}^{T-1} \underbrace{L_t}_{\text{transition}} - \underbrace{L_T}_{\text{prior}}.
+
+Two errors are told apart. The *Monte Carlo* error shrinks with more particles, the *sampling* error with
+more data.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 34-58.
+    https://arxiv.org/abs/2208.11970
+    Variational Diffusion Models (Kingma et al., 2021), eq. 13 (SNR weights).
+    https://arxiv.org/abs/2107.00630
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["ELBOTerms", "Estimate", "snr_weight"]
+
+
+class Estimate(NamedTuple):
+    """A mean over data with its two errors, each one standard deviation.
+
+    The Monte Carlo noise is taken out of the sampling error. Where it hides the spread over data, the
+    sampling error is the smallest that could have been told from none: an upper limit, not zero. With
+    a single particle the noise is not known, and the sampling error holds both.
+    """
+
+    value: float  #: the estimate
+    monte_carlo_error: float  #: what more particles would change; NaN for a single particle
+    sampling_error: float  #: what more data would change; NaN for a single datum
+
+    @classmethod
+    def of(cls, values: Tensor, standard_error: Tensor) -> Self:
+        """Mean over data of estimates with Monte Carlo errors, both of shape ``(N,)``."""
+        n = len(values)
+        noise = standard_error.square()
+        spread = math.nan
+        if n > 1:
+            variance = values.var().item()
+            resolution = variance * math.sqrt(2 / (n - 1))  # one standard error of a variance
+            spread = max(variance - noise.mean().nan_to_num(0.0).item(), resolution)
+        return cls(values.mean().item(), noise.sum().sqrt().item() / n, math.sqrt(spread / n))
+
+    def bits_per_dim(self, event_size: float) -> Self:
+        r"""Of a log-probability in nats: :math:`-x / (D \ln 2)` (E15), with its errors."""
+        unit = event_size * math.log(2)
+        return type(self)(-self.value / unit, *(error / unit for error in self[1:]))
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __format__(self, spec: str) -> str:
+        """The value alone if a format is given, as in ``f"{estimate:.3f}"``."""
+        return format(self.value, spec) if spec else str(self)
+
+    def __str__(self) -> str:
+        errors = [error for error in self[1:] if math.isfinite(error) and error > 0]
+        decimals = max(0, 1 - math.floor(math.log10(min(errors)))) if errors else 4
+        value = f"{self.value:.{min(decimals, 8)}f}"
+        if math.isnan(self.monte_carlo_error):
+            return f"{value} ± {self.sampling_error:.2g} (Monte Carlo and sampling)"
+        return (
+            f"{value} ± {self.monte_carlo_error:.2g} (Monte Carlo) "
+            f"± {self.sampling_error:.2g} (sampling)"
+        )
+
+
+class ELBOTerms(NamedTuple):
+    """The bound, term by term and datum by datum; nats per datum, float64, unscaled.
+
+    ``elbo`` is the bound, ``mean()`` and ``bits_per_dim()`` its mean over data with both errors,
+    ``term_means()`` that of every term, and ``to_dataset()`` all of it with labels.
+    """
+
+    reconstruction: Tensor  #: expected log-likelihood, shape ``(N,)``
+    transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
+    prior: Tensor  #: :math:`L_T`, shape ``(N,)``
+    standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
+    term_standard_error: Tensor  #: Monte Carlo error of the term at ``x_t`` in row t, ``(T+1, N)``
+    kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
+    site_names: tuple[str, ...]  #: where each term lives, by timestep
+    event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
+
+    def __repr__(self) -> str:
+        counts = {kind: self.kinds[1:].count(kind) for kind in ("KL", "log-ratio")}
+        terms = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n)
+        return f"ELBOTerms({len(self.prior)} data, {terms}, elbo={self.mean()} nats per datum)"
+
+    def table(self, max_levels: int = 8) -> str:
+        """Mean terms in nats per datum, a line each: what it is, where it lives, its value and errors.
+
+        Args:
+            max_levels: Latent sites to show; of a longer chain as many, evenly spaced.
+        """
+        terms, last = self.term_means(), len(self.kinds) - 1
+        evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
+        levels = sorted({1 + round((last - 1) * share) for share in evenly})
+        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in (0, *levels)]
+        total = sum(term.value for term in terms[1:])
+        lines.insert(1, (f"sum over {last} latent sites", f"{total:.4f}"))
+        lines.append(("ELBO", str(self.mean())))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
+
+    @property
+    def elbo(self) -> Tensor:
+        """The bound, ``reconstruction - transition.sum(0) - prior``, shape ``(N,)``."""
+        return self.reconstruction - self.transition.sum(0) - self.prior
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether the latent sites' terms are KLs (and not log-ratios, which can be negative)."""
+        return all(kind == "KL" for kind in self.kinds[1:])
+
+    def mean(self) -> Estimate:
+        """Mean bound over data in nats per datum, with its errors."""
+        return Estimate.of(self.elbo, self.standard_error)
+
+    def term_means(self) -> list[Estimate]:
+        """Mean over data of the term at each site ``x_0 … x_T`` (``x_0``: the reconstruction)."""
+        terms = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
+        return [Estimate.of(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
+
+    def bits_per_dim(self) -> Estimate:
+        r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors.
+
+        Bits of information for data with a probability mass (a discretised likelihood). For a density
+        it depends on the data's unit, and can be negative.
+        """
+        return self.mean().bits_per_dim(self.event_size)
+
+    def to_dataset(self) -> "xarray.Dataset":
+        """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
+        import xarray
+
+        latent = "mean KL" if self.is_kl else "mean log-ratio"
+        fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
+            "elbo": (("data",), self.elbo, "evidence lower bound"),
+            "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
+            "reconstruction": (("data",), self.reconstruction, "expected log p(x_0 | x_1)"),
+            "transition": (("timestep", "data"), self.transition, f"{latent} at site x_t"),
+            "transition_standard_error": (
+                ("timestep", "data"),
+                self.term_standard_error[1:-1],
+                "Monte Carlo error of transition",
+            ),
+            "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
+        }
+        bits = self.bits_per_dim()
+        return xarray.Dataset(
+            {
+                name: (dims, values.cpu().numpy(), {"units": "nats per datum", "long_name": label})
+                for name, (dims, values, label) in fields.items()
+            },
+            coords={
+                "timestep": range(1, len(self.transition) + 1),
+                "data": range(len(self.prior)),
+            },
+            attrs={
+                "kind": "KL" if self.is_kl else "log-ratio",
+                "event_size": self.event_size,
+                "bits_per_dim": bits.value,
+                "bits_per_dim_monte_carlo_error": bits.monte_carlo_error,
+                "bits_per_dim_sampling_error": bits.sampling_error,
+            },
+        )
+
+
+def snr_weight(schedule: NoiseSchedule, t: int | Tensor) -> Tensor:
+    r"""Weight of the squared error in :math:`L_t` when the reverse variance is :math:`\tilde\beta`.
+
+    .. math::
+        L_t = \tfrac12 \big(\mathrm{SNR}(t) - \mathrm{SNR}(t+1)\big)
+              E\,\lVert x_0 - \hat x_0(x_{t+1}) \rVert^2, \qquad t = 1 … T-1 \quad \text{(E12)}.
+
+    Args:
+        schedule: Noise schedule.
+        t: Timestep in ``{1, …, T − 1}``; an integer or a LongTensor.
+
+    Returns:
+        The weight, float64, of ``t``'s shape (+ the schedule's event shape).
+
+    Raises:
+        ValueError: ``t`` outside ``{1, …, T − 1}``.
+
+    References:
+        Variational Diffusion Models (Kingma et al., 2021), eq. 13.
+        https://arxiv.org/abs/2107.00630
+    """
+    t = schedule.check_timestep(t, at_least=1)
+    return 0.5 * (schedule.snr(t) - schedule.snr(t + 1))

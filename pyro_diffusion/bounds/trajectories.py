@@ -1,0 +1,261 @@
+r"""The terms of whole trajectories, for any Pyro model and guide: every number is read off the programs.
+
+The guide draws :math:`x_{1:T}`, the model is replayed on the draws, and each of its sites is turned into a
+term while its state is let go of:
+
+.. math::
+    \log p(x_0 \mid x_1), \qquad \log q(x_t \mid \cdot) - \log p(x_t \mid \cdot)
+    \quad \text{or} \quad \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big) .
+
+A KL is legal where the guide runs in the model's order, for only then both condition on the same states.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_diffusion.bounds.checks import (
+    check_data_plate,
+    check_legal,
+    check_programs,
+    check_same_mask,
+    check_sites,
+    latents_differ,
+)
+from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked
+from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.networks import evaluating
+from pyro_diffusion.scoring import log_density, measure_of, score
+from pyro_diffusion.walk import ROWS
+
+__all__ = ["Sites", "trajectory_terms"]
+
+_CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
+
+
+class Sites(NamedTuple):
+    """Terms of one chunk, ordered by timestep: ``x_0`` first."""
+
+    values: Tensor  #: ``(T + 1, rows)``, or ``(T + 1, particles, data)``
+    kinds: tuple[str, ...]
+    names: tuple[str, ...]
+    event_size: int
+    measure: str  #: "density" or "mass", of what is observed
+    log_q: Tensor  #: log-density of the trajectory under the guide, ``(rows,)``
+    states: dict[str, Tensor]  #: of latent sites that are kept, ``(rows, …)``
+
+    @property
+    def log_weight(self) -> Tensor:
+        """The ratio p/q of every trajectory, where no KL is analytic; with KLs, its draw of the bound."""
+        return self.values[0] - self.values[1:].sum(0)
+
+    def by_particle(self, shape: tuple[int, int]) -> "Sites":
+        """The same with rows as ``(particles, data)``."""
+        return self._replace(
+            values=self.values.unflatten(1, shape),
+            log_q=self.log_q.unflatten(0, shape),
+            states={name: x.unflatten(0, shape) for name, x in self.states.items()},
+        )
+
+
+def trajectory_terms(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    given: Given = Given(),
+    *,
+    num_particles: int,
+    analytic_kl: bool | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    description: str = "bound",
+    keep: Collection[str] | None = (),
+) -> Iterator[tuple[int, Sites]]:
+    """The terms of every trajectory, chunk by chunk; the arguments are those of ``elbo_terms``.
+
+    Yields the row of the chunk's first datum, and its terms of shape ``(T + 1, particles, data)``, with
+    the states of latent sites in ``keep`` (``None``: of all). A datum's particles may come in several
+    chunks.
+    """
+    check_programs(model, guide)
+    num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
+    x_0 = check_data(x_0, given.mask)
+    if batch_size is None:
+        batch_size = _default_batch_size(model, x_0)
+    batch_size = check_count("batch_size", batch_size, 1, _PARTICLES)
+    chunk_data = min(len(x_0), batch_size)
+    chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
+    num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
+    settings = {"unit": "site", "delay": 5, "disable": not progress, "leave": False}
+    with tqdm(total=0, desc=description, **settings) as bar:
+        reader = _Reader(model, guide, analytic_kl, keep, bar, num_chunks)
+        for start in range(0, len(x_0), chunk_data):
+            rows = slice(start, start + chunk_data)
+            data, parts = together(lambda x, rows=rows: x[rows], x_0, given)
+            for first in range(0, num_particles, chunk_particles):
+                times = min(chunk_particles, num_particles - first)
+                sites = reader.read(
+                    *together(lambda x, times=times: repeated(x, times), data, parts)
+                )
+                yield start, sites.by_particle((times, len(data)))
+
+
+class _Reader:
+    """Reads the terms of rows off the two programs."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        analytic_kl: bool | None,
+        keep: Collection[str] | None,
+        bar: tqdm,
+        num_chunks: int,
+    ) -> None:
+        self.model, self.guide, self.analytic_kl, self.keep = model, guide, analytic_kl, keep
+        self.bar, self.num_chunks = bar, num_chunks
+
+    def read(self, x_0: Tensor, given: Given) -> Sites:
+        """The terms of one trajectory for each row; data were checked."""
+        with torch.no_grad(), evaluating(self.model, self.guide), data_checked():
+            with _Draw(len(x_0)) as drawn:
+                self.guide(x_0, **given.arguments())
+            self.bar.total = self.num_chunks * (len(drawn.sites) + 1)
+            analytic = self.analytic_kl is not False
+            with _Score(drawn.sites, len(x_0), self.bar, self.keep, analytic) as scored:
+                self.model(x_0, **given.arguments())
+        check_sites(scored.drawn, scored.log_ratio, scored.observed)
+        check_legal(self.analytic_kl, scored.in_order)
+        return scored.sites()
+
+
+class _Draw(Messenger):
+    """Record what the guide sampled, and from what."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.sites: dict[str, tuple[Tensor, Any, Any]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if _is_latent(msg):
+            check_data_plate(msg, self.rows)
+            self.sites[msg["name"]] = (msg["value"], msg["fn"], msg["mask"])
+
+
+class _Score(Messenger):
+    """Replay the model on the guide's draws; turn each site into a term and let go of its state."""
+
+    def __init__(
+        self,
+        drawn: dict[str, tuple[Tensor, Any, Any]],
+        rows: int,
+        bar: tqdm,
+        keep: Collection[str] | None,
+        analytic: bool,
+    ) -> None:
+        super().__init__()
+        self.drawn, self.rows, self.bar, self.keep, self.analytic = drawn, rows, bar, keep, analytic
+        self.guide_order = iter(list(drawn))
+        self.in_order = (
+            True  # whether the model has visited its latents in the guide's order so far
+        )
+        self.log_q: Tensor = torch.zeros(())
+        self.log_ratio: dict[str, Tensor] = {}
+        self.kl: dict[str, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}
+        self.measures: set[str] = set()
+        self.event_size = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if _is_latent(msg):
+            if msg["name"] not in self.drawn:
+                raise latents_differ(f"the model samples {msg['name']!r}")
+            msg["value"], msg["done"] = self.drawn[msg["name"]][0], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) or msg["infer"].get("_deterministic"):
+            return
+        if msg["is_observed"]:
+            self.observed[msg["name"]] = self._per_datum(log_density(msg["fn"], msg["value"]), msg)
+            self.measures.add(measure_of(msg["fn"]))
+            self.event_size += msg["value"].numel() // self.rows
+        else:
+            self._score_latent(msg)
+        self.bar.update()
+
+    def _score_latent(self, msg: Any) -> None:
+        name, p, value = msg["name"], msg["fn"], msg["value"]
+        _, q, mask = self.drawn.pop(name)
+        check_same_mask(name, (mask, _entry_mask(q)), (msg["mask"], _entry_mask(p)), p.batch_shape)
+        scored = score(q, p, value)
+        self.log_q = self.log_q + self._per_datum(scored.log_q, msg)
+        self.log_ratio[name] = self._per_datum(scored.log_ratio, msg)
+        if self.keep is None or name in self.keep:
+            self.states[name] = value.movedim(value.dim() - p.event_dim - 1, 0)
+        self.in_order = self.in_order and name == next(self.guide_order)
+        if self.in_order and self.analytic and scored.kl is not None:
+            self.kl[name] = self._per_datum(scored.kl, msg)
+
+    def _per_datum(self, values: Tensor, msg: Any) -> Tensor:
+        """Sum a site's values over everything but the data plate, shape ``(rows,)``."""
+        check_data_plate(msg, self.rows)
+        values = scale_and_mask(values.double(), mask=msg["mask"])
+        values = values.expand(torch.broadcast_shapes(values.shape, (self.rows,)))
+        values = values.reshape(-1, self.rows).sum(0)
+        remedy = "Check the parameters for NaN and the data for values outside the support."
+        return check_finite(f"site {msg['name']!r}, its log-probability or KL", values, remedy)
+
+    def sites(self) -> Sites:
+        """The terms by timestep."""
+        # If the order broke at a later site, the KLs before it are none of the guide's terms either.
+        kl = self.kl if self.in_order else {}
+        latents = list(reversed(self.log_ratio))
+        kind = "KL" if self.in_order else "log-ratio"
+        reconstruction = torch.stack(list(self.observed.values())).sum(0)
+        return Sites(
+            values=torch.stack([reconstruction, *(kl.get(x, self.log_ratio[x]) for x in latents)]),
+            # Whatever the guide's order: p(x_T) has no parents, and E log q(x_T | ·)/p(x_T) is a mean KL.
+            kinds=("log-likelihood", *[kind] * (len(latents) - 1), "KL"),
+            names=("+".join(self.observed), *latents),
+            event_size=self.event_size,
+            measure=" and ".join(sorted(self.measures - {""})),
+            log_q=self.log_q,
+            states=self.states,
+        )
+
+
+def _is_latent(msg: Any) -> bool:
+    return not msg["is_observed"] and not site_is_subsample(msg)
+
+
+def _entry_mask(distribution: Any) -> Any:
+    """The mask of entries inside a distribution, or ``None``."""
+    while not isinstance(distribution, MaskedDistribution):
+        if not hasattr(distribution, "base_dist"):
+            return None
+        distribution = distribution.base_dist
+    return distribution._mask
+
+
+def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
+    num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
+    process = getattr(getattr(model, "owner", None), "process", None)
+    numbers = max(x_0[:1].numel(), getattr(process, "state_size", 1))
+    size = max(x_0.element_size(), 4)  # whole numbers become float32 states
+    # a state and its mean at each site
+    return min(max(_CHUNK_BYTES // (size * 2 * num_sites * numbers), 1), ROWS)
+
+
+_PARTICLES = (
+    "Use two particles or more to have a Monte Carlo error, and batch_size=None for a default."
+)

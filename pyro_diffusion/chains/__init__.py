@@ -1,0 +1,36 @@
+r"""Chains: the Pyro programs. Every sample site of the package is in this folder.
+
+The programs of a whole chain are in :mod:`~pyro_diffusion.chains.programs`, the pair for random timesteps in
+:mod:`~pyro_diffusion.chains.subsampled`, and how those are drawn in :mod:`~pyro_diffusion.chains.timesteps`.
+:mod:`~pyro_diffusion.chains.time` tells a chain of :math:`T` steps from the chain without end.
+"""
+
+from pyro_diffusion.chains.base import Program, ProgramPair
+from pyro_diffusion.chains.programs import BottomUpGuide, GenerativeChain, TopDownGuide
+from pyro_diffusion.chains.subsampled import SubsampledProgram, TimestepPlate
+from pyro_diffusion.chains.time import Continuum, Steps, Time
+from pyro_diffusion.chains.timesteps import (
+    ImportanceTimesteps,
+    JointStrata,
+    StratifiedTimesteps,
+    Timesteps,
+    UniformTimesteps,
+)
+
+__all__ = [
+    "BottomUpGuide",
+    "Continuum",
+    "GenerativeChain",
+    "ImportanceTimesteps",
+    "JointStrata",
+    "Program",
+    "ProgramPair",
+    "Steps",
+    "StratifiedTimesteps",
+    "SubsampledProgram",
+    "Time",
+    "TimestepPlate",
+    "Timesteps",
+    "TopDownGuide",
+    "UniformTimesteps",
+]

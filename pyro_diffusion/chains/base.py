@@ -1,0 +1,181 @@
+r"""What the programs share: parameters under their owner's name, the data plate, masks, named errors.
+
+A program is an equation over kernels. :class:`Program` opens what has to be around it, in one place: the
+statements of the owner's parameters, the scale and the plate of the data, and the handlers of a mask and of
+a prefix. :class:`Kernel` lets an error from a kernel say at which site it happened.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_diffusion.checks import check_count
+from pyro_diffusion.given import Given, ObservedEntries, seen, takes
+from pyro_diffusion.params import ParamScope, free_name, snake_case
+
+__all__ = ["Kernel", "Program", "ProgramPair", "Run"]
+
+
+class ProgramPair(NamedTuple):
+    """A model and the guide that goes with it."""
+
+    model: nn.Module
+    guide: nn.Module
+
+
+class Kernel:
+    """A function that returns the distribution of a site; its errors say which site that is.
+
+    Args:
+        function: Called with states and, where there is one and it takes one, ``context=``.
+        site: Name of the site; ``None`` for a function of data, which has no site.
+        shift: For a site ``x_s`` the name's number: ``s`` is the timestep, the last argument, plus this.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], site: str | None = None, shift: int | None = None
+    ) -> None:
+        self.function, self.site, self.shift = function, site, shift
+        self._hears: dict[str, bool] = {}
+
+    def __call__(self, *states: Any, **given: Any) -> Any:
+        """The site's distribution, from the states before it."""
+        if given:
+            given = {name: value for name, value in given.items() if self.hears(name)}
+        try:
+            return self.function(*states, **given)
+        except ValueError as error:
+            if self.site is None:
+                raise
+            number = "" if self.shift is None else states[-1] + self.shift
+            raise ValueError(f"site '{self.site}{number}': {error}") from error
+
+    def hears(self, argument: str) -> bool:
+        """Whether the function is told of an argument: of a mask always, of a context if it takes one."""
+        if argument not in self._hears:
+            self._hears[argument] = argument == "mask" or takes(self.function, argument)
+        return self._hears[argument]
+
+
+class Run(NamedTuple):
+    """What an equation needs of the run that it is part of."""
+
+    given: dict[str, Any]  #: what goes with the data
+    context: dict[str, Any]  #: what kernels are told of it
+    of_state: Tensor | None  #: observed entries of a latent state
+    gap: float | None  #: what stands in the others
+
+    def seen(self, x_t: Tensor) -> Tensor:
+        """A state as a kernel of the model sees it."""
+        return seen(x_t, self.of_state, self.gap)
+
+
+class _Prefix(Messenger):
+    """Put a prefix in front of the names of a program's sites."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["name"] = f"{self.prefix}.{msg['name']}"
+
+
+class Program(nn.Module):
+    """A Pyro program of a chain.
+
+    Args:
+        num_timesteps: Number of latent states :math:`T`; ``math.inf`` for the continuous chain.
+        parts: The functions that the program is made of.
+        owner: The model whose parameters the parts use; ``None`` makes the program stand alone, with
+            its parts' parameters under a name of its own. An owner with ``state_mask(mask)`` says which
+            entries of a latent are observed, and with ``gap`` what stands in the others; otherwise latents
+            are whole, and a mask concerns the site ``x_0``.
+        below: Path below the owner to the parameters that this program trains.
+    """
+
+    def __init__(
+        self, num_timesteps: Any, parts: dict[str, Any], owner: ParamScope | None, below: str = ""
+    ) -> None:
+        super().__init__()
+        self.num_timesteps = num_timesteps
+        self.owner = _stand_alone(type(self), parts) if owner is None else owner
+        self.below = below
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the sites by timestep: ``site_names[t]`` is where :math:`x_t` lives."""
+        return tuple(f"x_{t}" for t in range(self.num_timesteps + 1))
+
+    @contextmanager
+    def over_data(
+        self,
+        x_0: Tensor | None,
+        given: dict[str, Any],
+        *,
+        num_data: int | None,
+        num_samples: int = 1,
+        plate: bool,
+        prefix: str,
+    ) -> Iterator[Run]:
+        """Open what is around an equation: parameters, scale, plate, and the handlers of mask and prefix.
+
+        Args:
+            x_0: Data that were checked, or ``None``.
+            given: What goes with them.
+            num_data: Size of the data set of which they are a batch.
+            num_samples: Number of data to draw when there are none.
+            plate: Whether the program has a plate of its own, scaled to ``num_data``.
+            prefix: Put in front of the sites' names, with a dot.
+        """
+        what = Given(**given)
+        of_state = None if what.mask is None else self._state_mask(what.mask)
+        size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
+        with ExitStack() as stack:
+            stack.enter_context(self.owner.param_statements(self.below))
+            if plate and num_data is not None and check_count("num_data", num_data, 1, _COUNTS):
+                stack.enter_context(poutine.scale(scale=num_data / size))
+            if plate:
+                stack.enter_context(pyro.plate(joined(prefix, "data"), size, dim=-1))
+            if prefix:
+                stack.enter_context(_Prefix(prefix))
+            if what.mask is not None:
+                stack.enter_context(ObservedEntries(what.mask, of_state))
+            gap = getattr(self.owner, "gap", None)
+            yield Run(what.arguments(), what.of_kernels(), of_state, gap)
+
+    def _state_mask(self, mask: Tensor) -> Tensor | None:
+        state_mask = getattr(self.owner, "state_mask", None)
+        return None if state_mask is None else state_mask(mask)
+
+
+def check_context(kernels: tuple[Kernel, ...], context: Any) -> None:
+    """Raise a ``ValueError`` if there is a context that no kernel of a model takes."""
+    if context is not None and not any(kernel.hears("context") for kernel in kernels):
+        raise ValueError(
+            "argument 'context': got one for a model whose kernels take none; expected data alone. Leave "
+            "it out, or build the model with a denoiser, or layers, that take a context."
+        )
+
+
+def joined(prefix: str, name: str) -> str:
+    """A name with a prefix in front, if there is one."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:
+    """An owner for a program without a model: it holds the modules that the parts are, or belong to."""
+    owner = ParamScope(free_name(snake_case(program.__name__)))
+    for name, part in parts.items():
+        module = getattr(part, "__self__", part)
+        if isinstance(module, nn.Module):
+            owner.add_module(name, module)
+    return owner
+
+
+_COUNTS = "num_samples is how many data to draw, num_data how many the whole data set has."

@@ -1,0 +1,196 @@
+r"""The chain as Pyro programs, each of them its equation.
+
+=============== ================= ======================================================= ============
+program         sites, in order   takes                                                   is
+=============== ================= ======================================================= ============
+GenerativeChain :math:`x_T → x_0` ``prior()``, ``transition(x_t, t)``, ``likelihood``     E7
+BottomUpGuide   :math:`x_1 → x_T` ``transition(x_{t-1}, t)``                              E4, left
+TopDownGuide    :math:`x_T → x_1` ``encode(x_0)``, ``initial(c)``, ``transition``         E4, right
+=============== ================= ======================================================= ============
+
+The kernels return Pyro distributions: fixed linear-Gaussian ones make a diffusion model, learned ones a
+hierarchical VAE. The term :math:`L_t` of the bound lives at site ``x_t``, t = 0 … T, and the *order* of the
+guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
+
+All programs take data, what goes with them (``mask=``, ``context=``), and ``num_data=``. They own the plate
+``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's plate
+instead, unscaled: a chain inside a bigger program.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective (Luo, 2022), sections 3 and 4.
+    https://arxiv.org/abs/2208.11970
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_diffusion.chains.base import Kernel, Program, check_context
+from pyro_diffusion.checks import check_data, check_event_shape, check_observed
+from pyro_diffusion.distributions import BottomUpSite
+from pyro_diffusion.given import STATE, as_real
+from pyro_diffusion.params import ParamScope
+
+__all__ = ["BottomUpGuide", "GenerativeChain", "TopDownGuide"]
+
+Function = Callable[..., Any]
+
+
+class GenerativeChain(Program):
+    r"""The generative program, :math:`p(x_{0:T}) = p(x_T) \prod_{t=1}^T p(x_{t-1} \mid x_t)` (E7).
+
+    Run without data it is the reference sampler.
+
+    Args:
+        prior: ``prior()`` gives :math:`p(x_T)`, batch shape empty.
+        transition: ``transition(x_t, t)`` gives :math:`p(x_{t-1} \mid x_t)` for ``t = T … 2``.
+        likelihood: ``likelihood(x_1)`` gives :math:`p(x_0 \mid x_1)`.
+        num_timesteps: Number of latent states :math:`T`.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+    """
+
+    def __init__(
+        self, prior: Function, transition: Function, likelihood: Function, *, num_timesteps: int,
+        owner: ParamScope | None = None,
+    ) -> None:  # fmt: skip
+        parts = {"prior": prior, "transition": transition, "likelihood": likelihood}
+        super().__init__(num_timesteps, parts, owner)
+        self.prior = Kernel(prior, f"x_{num_timesteps}")
+        self.transition, self.likelihood = Kernel(transition, "x_", -1), Kernel(likelihood, "x_0")
+
+    def forward(
+        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1,
+        plate: bool = True, prefix: str = "", **given: Any,
+    ) -> Tensor:  # fmt: skip
+        """Sample sites ``x_T … x_1`` and observe ``x_0``, or draw ``num_samples`` of it; returns ``x_0``."""
+        x_0 = check_observed(x_0, given.get("mask"))
+        check_context((self.transition, self.likelihood), given.get("context"))
+        with self.over_data(
+            x_0, given, num_data=num_data, num_samples=num_samples, plate=plate, prefix=prefix
+        ) as run:
+            x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
+            for t in range(self.num_timesteps, 1, -1):
+                kernel = self.transition(run.seen(x_t), t, **run.context)
+                x_t = pyro.sample(f"x_{t - 1}", kernel, infer=STATE)
+            kernel = check_event_shape(self.likelihood(run.seen(x_t), **run.context), x_0)
+            return pyro.sample("x_0", kernel, obs=as_real(x_0), infer=STATE)
+
+    def from_state(self, x_t: Tensor, t: int) -> "GenerativeChain":
+        r"""The rest of the chain, :math:`p(x_{0:t-1} \mid x_t)`: a program of ``t`` steps.
+
+        Args:
+            x_t: States, ``(n,)`` + the shape of one; run it with ``num_samples=n``.
+            t: Their timestep in ``{1, …, T}``.
+        """
+        start = dist.Delta(x_t).to_event(x_t.dim() - 1)
+        rest = self.transition.function, self.likelihood.function
+        return GenerativeChain(lambda: start, *rest, num_timesteps=t, owner=self.owner)
+
+    def of_state(self, t: int) -> "GenerativeChain":
+        r"""The chain that ends in a state, :math:`p(x_{t:T})`: its datum, at site ``x_0``, is :math:`x_t`.
+
+        Args:
+            t: Timestep of the state in ``{1, …, T − 1}``.
+        """
+        kernel, steps = self.transition.function, self.num_timesteps - t
+        return GenerativeChain(
+            self.prior.function,
+            lambda x_s, s: kernel(x_s, s + t),
+            lambda x_next: kernel(x_next, t + 1),
+            num_timesteps=steps,
+            owner=self.owner,
+        )
+
+
+class BottomUpGuide(Program):
+    r"""The encoder from data to noise, :math:`q(x_{1:T} \mid x_0) = \prod_t q(x_t \mid x_{t-1})` (E4).
+
+    Its sites run against the model's: a site's parent in the model is its descendant here. So
+    ``TraceMeanField_ELBO`` would add up numbers that are no KLs, and is refused.
+
+    Args:
+        transition: ``transition(x_{t-1}, t)`` gives :math:`q(x_t \mid x_{t-1})` for ``t = 1 … T``.
+        num_timesteps: Number of latent states :math:`T`.
+        embed: ``embed(x_0)``, under a mask ``embed(x_0, mask=mask)``, is the state where the chain
+            starts; the data itself by default.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+        below: Path below the owner to the guide's own parameters.
+    """
+
+    def __init__(
+        self, transition: Function, *, num_timesteps: int, embed: Function | None = None,
+        owner: ParamScope | None = None, below: str = "",
+    ) -> None:  # fmt: skip
+        embed = _identity if embed is None else embed
+        super().__init__(num_timesteps, {"transition": transition, "embed": embed}, owner, below)
+        self.transition, self.embed = Kernel(transition, "x_", 0), Kernel(embed)
+
+    def forward(
+        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
+        **given: Any,
+    ) -> None:  # fmt: skip
+        """Sample sites ``x_1 … x_T`` for data of shape ``(N,) + event_shape``."""
+        x_0 = check_data(x_0, given.get("mask"))
+        # A single site has no order.
+        site = BottomUpSite if self.num_timesteps > 1 else _identity
+        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
+            x_t = self.embed(x_0, **run.given)
+            for t in range(1, self.num_timesteps + 1):
+                kernel = site(self.transition(x_t, t, **run.context))
+                x_t = pyro.sample(f"x_{t}", kernel, infer=STATE)
+
+    def of_state(self, t: int) -> "BottomUpGuide":
+        r"""The guide that starts from a state, :math:`q(x_{t+1:T} \mid x_t)`, as its datum.
+
+        Args:
+            t: Timestep of the state in ``{1, …, T − 1}``.
+        """
+        kernel, steps = self.transition.function, self.num_timesteps - t
+        return BottomUpGuide(
+            lambda x_s, s: kernel(x_s, s + t),
+            num_timesteps=steps, owner=self.owner, below=self.below,
+        )  # fmt: skip
+
+
+class TopDownGuide(Program):
+    r"""The encoder in the model's order, :math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` (E4).
+
+    Args:
+        encode: ``encode(x_0)``, under a mask ``encode(x_0, mask=mask)``, gives the code ``c``,
+            computed once.
+        initial: ``initial(c)`` gives :math:`q(x_T \mid x_0)`.
+        transition: ``transition(x_t, c, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t = T … 2``.
+        num_timesteps: Number of latent states :math:`T`.
+        owner: Model that owns the parameters; ``None`` for a program that stands alone.
+        below: Path below the owner to the guide's own parameters.
+    """
+
+    def __init__(
+        self, encode: Function, initial: Function, transition: Function, *, num_timesteps: int,
+        owner: ParamScope | None = None, below: str = "",
+    ) -> None:  # fmt: skip
+        parts = {"encode": encode, "initial": initial, "transition": transition}
+        super().__init__(num_timesteps, parts, owner, below)
+        self.encode = Kernel(encode)
+        self.initial = Kernel(initial, f"x_{num_timesteps}")
+        self.transition = Kernel(transition, "x_", -1)
+
+    def forward(
+        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
+        **given: Any,
+    ) -> None:  # fmt: skip
+        """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
+        x_0 = check_data(x_0, given.get("mask"))
+        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
+            c = self.encode(x_0, **run.given)
+            x_t = pyro.sample(f"x_{self.num_timesteps}", self.initial(c), infer=STATE)
+            for t in range(self.num_timesteps, 1, -1):
+                kernel = self.transition(x_t, c, t, **run.context)
+                x_t = pyro.sample(f"x_{t - 1}", kernel, infer=STATE)
+
+
+def _identity(x: Any, mask: Tensor | None = None) -> Any:
+    return x

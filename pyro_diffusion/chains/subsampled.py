@@ -1,0 +1,147 @@
+r"""The bound at a few random timesteps of each datum: a pair of programs of constant cost, to train with.
+
+.. math::
+    \widehat{\mathrm{ELBO}} = -L_T + \frac1k \sum_{i=1}^k \frac{1}{\pi(t_i)}
+    \begin{cases}
+        \log p(x_0 \mid x_1) & t_i = 1 \\
+        -L_{t_i - 1} & t_i \ge 2
+    \end{cases}
+    \qquad t_i \sim \pi,
+
+which is unbiased for E10, with one row of the network for each ``(i, datum)``. The chain without end has
+the same programs with another time (:mod:`~pyro_diffusion.chains.time`).
+
+References:
+    Variational Diffusion Models (Kingma et al., 2021), sections 4 and 5. https://arxiv.org/abs/2107.00630
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_diffusion.chains.base import Kernel, Program, joined
+from pyro_diffusion.chains.time import Time
+from pyro_diffusion.chains.timesteps import StratifiedTimesteps, Timesteps
+from pyro_diffusion.checks import check_data, check_event_shape, check_observed
+from pyro_diffusion.distributions import CarriedSite
+from pyro_diffusion.given import STATE, as_real
+
+__all__ = ["SubsampledProgram", "TimestepPlate"]
+
+
+class TimestepPlate:
+    r"""A (model, guide) pair that draws ``k`` timesteps for each datum.
+
+    In the plate ``"timesteps"`` (size ``k``, dim −2) the sites ``t`` and ``x_t`` only carry the draw from
+    guide to model and have no term. The step's site and ``x_0`` are masked where the other one is the term,
+    and scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` costs no network row and is in every
+    draw. So is all of a transform's log-Jacobian, by a factor of expectation zero: it adds no variance.
+
+    Args:
+        diffusion: The model, whose kernels the pair uses and whose parameters it states.
+        time: The chain's time, ``Steps(T)`` with :math:`T \ge 2` or ``Continuum()``.
+        num_timesteps: Number of draws ``k`` for each datum.
+        timesteps: Law of the timesteps; stratified over the batch by default.
+    """
+
+    def __init__(
+        self,
+        diffusion: Any,
+        time: Time,
+        *,
+        num_timesteps: int = 1,
+        timesteps: Timesteps | None = None,
+    ) -> None:
+        law = StratifiedTimesteps() if timesteps is None else timesteps
+        self.model: nn.Module = _SubsampledModel(diffusion, time, law, num_timesteps)
+        self.guide: nn.Module = _SubsampledGuide(diffusion, time, law, num_timesteps)
+
+
+class Drawn(NamedTuple):
+    """Random timesteps, ``(…, k, N)`` each."""
+
+    t: Tensor
+    weight: Tensor  #: :math:`1 / (k\, \pi(t))`
+    is_first: Tensor  #: whether the term is the reconstruction
+
+
+class SubsampledProgram(Program):
+    """A program whose sites are a random few of the chain's, weighted to stand for all of them."""
+
+    def __init__(
+        self, diffusion: Any, time: Time, law: Timesteps, num_draws: int, below: str = ""
+    ) -> None:
+        super().__init__(time.num_timesteps, {}, diffusion, below)
+        self.time, self.timestep_law, self.num_draws = time, law, num_draws
+
+    @contextmanager
+    def over_timesteps(self, state: Tensor, prefix: str) -> Iterator[Drawn]:
+        """Open the plate of the draws and sample site ``t``, on the device of ``state`` and in its dtype."""
+        with pyro.plate(joined(prefix, "timesteps"), self.num_draws, dim=-2):
+            law = self.time.law(self.timestep_law, state.device).to(state.dtype)
+            with poutine.mask(mask=False):
+                t = pyro.sample("t", law)
+            weight = (-law.log_prob(t)).exp() / self.num_draws
+            yield Drawn(t, weight, t == self.time.first)
+
+
+class _SubsampledModel(SubsampledProgram):
+    def __init__(self, diffusion: Any, time: Time, law: Timesteps, num_draws: int) -> None:
+        super().__init__(diffusion, time, law, num_draws)
+        self.reverse = Kernel(partial(time.pair, diffusion), time.step_site)
+
+    def forward(
+        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1,
+        plate: bool = True, prefix: str = "", **given: Any,
+    ) -> None:  # fmt: skip
+        x_0 = check_observed(x_0, given.get("mask"))
+        with self.over_data(
+            x_0, given, num_data=num_data, num_samples=num_samples, plate=plate, prefix=prefix
+        ) as run:
+            prior = self.owner.prior()
+            x_T = pyro.sample(f"x_{self.num_timesteps}", prior, infer=STATE)
+            with self.over_timesteps(x_T, prefix) as drawn:
+                x_t = pyro.sample("x_t", CarriedSite(prior))
+                step, likelihood = self.reverse(run.seen(x_t), drawn.t, **run.context)
+                with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
+                    pyro.sample(self.time.step_site, step, infer=STATE)
+                likelihood = check_event_shape(likelihood, x_0)
+                with poutine.scale(scale=drawn.weight), poutine.mask(mask=drawn.is_first):
+                    pyro.sample("x_0", likelihood, obs=as_real(x_0), infer=STATE)
+            self._complete_volume(x_0, run.given.get("mask"), drawn)
+
+    def _complete_volume(self, x_0: Tensor | None, mask: Tensor | None, drawn: Drawn) -> None:
+        """State the part of a transform's log-Jacobian that the drawn timesteps do not have."""
+        if x_0 is not None and self.owner.transform is not None:
+            there = (drawn.weight * drawn.is_first).sum(-2, keepdim=True)
+            pyro.factor("log_volume", (1 - there) * self.owner.log_volume(x_0, mask))
+
+
+class _SubsampledGuide(SubsampledProgram):
+    def __init__(self, diffusion: Any, time: Time, law: Timesteps, num_draws: int) -> None:
+        super().__init__(diffusion, time, law, num_draws, below="denoiser.schedule")
+        self.embed = Kernel(diffusion.embed)
+
+    def forward(
+        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
+        **given: Any,
+    ) -> None:  # fmt: skip
+        x_0, time, process = check_data(x_0, given.get("mask")), self.time, self.owner.process
+        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
+            c = self.embed(x_0, **run.given)
+            last = torch.as_tensor(time.last, device=c.device)
+            x_T = time.marginal(process, c, last)
+            pyro.sample(f"x_{self.num_timesteps}", x_T, infer=STATE)
+            with self.over_timesteps(c, prefix) as drawn:
+                x_t = pyro.sample("x_t", CarriedSite(time.marginal(process, c, drawn.t)))
+                # Rows of the reconstruction carry no latent term; any kernel with a density will do there.
+                t = torch.where(drawn.is_first, last, drawn.t)
+                step = time.posterior(process, x_t, c, t)
+                with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
+                    pyro.sample(time.step_site, step, infer=STATE)

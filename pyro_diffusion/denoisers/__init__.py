@@ -1,0 +1,53 @@
+r"""Denoisers: the reverse kernels :math:`p_\theta(x_{t-1} \mid x_t)` of a diffusion model (E6).
+
+:class:`Denoiser` is what they share, :class:`NeuralDenoiser` the one to train. :class:`GaussianDenoiser`,
+:class:`GaussianMixtureDenoiser` and :class:`EnumeratedDenoiser` are exact. What a network's output means
+(E13) is in :mod:`~pyro_diffusion.denoisers.parameterizations`, the variance of a kernel in
+:mod:`~pyro_diffusion.denoisers.variances`.
+"""
+
+from pyro_diffusion.denoisers.base import Denoised, Denoiser
+from pyro_diffusion.denoisers.bernoulli import (
+    BernoulliDenoiser,
+    EnumeratedDenoiser,
+    NeuralBernoulliDenoiser,
+)
+from pyro_diffusion.denoisers.exact import GaussianDenoiser, GaussianMixtureDenoiser
+from pyro_diffusion.denoisers.neural import NeuralDenoiser
+from pyro_diffusion.denoisers.parameterizations import (
+    DataPrediction,
+    LevelPrediction,
+    NoisePrediction,
+    Parameterization,
+    ScorePrediction,
+    VelocityPrediction,
+)
+from pyro_diffusion.denoisers.variances import (
+    ForwardVariance,
+    LearnedVariance,
+    OptimalVariance,
+    PosteriorVariance,
+    ReverseVariance,
+)
+
+__all__ = [
+    "BernoulliDenoiser",
+    "DataPrediction",
+    "Denoised",
+    "Denoiser",
+    "EnumeratedDenoiser",
+    "ForwardVariance",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "LearnedVariance",
+    "LevelPrediction",
+    "NeuralBernoulliDenoiser",
+    "NeuralDenoiser",
+    "NoisePrediction",
+    "OptimalVariance",
+    "Parameterization",
+    "PosteriorVariance",
+    "ReverseVariance",
+    "ScorePrediction",
+    "VelocityPrediction",
+]

@@ -1,0 +1,216 @@
+r"""Denoisers: modules whose forward *returns* :math:`p_\theta(x_{t-1} \mid x_t)` (E6).
+
+A denoiser estimates the datum, :math:`\hat x_0(x_t, \lambda_t)`; the rest follows from the forward
+process. Its reverse kernel is the posterior :math:`q(x_{t-1} \mid x_t, x_0)` at that estimate: of Gaussian
+noise the mean is :math:`\tilde\mu_t(x_t, \hat x_0)`, which is exact for the true :math:`E[x_0 \mid x_t]`
+because :math:`\tilde\mu_t` is linear in :math:`x_0`. Tweedie's formula gives the score,
+
+.. math::
+    \nabla \log q(x_t) = \frac{a_t\, \hat x_0 - x_t}{\sigma_t^2} .
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2.
+    https://arxiv.org/abs/2006.11239
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.checks import check_argument, check_finite
+from pyro_diffusion.given import flattened, takes
+from pyro_diffusion.networks import network_dtype
+from pyro_diffusion.params import shared_copy
+from pyro_diffusion.processes import Denoised, ForwardProcess, GaussianProcess
+from pyro_diffusion.processes.base import pad
+from pyro_diffusion.schedules import NoiseSchedule
+
+__all__ = ["Denoised", "Denoiser", "call_network"]
+
+
+class Denoiser(nn.Module, ABC):
+    r"""A family of reverse kernels :math:`p_\theta(x_{t-1} \mid x_t)`, :math:`t = 1 … T`.
+
+    Args:
+        schedule: Noise schedule of the chain.
+        event_shape: Shape of one datum, in the chain's space.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
+        check_argument("event_shape", event_shape, tuple, "(64,)")
+        if schedule.event_shape not in (torch.Size(), torch.Size(event_shape)):
+            raise ValueError(
+                f"argument 'schedule': got curves for data of shape {tuple(schedule.event_shape)}; expected "
+                f"{tuple(event_shape)}, one for each entry, or a single curve. Build the schedule with the "
+                "event shape of your data."
+            )
+        self.schedule = schedule
+        self.event_shape = torch.Size(event_shape)
+
+    @property
+    def process(self) -> ForwardProcess:
+        """The forward process whose posterior the kernels estimate; made when it is asked for."""
+        return GaussianProcess(self.schedule, self.event_shape)
+
+    @property
+    def event_dim(self) -> int:
+        """Number of rightmost dimensions that form one datum."""
+        return len(self.event_shape)
+
+    @property
+    def missing_dim(self) -> int:
+        """Event dimensions that the schedule's coefficients lack: all, but for a schedule by dimension."""
+        return self.event_dim - self.schedule.event_dim
+
+    def with_schedule(self, schedule: NoiseSchedule) -> Self:
+        """The same denoiser, parameters included, for a chain of another schedule."""
+        denoiser = shared_copy(self)
+        denoiser.schedule = schedule
+        return denoiser
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating dtype in which the chain runs."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+        r"""All that the denoiser says of :math:`x_0`; see :meth:`x_0_hat` for the arguments.
+
+        A denoiser of conditional data takes ``context=`` and ``null=`` besides.
+        """
+
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
+        r""":math:`p_\theta(x_{t-1} \mid x_t)` from what the denoiser said already."""
+        return self.process.reverse(x_t, denoised, t)
+
+    def x_0_hat(self, x_t: Tensor, log_snr: Tensor, **given: Any) -> Tensor:
+        r"""Estimate of :math:`x_0` from a state, both ``batch_shape + event_shape``.
+
+        Args:
+            x_t: State, shape ``batch_shape + event_shape``.
+            log_snr: Its log-SNR, shape broadcastable to ``batch_shape`` (+ the schedule's event shape).
+            given: ``context=`` of conditional data.
+        """
+        return self.denoise(x_t, log_snr, **given).x_0_hat
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data as points of the chain, where the model has no likelihood of its own: as they are."""
+        return x_0
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        r"""The denoiser's own :math:`p(x_0 \mid x_1)`, which models without a likelihood take."""
+        return self.reverse_kernel(x_1, 1, denoised)
+
+    def forward(self, x_t: Tensor, t: int | Tensor, **given: Any) -> TorchDistribution:
+        r"""The reverse kernel :math:`p_\theta(x_{t-1} \mid x_t)`.
+
+        Args:
+            x_t: State at time ``t``, shape ``batch_shape + event_shape``.
+            t: Timestep in ``{1, …, T}``; an integer, or a LongTensor broadcastable to
+                ``batch_shape``.
+            given: ``context=`` of conditional data.
+
+        Returns:
+            A distribution over :math:`x_{t-1}` with batch shape ``batch_shape`` and event shape
+            ``event_shape``, in the chain's space; :meth:`decode` leads from :math:`x_1` to data.
+
+        Raises:
+            ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, an estimate that
+                is not finite, or a context for a denoiser that takes none.
+        """
+        t = self.schedule.check_timestep(t, at_least=1)
+        denoised = self.denoise(x_t, self.schedule.log_snr(t), **self.check_given(given))
+        return self.reverse_kernel(x_t, t, denoised)
+
+    def score(self, x_t: Tensor, log_snr: Tensor, **given: Any) -> Tensor:
+        r"""Tweedie's :math:`\nabla \log q(x_t) = (a\, \hat x_0 - x_t) / \sigma^2`.
+
+        Args:
+            x_t: State, shape ``batch_shape + event_shape``.
+            log_snr: Its log-SNR, shape broadcastable to ``batch_shape``.
+            given: ``context=`` of conditional data.
+
+        Returns:
+            The score, of ``x_t``'s shape.
+
+        Raises:
+            ValueError: States without a score, such as bits.
+
+        References:
+            Tweedie's Formula and Selection Bias (Efron, 2011).
+            https://doi.org/10.1198/jasa.2011.tm11181
+        """
+        self.process.check_has_score("x_t", "Take x_0_hat, the mean of the datum.")
+        signal, noise = (pad(c, self.missing_dim, x_t.dtype) for c in self.schedule.scales(log_snr))
+        return (signal * self.x_0_hat(x_t, log_snr, **given) - x_t) / noise**2
+
+    def check_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        """``given``, if the denoiser takes what is there."""
+        if given and not takes(self.denoise, "context"):
+            raise ValueError(
+                f"argument 'context': got one for a {type(self).__name__}, which takes none; expected data "
+                "alone. Leave it out, or use a NeuralDenoiser whose network takes a context."
+            )
+        return given
+
+    def check_state(self, x_t: Tensor) -> torch.Size:
+        """The batch shape of states, if they have the event shape."""
+        batch_dim = x_t.dim() - self.event_dim
+        if batch_dim < 0 or x_t.shape[batch_dim:] != self.event_shape:
+            raise ValueError(
+                f"argument 'x_t': got shape {tuple(x_t.shape)}; expected batch_shape + event_shape "
+                f"with event_shape {tuple(self.event_shape)}. Reshape the states, or build "
+                f"{type(self).__name__} with the event shape of your data."
+            )
+        return x_t.shape[:batch_dim]
+
+
+def call_network(
+    network: nn.Module,
+    state: Tensor,
+    log_snr: Tensor,
+    batch_shape: torch.Size,
+    output_shape: torch.Size,
+    *,
+    needed_by: str,
+    context: Any = None,
+    null: Tensor | None = None,
+) -> Tensor:
+    """A network's output for states with any batch shape; the network sees one flat batch axis.
+
+    Args:
+        network: Called as ``network(state, log_snr)``, with a context as ``network(state, log_snr,
+            context)``, and with dropped contexts as ``network(state, log_snr, context, null)``.
+        state: What the network sees, ``batch_shape`` + its shape.
+        log_snr: Log-SNR, broadcastable to ``batch_shape``.
+        batch_shape: Batch shape of the states.
+        output_shape: What the network returns for one state.
+        needed_by: Who needs it, for the error.
+        context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
+        null: Rows without a context, ``(N,)``.
+
+    Returns:
+        The output in the state's dtype, ``batch_shape + output_shape``.
+
+    Raises:
+        ValueError: An output of another shape, or one that is not finite.
+    """
+    dtype = network_dtype(network)
+    flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
+    extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
+    output = network(flat, log_snr.expand(batch_shape).reshape(-1).to(dtype), *extra)
+    expected = (len(flat), *output_shape)
+    if output.shape != expected:
+        raise ValueError(
+            f"argument 'network': got an output of shape {tuple(output.shape)}; expected {expected}, as "
+            f"{needed_by} needs. Keep the batch axis in front; MLP takes num_outputs=…."
+        )
+    remedy = "Lower the learning rate or clip gradients, and check the data's scale."
+    check_finite("argument 'network'", output, remedy)
+    return output.reshape(batch_shape + output_shape).to(state.dtype)

@@ -1,0 +1,216 @@
+r"""Denoisers of bits: the reverse kernel that acts bit by bit, from the probability of a one.
+
+Of :math:`\pi_i(x_t)`, the probability that :math:`x_{0,i}` is one, the kernel of
+:class:`~pyro_diffusion.processes.BernoulliProcess` follows. It is the best of its kind where
+:math:`\pi_i` is exact: :class:`EnumeratedDenoiser` has it from all the data there are.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
+from pyro_diffusion.given import Given
+from pyro_diffusion.networks import state_dtype
+from pyro_diffusion.processes.base import check_fixed_curve
+from pyro_diffusion.processes.bernoulli import BernoulliProcess
+from pyro_diffusion.schedules import NoiseSchedule
+
+__all__ = ["BernoulliDenoiser", "EnumeratedDenoiser", "NeuralBernoulliDenoiser"]
+
+
+class BernoulliDenoiser(Denoiser, ABC):
+    r"""Reverse kernels of bits from :math:`\pi(x_t)`; ``x_0_hat`` is that probability.
+
+    Args:
+        schedule: Noise schedule, :math:`\bar\alpha_t` the share of bits that were never drawn anew.
+        event_shape: Shape of one datum.
+        rate: :math:`r` in (0, 1), the rate that bits decay to.
+
+    Raises:
+        ValueError: A rate outside (0, 1), a schedule that is learned or by dimension, or data other than 0
+            and 1.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, event_shape: tuple[int, ...], rate: float = 0.5
+    ) -> None:
+        super().__init__(schedule, event_shape)
+        if not isinstance(rate, int | float) or not 0 < rate < 1:
+            raise ValueError(
+                f"argument 'rate': got {rate!r}; expected a number in (0, 1), the probability of a one among "
+                "bits that are all noise. The mean of the data, or 0.5."
+            )
+        check_fixed_curve(schedule, "bits")
+        self.rate = float(rate)
+
+    @abstractmethod
+    def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+        r""":math:`\log \pi / (1 - \pi)`, ``batch_shape + event_shape``, for bits ``x_t``."""
+
+    @property
+    def process(self) -> BernoulliProcess:
+        return BernoulliProcess(self.schedule, self.event_shape, self.rate)
+
+    def denoise(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Denoised:
+        self.check_state(x_t)
+        logits = self.logits(x_t, log_snr, **Given(None, context, null).of_kernels())
+        return Denoised(logits.sigmoid(), logits)
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        return dist.Bernoulli(logits=denoised.logits).to_event(self.event_dim)
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        bits = x_0 if x_0.is_floating_point() else x_0.to(self.dtype)
+        proper = (bits == 0) | (bits == 1)
+        if not holds(proper):
+            raise ValueError(
+                f"site 'x_0': got the value {bits[~proper][0].item():g}; expected bits, 0 and 1. Map spins "
+                "of ±1 by (s + 1) / 2."
+            )
+        return bits
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}, rate={self.rate}"
+
+
+class NeuralBernoulliDenoiser(BernoulliDenoiser):
+    r""":math:`\pi` from a network, which predicts each bit given all others.
+
+    With the known law of :math:`x_{t,i}` its logits :math:`\ell_i` become the posterior's,
+
+    .. math::
+        \log \frac{\pi_i}{1 - \pi_i} = \ell_i
+            + \log \frac{q(x_{t,i} \mid x_{0,i} = 1)}{q(x_{t,i} \mid x_{0,i} = 0)},
+
+    so that a network of zeros is exact for independent fair bits.
+
+    Args:
+        network: Called as ``network(x_t, log_snr)`` with bits as −1 and 1, shape ``(B,) + event_shape``, and
+            ``log_snr`` of shape ``(B,)``; its output has the shape of ``x_t``.
+        schedule: Noise schedule of the chain.
+        event_shape: Shape of one datum.
+        rate: :math:`r`, the rate that bits decay to.
+
+    Raises:
+        ValueError: As :class:`BernoulliDenoiser`; a network with an output of another shape, or one that is
+            not finite.
+
+    Example:
+        >>> denoiser = NeuralBernoulliDenoiser(MLP((20,)), LinearDecaySchedule(200), event_shape=(20,))
+        >>> denoiser.x_0_hat(torch.ones(3, 20), torch.tensor(0.0)).shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        event_shape: tuple[int, ...],
+        *,
+        rate: float = 0.5,
+    ) -> None:
+        super().__init__(schedule, event_shape, rate)
+        self.network = check_argument("network", network, nn.Module, "MLP((20,))")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's first parameter; float32 for a network of half precision."""
+        return state_dtype(self.network)
+
+    def logits(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Tensor:
+        spins = 2 * x_t - 1
+        output = call_network(
+            self.network,
+            spins,
+            log_snr,
+            self.check_state(x_t),
+            self.event_shape,
+            needed_by="a chain of bits, one number for each,",
+            context=context,
+            null=null,
+        )
+        same, other = self.process.log_noise_ratio(x_t, log_snr)
+        return output + spins * (same - other)
+
+
+class EnumeratedDenoiser(BernoulliDenoiser):
+    r"""The best reverse kernel that acts bit by bit, from all data there are: an oracle.
+
+    .. math::
+        \pi_i(x_t) = \sum_k P(k \mid x_t)\, x^{(k)}_i, \qquad
+        P(k \mid x_t) \propto w_k \prod_i q\big(x_{t,i} \mid x_0 = x^{(k)}_i\big).
+
+    Its bound is the largest that any network can have under this chain: below :math:`\log p`, because bits
+    that change together in one step change independently under the kernel.
+
+    Args:
+        data: All values of the data, bits, shape ``(K,) + event_shape``.
+        schedule: Noise schedule of the chain.
+        weights: Their probabilities, ``(K,)``, normalised here; equal ones by default.
+        rate: :math:`r`, the rate that bits decay to.
+
+    Raises:
+        ValueError: Data that are not bits, or weights that do not fit.
+
+    Example:
+        >>> heartbeats = torch.eye(5).repeat(1, 4)
+        >>> denoiser = EnumeratedDenoiser(heartbeats, LinearDecaySchedule(200))
+        >>> denoiser.x_0_hat(heartbeats[:1], torch.tensor(6.0))[0, :5].round()
+        tensor([1., 0., 0., 0., 0.])
+    """
+
+    values: Tensor
+    log_weights: Tensor
+
+    def __init__(
+        self,
+        data: Tensor,
+        schedule: NoiseSchedule,
+        weights: Tensor | None = None,
+        *,
+        rate: float = 0.5,
+    ) -> None:
+        super().__init__(schedule, tuple(data.shape[1:]), rate)
+        data = data if data.is_floating_point() else data.to(torch.get_default_dtype())
+        weights = torch.ones(len(data)) if weights is None else weights
+        fit = data.dim() > 1 and weights.shape == data.shape[:1]
+        if not fit or not (weights > 0).all():
+            raise ValueError(
+                f"arguments 'data' and 'weights': got shapes {tuple(data.shape)} and {tuple(weights.shape)}; "
+                "expected (K,) + event_shape, every value once, and K positive weights. Leave out values of "
+                "probability zero."
+            )
+        self.register_buffer("values", data.clone())
+        self.register_buffer("log_weights", (weights / weights.sum()).log().to(data))
+        self.embed(data)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the data."""
+        return self.values.dtype
+
+    def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
+        same, other = self.process.log_noise_ratio(x_t, log_snr)
+        values, spins = self.values.flatten(1), (2 * self.values - 1).flatten(1)
+        # log q(x_t | x_0) of every value: Σ_i of one number where the bits agree, another where not
+        flat_spins, flat_difference = (
+            (2 * x_t - 1).flatten(-self.event_dim),
+            (same - other).flatten(-self.event_dim),
+        )
+        log_share = self.log_weights + 0.5 * (flat_spins * flat_difference) @ spins.mT
+        log_share = log_share.log_softmax(-1).unsqueeze(-1)
+        ones = torch.where(values == 1, log_share, -torch.inf).logsumexp(-2)
+        zeros = torch.where(values == 0, log_share, -torch.inf).logsumexp(-2)
+        # A bit that is the same in all data is beyond any doubt, and finite.
+        limit = -(torch.finfo(x_t.dtype).max ** 0.25)
+        return (ones.clamp(min=limit) - zeros.clamp(min=limit)).reshape(x_t.shape)

@@ -1,0 +1,272 @@
+r"""Exact denoisers: the reverse chains of Gaussian data and of Gaussian mixtures, in closed form.
+
+Under an exact denoiser every path's :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is
+:math:`\log p(x_0)`, up to what is left of the datum at the end of the chain. They are the package's oracles.
+"""
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.checks import check_finite
+from pyro_diffusion.denoisers.base import Denoised, Denoiser
+from pyro_diffusion.denoisers.variances import exact_variance
+from pyro_diffusion.distributions import gaussian
+from pyro_diffusion.processes.base import pad
+from pyro_diffusion.processes.gaussian import ChainStep, chain_step, posterior_mean
+from pyro_diffusion.schedules import NoiseSchedule
+
+__all__ = ["GaussianDenoiser", "GaussianMixtureDenoiser"]
+
+
+class GaussianDenoiser(Denoiser):
+    r"""The exact reverse chain of Gaussian data :math:`x_0 \sim N(m, \operatorname{diag}(s^2))`.
+
+    .. math::
+        \hat x_0 = m + \frac{a_t s^2}{a_t^2 s^2 + \sigma_t^2} (x_t - a_t m), \qquad
+        \operatorname{Var}[x_0 \mid x_t] = \frac{s^2 \sigma_t^2}{a_t^2 s^2 + \sigma_t^2},
+
+    so that a path's :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on
+    every draw, up to :math:`\sqrt{\bar\alpha_T}` times the mean: the bound's oracle. A full
+    covariance is :meth:`from_covariance`.
+
+    Args:
+        mean: Mean :math:`m`, shape ``event_shape``.
+        std: Standard deviations :math:`s > 0`, broadcastable to ``event_shape``.
+        schedule: Noise schedule of the chain.
+
+    Raises:
+        ValueError: Standard deviations that are not positive, or a shape that does not fit.
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LinearSchedule(10))
+        >>> denoiser.data_distribution.log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    mean: Tensor
+    variance: Tensor
+    rotation: Tensor | None
+
+    def __init__(self, mean: Tensor, std: Tensor, schedule: NoiseSchedule) -> None:
+        mean = torch.as_tensor(mean).clone()  # a buffer of our own, not the caller's tensor
+        mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
+        std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+        check_finite("argument 'mean'", mean, "Check what the mean was estimated from.")
+        std = _check_std("std", std, mean)
+        super().__init__(schedule, mean.shape)
+        self.register_buffer("mean", mean)
+        self.register_buffer("variance", std**2)
+        self.register_buffer("rotation", None)
+
+    @classmethod
+    def from_covariance(
+        cls, mean: Tensor, covariance: Tensor, schedule: NoiseSchedule
+    ) -> "GaussianDenoiser":
+        r"""Exact for :math:`x_0 \sim N(m, C)` over a vector event; kernels are MultivariateNormal.
+
+        Args:
+            mean: Mean :math:`m`, shape ``(D,)``.
+            covariance: Covariance :math:`C`, symmetric positive definite, shape ``(D, D)``.
+            schedule: Noise schedule of the chain.
+
+        Raises:
+            ValueError: A covariance of another shape, or one that is not positive definite; a schedule by
+                dimension, whose noise has other axes than the data.
+        """
+        if schedule.event_dim:
+            raise ValueError(
+                f"argument 'schedule': got a curve for each of {schedule.event_shape.numel()} entries; "
+                "expected a single curve, because a rotation of the data mixes entries. Rotate the data to "
+                "their principal axes, and use GaussianDenoiser(mean, std, schedule) there."
+            )
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"argument 'covariance': got shape {tuple(covariance.shape)} with a mean of shape "
+                f"{tuple(mean.shape)}; expected (D, D) and (D,). Flatten the event to a vector."
+            )
+        variance, rotation = torch.linalg.eigh(covariance)
+        if not torch.allclose(covariance, covariance.mT) or not (variance > 0).all():
+            raise ValueError(
+                f"argument 'covariance': got a smallest eigenvalue of {variance.min().item():g} (or "
+                "an asymmetric matrix); expected a symmetric positive definite matrix. Add a small "
+                "multiple of the identity if it is singular."
+            )
+        denoiser = cls(mean, variance.sqrt(), schedule)
+        denoiser.register_buffer("rotation", rotation)
+        return denoiser
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the mean."""
+        return self.mean.dtype
+
+    @property
+    def data_distribution(self) -> TorchDistribution:
+        """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
+        return self._gaussian(self.mean, self.variance)
+
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+        self.check_state(x_t)
+        signal, noise = (
+            pad(s, self.missing_dim, torch.float64) for s in self.schedule.scales(log_snr)
+        )
+        gain, _ = _wiener(self.variance.double(), signal, noise)
+        error = x_t - signal.to(x_t.dtype) * self.mean
+        return Denoised(self.mean + self._scale_axes(gain.to(x_t.dtype), error))
+
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
+        step = chain_step(t, self.schedule)
+        mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
+        step = step.padded(self.missing_dim)
+        _, x_0_variance = _wiener(self.variance.double(), step.signal, step.noise)
+        return self._gaussian(mean, exact_variance(step, x_0_variance).to(x_t.dtype))
+
+    def _gaussian(self, mean: Tensor, variance: Tensor) -> TorchDistribution:
+        """A Gaussian with the given variances along the data's principal axes."""
+        if self.rotation is None:
+            return gaussian(mean, variance.sqrt(), self.event_dim)
+        factor = self.rotation * variance.sqrt().unsqueeze(-2)
+        return dist.MultivariateNormal(mean, factor @ factor.mT)
+
+    def _scale_axes(self, gain: Tensor, x: Tensor) -> Tensor:
+        if self.rotation is None:
+            return gain * x
+        return (gain * (x @ self.rotation)) @ self.rotation.mT
+
+
+class GaussianMixtureDenoiser(Denoiser):
+    r"""The exact reverse chain of a mixture, :math:`x_0 \sim \sum_k w_k N(m_k, \operatorname{diag}(s_k^2))`.
+
+    A state belongs to component :math:`k` with probability :math:`r_k(x_t) \propto w_k\,
+    N(x_t; a_t m_k, a_t^2 s_k^2 + \sigma_t^2)`, given which everything is Gaussian:
+
+    .. math::
+        \hat x_0 = \sum_k r_k\, \hat x_{0,k}, \qquad
+        p(x_{t-1} \mid x_t) = \sum_k r_k\, N\big(\tilde\mu_t(x_t, \hat x_{0,k}), \Sigma_{t,k}\big),
+
+    with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` of :class:`GaussianDenoiser`. The reverse kernel is
+    that mixture, so that on multimodal data, too, every path's bound is :math:`\log p(x_0)`.
+
+    Args:
+        weights: Weights :math:`w_k`, shape ``(K,)``; they are normalised.
+        means: Means :math:`m_k`, shape ``(K,) + event_shape``.
+        stds: Standard deviations :math:`s_k > 0`, broadcastable to ``means``.
+        schedule: Noise schedule of the chain.
+
+    Raises:
+        ValueError: Weights or standard deviations that are not positive, or shapes that do not fit.
+
+    Example:
+        >>> means = torch.tensor([[-1.0], [1.0]])
+        >>> denoiser = GaussianMixtureDenoiser([0.5, 0.5], means, 0.1, LogSNRSchedule(10))
+        >>> denoiser.x_0_hat(torch.tensor([0.3]), torch.tensor(6.0))
+        tensor([0.4393])
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(
+        self,
+        weights: Tensor | list[float],
+        means: Tensor,
+        stds: Tensor | float,
+        schedule: NoiseSchedule,
+    ) -> None:
+        means = torch.as_tensor(means).clone()
+        means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
+        weights, stds = (
+            torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in (weights, stds)
+        )
+        fit = means.dim() > 0 and weights.shape == means.shape[:1] and len(means) > 0
+        proper = ((weights > 0) & weights.isfinite()).all() and means.isfinite().all()
+        if not fit or not proper:
+            raise ValueError(
+                f"arguments 'weights' and 'means': got shapes {tuple(weights.shape)} and "
+                f"{tuple(means.shape)}; expected K positive weights and finite means of shape (K,) + "
+                "event_shape. Leave out components of weight zero."
+            )
+        if stds.shape == weights.shape and means.dim() > 1:
+            raise ValueError(
+                f"argument 'stds': got shape {tuple(stds.shape)}, one for each component or for each entry; "
+                f"expected a shape that says which, to broadcast to {tuple(means.shape)}. Give one for each "
+                "component a last axis (stds[:, None]), or expand to the means' shape."
+            )
+        super().__init__(schedule, means.shape[1:])
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("means", means)
+        self.register_buffer("variances", _check_std("stds", stds, means) ** 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the means."""
+        return self.means.dtype
+
+    @property
+    def data_distribution(self) -> TorchDistribution:
+        """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
+        return self._mixture(self.log_weights, self.means, self.variances)
+
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+        self.check_state(x_t)
+        log_r, x_0_hats = self._components(x_t, *self.schedule.scales(log_snr))
+        r = pad(log_r.exp(), self.event_dim, x_t.dtype)
+        return Denoised((r * x_0_hats).sum(-self.event_dim - 1))
+
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
+        step = chain_step(t, self.schedule)
+        log_r, x_0_hats = self._components(x_t, step.signal, step.noise)
+        step = ChainStep(*(self._for_components(c) for c in step))
+        means = posterior_mean(
+            x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, missing_dim=self.missing_dim
+        )
+        step = step.padded(self.missing_dim)
+        _, x_0_variances = _wiener(self.variances.double(), step.signal, step.noise)
+        return self._mixture(log_r, means, exact_variance(step, x_0_variances).to(x_t.dtype))
+
+    def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event behind."""
+        signal, noise = (
+            pad(self._for_components(c), self.missing_dim, c.dtype) for c in (signal, noise)
+        )
+        variances = self.variances.double()
+        gains, _ = _wiener(variances, signal, noise)
+        errors = x_t.unsqueeze(-self.event_dim - 1) - signal.to(x_t.dtype) * self.means
+        spread = (signal**2 * variances + noise**2).sqrt().to(x_t.dtype)
+        component = gaussian(torch.zeros_like(spread), spread, self.event_dim)
+        log_r = (self.log_weights + component.log_prob(errors)).log_softmax(-1)
+        return log_r, self.means + gains.to(x_t.dtype) * errors
+
+    def _for_components(self, coefficient: Tensor) -> Tensor:
+        """A coefficient with the components' axis, in front of the event."""
+        return coefficient.unsqueeze(-1 - self.schedule.event_dim)
+
+    def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> TorchDistribution:
+        components = gaussian(means, variances.sqrt(), self.event_dim)
+        logits = logits.expand(components.batch_shape)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+
+
+def _wiener(variance: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    r"""For :math:`x_0 \sim N(m, v)`: the gain of :math:`x_t - a m` in :math:`\hat x_0`, and
+    :math:`\operatorname{Var}[x_0 \mid x_t]`."""
+    total = signal**2 * variance + noise**2
+    return signal * variance / total, variance * noise**2 / total
+
+
+def _check_std(argument: str, std: Tensor, mean: Tensor) -> Tensor:
+    """Standard deviations expanded to the mean's shape, if they are positive and fit."""
+    try:
+        expanded = std.expand(mean.shape)
+    except RuntimeError:
+        expanded = None
+    if expanded is None or not (std > 0).all() or not std.isfinite().all():
+        raise ValueError(
+            f"argument {argument!r}: got shape {tuple(std.shape)} with a smallest value of "
+            f"{std.min().item():g}; expected positive standard deviations that broadcast to the "
+            f"means' shape {tuple(mean.shape)}. A constant entry has no density: drop it."
+        )
+    return expanded

@@ -1,0 +1,135 @@
+r"""The denoiser that one trains: reverse kernels from a network's output."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import Categorical
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
+from pyro_diffusion.denoisers.parameterizations import NoisePrediction, Parameterization
+from pyro_diffusion.denoisers.variances import ForwardVariance, ReverseVariance
+from pyro_diffusion.networks import state_dtype
+from pyro_diffusion.processes.base import pad
+from pyro_diffusion.processes.gaussian import ChainStep, GaussianProcess
+from pyro_diffusion.schedules import NoiseSchedule
+
+__all__ = ["NeuralDenoiser"]
+
+
+class NeuralDenoiser(Denoiser):
+    r"""Reverse kernels from a network: :math:`N(\tilde\mu_t(x_t, \hat x_0), \Sigma_t)`.
+
+    Args:
+        network: Called as ``network(x_t, log_snr)`` with one flattened batch axis in front: ``x_t``
+            of shape ``(B,) + event_shape``, in a variance-exploding chain divided by
+            :math:`\sqrt{a_t^2 + \sigma_t^2}`; ``log_snr`` of shape ``(B,)``. Its output has the
+            shape of ``x_t``, or one more axis at the end where prediction and variance need several
+            numbers for each entry. Where there is a context it is called as ``network(x_t, log_snr,
+            context)``.
+        schedule: Noise schedule of the chain.
+        event_shape: Shape of one datum.
+        prediction: What the output means: ``NoisePrediction()``, the default, ``DataPrediction()``,
+            ``VelocityPrediction()``, ``ScorePrediction()`` (all of the state as the network sees it),
+            or ``LevelPrediction(num_levels)`` for data on finitely many values.
+        variance: Variance of the kernels: ``ForwardVariance()``, the default,
+            ``PosteriorVariance()``, ``LearnedVariance()`` or ``OptimalVariance.from_data(…)``.
+
+    Raises:
+        ValueError: An argument of another kind. From a call: an output of another shape, or one
+            that is not finite.
+
+    Example:
+        >>> denoiser = NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,))
+        >>> kernel = denoiser(torch.randn(5, 2), t=10)
+        >>> kernel.batch_shape, kernel.event_shape
+        (torch.Size([5]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        event_shape: tuple[int, ...],
+        *,
+        prediction: Parameterization | None = None,
+        variance: ReverseVariance | None = None,
+    ) -> None:
+        super().__init__(schedule, event_shape)
+        self.network = check_argument("network", network, nn.Module, "MLP((64,))")
+        self.prediction = NoisePrediction() if prediction is None else prediction
+        self.variance = ForwardVariance() if variance is None else variance
+        check_argument("prediction", self.prediction, Parameterization, "NoisePrediction()")
+        check_argument("variance", self.variance, ReverseVariance, "PosteriorVariance()")
+
+    @property
+    def process(self) -> GaussianProcess:
+        return GaussianProcess(self.schedule, self.event_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's first parameter; float32 for a network of half precision."""
+        return state_dtype(self.network)
+
+    def denoise(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Denoised:
+        batch_shape = self.check_state(x_t)
+        # The chain of unit variance with the same log-SNR: what the network sees, on any scale.
+        signal, noise = self.schedule.scales(log_snr)
+        scale = (signal**2 + noise**2).sqrt()
+        signal, noise, scale = (
+            pad(c, self.missing_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
+        )
+        state, count = x_t / scale, self.prediction.num_outputs + self.variance.num_outputs
+        output = call_network(
+            self.network,
+            state,
+            self._level(log_snr),
+            batch_shape,
+            self.event_shape + ((count,) if count > 1 else ()),
+            needed_by=f"{self.prediction} with {self.variance}, {count} number(s) for each entry,",
+            context=context,
+            null=null,
+        )
+        variance = None
+        if self.variance.num_outputs:
+            output, variance = output[..., :-1], output[..., -1]
+            output = output.squeeze(-1) if self.prediction.num_outputs == 1 else output
+        return Denoised(*self.prediction.estimate(output, state, signal, noise), variance)
+
+    def _level(self, log_snr: Tensor) -> Tensor:
+        """One number for the network, where every entry has a level of its own."""
+        dims = tuple(range(-self.schedule.event_dim, 0))
+        return log_snr.mean(dims) if dims else log_snr
+
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
+        def variance(step: ChainStep) -> Tensor:
+            return self._check_variance(self.variance(step, denoised.variance))
+
+        return self.process.reverse(x_t, denoised, t, variance)
+
+    def _check_variance(self, variance: Tensor) -> Tensor:
+        if not holds(variance > 0):
+            raise ValueError(
+                f"argument 'variance': got a smallest value of {variance.min().item():g} from "
+                f"{self.variance}; expected positive ones at every timestep. At t = 1, where β̃ is zero, "
+                "PosteriorVariance takes β_1."
+            )
+        return variance
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        return self.prediction.embed(x_0)
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        if denoised.logits is None:
+            return super().decode(x_1, denoised)
+        return Categorical(logits=denoised.logits).to_event(self.event_dim)
+
+    def extra_repr(self) -> str:
+        return (
+            f"event_shape={tuple(self.event_shape)}, prediction={self.prediction}, "
+            f"variance={self.variance}"
+        )

@@ -1,0 +1,121 @@
+r"""An estimate of :math:`\log p(x_0)` for every datum, with what says how far it can be trusted.
+
+References:
+    Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
+from pyro_diffusion.bounds import Estimate
+from pyro_diffusion.checks import check_data
+from pyro_diffusion.scoring import log_density, measure_of
+
+__all__ = ["Evidence", "at_the_end", "average", "fingerprint", "log_mean", "tail"]
+
+
+class Evidence(NamedTuple):
+    r"""An estimate of :math:`\log p(x_0)` for every datum; nats per datum, float64."""
+
+    log_evidence: Tensor  #: :math:`\log \hat p(x_0)`, shape ``(N,)``
+    standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``; NaN for one particle
+    ess: Tensor  #: effective sample size, between 1 and the number of particles, ``(N,)``
+    #: :math:`\hat k` of the weights, ``(N,)``; −∞ for constant ones, NaN for too few (below 25)
+    pareto_k: Tensor
+    ess_by_timestep: Tensor | None = None  #: ``(T, N)`` where an estimator has one
+    elbo: Tensor | None = None  #: the bound from the same draws, ``(N,)``
+    elbo_standard_error: Tensor | None = None  #: Monte Carlo error of it, ``(N,)``
+    estimator: str = ""  #: how it was estimated; models are compared by one and the same
+    num_particles: int = 0  #: trajectories for each datum
+    data: str = ""  #: a word for the data; models are compared on the same
+    measure: str = ""  #: "density" or "mass", of the data; the two are not compared
+
+    def __repr__(self) -> str:
+        return (
+            f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
+            f"reliable for {int(self.reliable.sum())})"
+        )
+
+    @property
+    def reliable(self) -> Tensor:
+        r"""Whether a datum's estimate can be trusted, boolean, ``(N,)``.
+
+        Importance weights need a small Pareto :math:`\hat k`. Sequential Monte Carlo needs ten effective
+        particles at every timestep, runs that agree to a standard error below a half, and no tail above 0.9
+        (:math:`\hat k` is the largest of as many as there were averages, and the largest of many is large);
+        an estimate without weights needs the standard error alone.
+        """
+        if self.num_particles == 0:  # no weights at all
+            return self.standard_error < 0.5
+        if self.ess_by_timestep is None:
+            return self.pareto_k < good_k(self.num_particles)
+        return (self.ess > 9.99) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
+
+    def mean(self) -> Estimate:
+        """Mean over data, with its errors as for the bound."""
+        return Estimate.of(self.log_evidence, self.standard_error)
+
+
+def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evidence:
+    """Evidence of states at T, which is the prior's: there is nothing to average."""
+    log_p = log_density(prior, check_data(x_T)).expand(num_particles, len(x_T))
+    return average(log_p)._replace(
+        standard_error=torch.zeros_like(log_p[0]),
+        pareto_k=torch.full_like(log_p[0], -math.inf),
+        data=fingerprint(x_T),
+        measure=measure_of(prior),
+    )
+
+
+def average(log_weights: Tensor) -> Evidence:
+    """Evidence from log-weights of shape ``(K, N)``."""
+    count = len(log_weights)
+    log_evidence = log_mean(log_weights)
+    relative = (log_weights - log_evidence).exp()  # weights over their mean
+    error, elbo_error = torch.full((2, *log_evidence.shape), math.nan, dtype=log_evidence.dtype)
+    if count > 1:
+        error = (relative.var(0) / count).sqrt()
+        elbo_error = (log_weights.var(0) / count).sqrt()
+    return Evidence(
+        log_evidence=log_evidence,
+        standard_error=error,
+        ess=relative.sum(0).square() / relative.square().sum(0),
+        pareto_k=tail(log_weights),
+        elbo=log_weights.mean(0),
+        elbo_standard_error=elbo_error,
+        estimator="importance weights",
+        num_particles=count,
+    )
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Logarithm of the mean of weights, over the first axis."""
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
+
+
+def tail(log_weights: Tensor) -> Tensor:
+    r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones.
+
+    A single weight is no constant: nothing is known of the others.
+    """
+    values = log_weights.cpu().numpy().T
+    too_few = len(log_weights) < MIN_DRAWS
+    alike = constant(values) & (len(log_weights) > 1)
+    k = np.where(alike, -math.inf, math.nan) if too_few else pareto_k(values)
+    return torch.as_tensor(k, device=log_weights.device)
+
+
+def fingerprint(x_0: Tensor, mask: Tensor | None = None) -> str:
+    """A short word for data: the same for the same numbers, to float32, in the same rows."""
+    numbers = x_0.detach().float()
+    if mask is not None:
+        numbers = torch.where(mask, numbers, math.nan)
+    content = np.ascontiguousarray(numbers.cpu().numpy()).tobytes()
+    return hashlib.sha256(f"{len(x_0)} ".encode() + content).hexdigest()[:16]

@@ -1,0 +1,139 @@
+r"""What goes with the data: a mask of observed entries, a context, and who lost theirs.
+
+A program is called with data and, by name, with what belongs to them; :class:`Given` holds it, and
+:func:`together` splits, repeats or moves data and all of it alike.
+
+Under a ``mask`` of observed entries a site has the terms of those entries only,
+
+.. math::
+    \log p(x_t \mid \cdot) = \sum_{i\ \text{observed}} \log p(x_{t,i} \mid \cdot),
+
+which is the marginal of a kernel whose entries are independent given what it is conditioned on.
+:class:`ObservedEntries` is the handler that does it. What stands in an unobserved entry of the data does
+not matter, NaN included.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Independent
+from torch.utils import _pytree as pytree
+
+from pyro_diffusion.distributions import WrappedSite
+
+__all__ = [
+    "STATE",
+    "Given",
+    "ObservedEntries",
+    "as_real",
+    "flattened",
+    "observed_part",
+    "repeated",
+    "seen",
+    "takes",
+    "together",
+]
+
+STATE = {
+    "state": True
+}  #: the ``infer`` of a site that holds a state or the datum: what a mask acts on
+
+
+class Given(NamedTuple):
+    """What goes with data of ``N`` rows; ``None`` for what is not there."""
+
+    mask: Tensor | None = None  #: observed entries, boolean, of the data's shape
+    context: Any = None  #: a tensor, or a tuple or dictionary of tensors, ``(N, …)`` each
+    null: Tensor | None = None  #: rows whose context was dropped, boolean, ``(N,)``
+
+    def arguments(self) -> dict[str, Any]:
+        """What is there, by the names of a program's arguments."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def of_kernels(self) -> dict[str, Any]:
+        """What a kernel is told: the context, and the rows without one."""
+        return {name: value for name, value in self.arguments().items() if name != "mask"}
+
+
+def together(
+    function: Callable[[Tensor], Tensor], x_0: Tensor, given: Given
+) -> tuple[Tensor, Given]:
+    """Data and all that goes with them, each tensor through the same function of rows."""
+    return function(x_0), Given(*(_each(function, part) for part in given))
+
+
+def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """Rows of all data once, then once more, …: ``(times · N, …)``, for particles in front of the data."""
+    return x.repeat(times, *(1,) * (x.dim() - 1))
+
+
+def flattened(context: Any, batch_shape: torch.Size) -> Any:
+    """A context of ``(N, …)`` as a network takes it: a row for each entry of ``batch_shape``, flat."""
+    return _each(lambda c: c.expand(batch_shape + c.shape[1:]).reshape(-1, *c.shape[1:]), context)
+
+
+def takes(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a function, or a module's forward, has an argument of that name (or takes any)."""
+    function = function.forward if isinstance(function, nn.Module) else function
+    parameters = inspect.signature(function).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def as_real(x_0: Tensor | None) -> Tensor | None:
+    """Whole numbers and bits as the floating numbers that torch's distributions take."""
+    if x_0 is None or x_0.is_floating_point():
+        return x_0
+    return x_0.to(torch.get_default_dtype())
+
+
+def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
+    """The state as a kernel of the model sees it: the gap's value where nothing was observed."""
+    return x_t if mask is None else torch.where(mask, x_t, gap)
+
+
+class ObservedEntries(Messenger):
+    """Leave unobserved entries out of the terms of states and data; a handler inside of a program.
+
+    It acts on sites with ``infer={"state": True}``, and on no others.
+
+    Args:
+        of_data: Observed entries of the data, boolean, of their shape.
+        of_state: Observed entries of a latent state, of its shape; ``None`` leaves latents whole.
+    """
+
+    def __init__(self, of_data: Tensor, of_state: Tensor | None) -> None:
+        super().__init__()
+        self.of_data, self.of_state = of_data, of_state
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["infer"].get("state"):
+            mask = self.of_data if msg["is_observed"] else self.of_state
+            msg["fn"] = observed_part(msg["fn"], mask)
+
+
+def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistribution:
+    """A kernel over entries that are independent, with the terms of the observed entries only."""
+    if mask is None:
+        return kernel
+    if isinstance(kernel, WrappedSite):
+        return type(kernel)(observed_part(kernel.base_dist, mask))
+    event_dim = mask.dim() - 1
+    if event_dim == 0:
+        return kernel.mask(mask)
+    if not isinstance(kernel, Independent) or kernel.reinterpreted_batch_ndims < event_dim:
+        raise ValueError(
+            f"argument 'mask': got one for a {type(kernel).__name__}, whose entries depend on one "
+            "another; expected a kernel with independent entries, from which unobserved ones can be "
+            "left out. Use a NeuralDenoiser or GaussianDenoiser, and transforms that act entry by entry."
+        )
+    masked = MaskedDistribution(kernel.base_dist, mask)
+    return masked.to_event(kernel.reinterpreted_batch_ndims)

@@ -1,0 +1,156 @@
+r"""The reverse chain walked step by step, outside of a Pyro program.
+
+Evidence by paths and by particles, samplers and posterior sampling all go from :math:`x_T` to :math:`x_0`.
+They take their steps from one :class:`ReverseWalk`:
+
+- ``start``: the law of :math:`x_T`, :math:`q(x_T \mid x)` towards a target :math:`x`, or :math:`p(x_T)`;
+- ``look``: what the denoiser says of the datum at :math:`x_t`;
+- ``kernel`` and ``posterior``: :math:`p_\theta(x_{t-1} \mid x_t)` and :math:`q(x_{t-1} \mid x_t, x)`;
+- ``step``: a draw of the posterior with both densities, whose ratio is the step's weight;
+- ``end``: :math:`p_\theta(x_0 \mid x_1)`.
+
+The target is a datum, or a state :math:`x_s` at any timestep: then the walk is that of the chain
+:math:`x_{s:T}`, and its steps are counted from the target. Particles stand in front, data behind them:
+``(K, N) + event_shape``. A network sees at most so many rows at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pyro_diffusion.denoisers import Denoised, Denoiser
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
+from pyro_diffusion.scoring import Score, score
+
+__all__ = ["ROWS", "ReverseWalk", "look", "taken"]
+
+ROWS = 2048  #: of a network at a time, where nothing else says how many: a batch that fits a cache
+
+
+class ReverseWalk:
+    r"""The steps from :math:`x_T` to :math:`x_0` of a model's chain.
+
+    Args:
+        diffusion: The model.
+        state: Timestep :math:`s` of the target, in ``{0, …, T − 1}``; 0 is the datum.
+        rows: Network rows at a time.
+    """
+
+    def __init__(self, diffusion: DiffusionModel, state: int = 0, *, rows: int = ROWS) -> None:
+        self.diffusion, self.state, self.rows = diffusion, state, rows
+        self.denoiser = diffusion.denoiser
+        self.process = diffusion.process.tail(state) if state else diffusion.process
+
+    @property
+    def timesteps(self) -> range:
+        """The timesteps of the walk, downwards to 1, counted from the target."""
+        return range(self.process.schedule.num_timesteps, 0, -1)
+
+    def target(self, x: Tensor) -> Tensor:
+        """Data, or states, as a point of the chain."""
+        return x.to(self.diffusion.dtype) if self.state else self.diffusion.embed(x)
+
+    def start(self, x: Tensor | None = None) -> TorchDistribution:
+        r""":math:`q(x_T \mid x)` given the target as a point of the chain; :math:`p(x_T)` without one."""
+        if x is None:
+            return self.diffusion.prior()
+        return self.process.marginal(x, self.process.schedule.num_timesteps)
+
+    def look(self, x_t: Tensor, t: int) -> Denoised:
+        """What the denoiser says of the datum, ``t`` steps from the target."""
+        log_snr = self.diffusion.schedule.log_snr(t + self.state)
+        return look(self.denoiser, x_t, log_snr, rows=self.rows)[0]
+
+    def kernel(self, x_t: Tensor, t: int, denoised: Denoised) -> TorchDistribution:
+        r""":math:`p_\theta(x_{t-1} \mid x_t)`."""
+        return self.denoiser.reverse_kernel(x_t, t + self.state, denoised)
+
+    def posterior(self, x_t: Tensor, x: Tensor, t: int) -> TorchDistribution:
+        r""":math:`q(x_{t-1} \mid x_t, x)` given the target, ``t ≥ 2``."""
+        return self.process.posterior(x_t, x, t)
+
+    def step(self, x_t: Tensor, x: Tensor, t: int, denoised: Denoised | None = None) -> Score:
+        """A draw of the posterior with its density there and under the kernel, ``t ≥ 2``."""
+        denoised = self.look(x_t, t) if denoised is None else denoised
+        return score(self.posterior(x_t, x, t), self.kernel(x_t, t, denoised))
+
+    def end(self, x_1: Tensor, denoised: Denoised | None = None) -> TorchDistribution:
+        r"""The kernel into the target, in the user's units: :math:`p_\theta(x_0 \mid x_1)` for data."""
+        denoised = self.look(x_1, 1) if denoised is None else denoised
+        return self.kernel(x_1, 1, denoised) if self.state else self.diffusion.decode(x_1, denoised)
+
+    def estimate(self, x_t: Tensor, t: int, denoised: Denoised) -> Tensor:
+        """The mean of the target given :math:`x_t`: of a state through the estimate of its datum."""
+        if not self.state:
+            return denoised.x_0_hat
+        schedule, ends = self.diffusion.schedule, torch.tensor([self.state, t + self.state])
+        step = ChainStep.between(schedule, *schedule.log_snr(ends.to(x_t.device)))
+        missing = self.process.event_dim - schedule.event_dim
+        return posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=missing)
+
+
+Pull = Callable[[Denoised, slice], Sequence[Tensor]]
+
+
+def look(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    log_snr: Tensor,
+    *,
+    pull: Pull | None = None,
+    rows: int = ROWS,
+) -> tuple[Denoised, list[Tensor]]:
+    r"""What a denoiser says at states of one log-SNR, with vector-Jacobian products where they are asked for.
+
+    Both are computed chunk by chunk: the network's graph of a chunk is gone before the next one.
+
+    Args:
+        denoiser: The denoiser.
+        x_t: States, ``batch_shape + event_shape``.
+        log_snr: Their log-SNR, one for all.
+        pull: ``pull(denoised, part)`` gives tensors whose sums are differentiated in :math:`x_t`, from what
+            was said of the rows ``part`` of the flattened states: :math:`\hat x_0 \odot e` for the product
+            :math:`e^\top \partial \hat x_0 / \partial x_t`.
+        rows: Network rows at a time.
+
+    Returns:
+        :class:`Denoised`, and for each tensor of ``pull`` a gradient of the states' shape.
+    """
+    batch_shape = x_t.shape[: x_t.dim() - denoiser.event_dim]
+    count = batch_shape.numel()
+    if count <= rows and pull is None:
+        return denoiser.denoise(x_t, log_snr), []
+    flat = x_t.reshape(count, *denoiser.event_shape)
+    slices = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+    parts = [_look(denoiser, flat[part], log_snr, pull, part) for part in slices]
+    joined = [
+        None if values[0] is None else torch.cat(values).reshape(batch_shape + values[0].shape[1:])
+        for values in zip(*(said + tuple(gradients) for said, gradients in parts), strict=True)
+    ]
+    return Denoised(*joined[: len(Denoised._fields)]), joined[len(Denoised._fields) :]  # type: ignore[arg-type, return-value]
+
+
+def _look(
+    denoiser: Denoiser, x_t: Tensor, log_snr: Tensor, pull: Pull | None, part: slice
+) -> tuple[Denoised, list[Tensor]]:
+    """A chunk of :func:`look`."""
+    if pull is None:
+        return denoiser.denoise(x_t, log_snr), []
+    with torch.enable_grad():
+        x_t = x_t.detach().requires_grad_()
+        said = denoiser.denoise(x_t, log_snr)
+        values = [value.sum() for value in pull(said, part)]
+        gradients = [torch.autograd.grad(v, x_t, retain_graph=True)[0] for v in values]
+    return Denoised(*(None if x is None else x.detach() for x in said)), gradients  # type: ignore[arg-type]
+
+
+def taken(x: Any, rows: Tensor) -> Any:
+    """Particles of each datum, by row: of a tensor ``(K, N, …)``, or of all that was :class:`Denoised`."""
+    if isinstance(x, tuple):
+        return Denoised(*(None if part is None else taken(part, rows) for part in x))
+    index = rows.reshape(rows.shape + (1,) * (x.dim() - 2))
+    return x.gather(0, index.expand_as(x))
