@@ -136,14 +136,20 @@ def check_state(state: Any, num_timesteps: int) -> int:
 
 
 def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str) -> list[int]:
-    """``timesteps``, if there are some, each a whole number in ``first … last``."""
-    wrong = [t for t in timesteps if not isinstance(t, Integral) or not first <= int(t) <= last]
-    if wrong or not len(timesteps):
+    """``timesteps``, also those of an array, if there are some, each a whole number in ``first … last``."""
+    steps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+    steps = steps if isinstance(steps, Sequence) else ()
+    wrong = [
+        t
+        for t in steps
+        if isinstance(t, bool) or not isinstance(t, Integral) or not first <= int(t) <= last
+    ]
+    if wrong or not len(steps):
         raise ValueError(
-            f"argument 'timesteps': got {wrong[0] if wrong else 'none'}; expected whole numbers in "
+            f"argument 'timesteps': got {wrong[0] if wrong else timesteps!r}; expected whole numbers in "
             f"{first} … {last}. {remedy}"
         )
-    return [int(t) for t in timesteps]
+    return [int(t) for t in steps]
 
 
 def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
