@@ -33,7 +33,7 @@ def page(target):
     """Where a file of the repository is in the docs, or ``None``."""
     path = Path(target)
     if path.parts[0] == "pyro_diffusion":
-        return f"api/{path.stem}.md"
+        return f"api/{Path(path.parts[1]).stem}.md"  # a folder has one page
     if path.parts[0] == "examples":
         return f"examples.md#{path.stem.replace('_', '-')}-py"
     return {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}.get(target)

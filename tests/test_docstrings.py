@@ -12,7 +12,10 @@ import torch
 import pyro_diffusion
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in Path(pyro_diffusion.__file__).parent.glob("[a-z]*.py"))
+PACKAGE = Path(pyro_diffusion.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("[a-z]*.py")
+)
 
 
 def names():

@@ -11,15 +11,13 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 
+from pyro_diffusion import schedules
+from pyro_diffusion.bernoulli import BernoulliDiffusion, EnumeratedDenoiser
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import (
-    EnumeratedDenoiser,
-    LevelPrediction,
-    NeuralDenoiser,
-    PosteriorVariance,
-)
-from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
+from pyro_diffusion.denoisers import NeuralDenoiser, PosteriorVariance
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import MLP
+from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -360,9 +358,22 @@ def test_strided_models():
         (lambda: LogSNRSchedule(10, log_snr_max=-8, log_snr_min=8), "strictly decreasing"),
         (lambda: LogSNRSchedule(10, log_snr_max=1, log_snr_min=1), "strictly decreasing"),
         (lambda: LogSNRSchedule(10, log_snr_max=float("inf")), "not finite"),
-        (lambda: VarianceExploding(10), "'schedule': got 10; expected a NoiseSchedule"),
-        (lambda: StridedSchedule(10, [1]), "'schedule': got 10; expected a NoiseSchedule"),
-        (lambda: StridedSchedule(LinearSchedule(5), [1, 6]), r"'timesteps': got \[1, 6\].*1 … 5"),
+        (
+            lambda: VarianceExploding(10),
+            "'schedule': got 10; expected an instance of NoiseSchedule",
+        ),
+        (
+            lambda: StridedSchedule(10, [1]),
+            "'schedule': got 10; expected an instance of NoiseSchedule",
+        ),
+        (lambda: StridedSchedule(LinearSchedule(5), [1, 6]), "'timesteps': got 6; expected.*1 … 5"),
+        (lambda: StridedSchedule(LinearSchedule(5), [0, 5]), "'timesteps': got 0; expected.*1 … 5"),
+        (lambda: StridedSchedule(LinearSchedule(5), [True, 5]), "'timesteps': got True; expected"),
+        (lambda: StridedSchedule(LinearSchedule(5), 5), "'timesteps': got 5; expected"),
+        (
+            lambda: StridedSchedule(LinearSchedule(5), np.array([1.5])),
+            "'timesteps': got 1.5; expected",
+        ),
         (lambda: StridedSchedule(LinearSchedule(5), [1, 1]), "'timesteps'.*increasing"),
         (lambda: StridedSchedule(LinearSchedule(5), [1]).with_num_timesteps(2), "fix the grid"),
         (
@@ -371,6 +382,9 @@ def test_strided_models():
         ),
         (lambda: LinearSchedule(0), "'num_timesteps'.*got 0"),
         (lambda: LinearSchedule(2.5), "'num_timesteps'.*got 2.5"),
+        (lambda: LinearSchedule(True), "'num_timesteps'.*got True"),
+        (lambda: MonotoneSchedule(5, num_pieces=0), "'num_pieces'.*got 0"),
+        (lambda: MonotoneSchedule(5, event_shape=[2]), r"'event_shape'.*got \[2\].*a tuple"),
         (lambda: LinearSchedule(10, beta_end=1.5), "'beta_end'.*got 1.5"),
         (lambda: CosineSchedule(10).with_num_timesteps(-1), "'num_timesteps'.*got -1"),
         (lambda: LinearSchedule(10).beta(11), "'t'.*got 11.*0 … 10"),
@@ -379,11 +393,56 @@ def test_strided_models():
         (lambda: LinearSchedule(10).signal(torch.tensor([0.5])), "a tensor of torch.float32"),
         (lambda: LinearSchedule(10).signal(0.5), "got 0.5"),
         (lambda: LinearSchedule(10).signal(True), "got True"),
+        (lambda: LinearSchedule(10).signal(np.int64(11)), "'t'.*got .*11.*0 … 10"),
     ],
 )
 def test_bad_input_is_refused_in_words(build, says):
     with pytest.raises(ValueError, match="(?s)" + says):
         build()
+
+
+def test_whole_numbers_of_any_kind():
+    """NumPy's like Python's, and tensors of small integers, in which t − 1 would wrap around."""
+    schedule, expected = LinearSchedule(np.int64(10)), LinearSchedule(10).beta(torch.arange(11))
+    assert type(schedule.num_timesteps) is int
+    assert [schedule.beta(np.int32(t)).item() for t in range(11)] == expected.tolist()
+    assert torch.equal(schedule.beta(torch.arange(11, dtype=torch.uint8)), expected)
+    for timesteps in (np.array([1, 10]), torch.tensor([1, 10]), [np.int64(1), 10], range(1, 11, 9)):
+        assert StridedSchedule(schedule, timesteps).timesteps == (1, 10)
+
+
+def test_every_class_is_of_the_package():
+    """Pickles of version 0.1 look for the classes there; a table is for the package's own classes."""
+    for build in SCHEDULES.values():
+        schedule = build()
+        assert getattr(schedules, type(schedule).__name__) is type(schedule)
+        for own in (schedule, StridedSchedule(schedule, [1, 20]), VarianceExploding(schedule)):
+            assert own._is_own()
+            assert copy.deepcopy(own)._is_own()
+
+
+def test_a_strided_schedule_is_moved_and_loaded_with_the_given_one_inside():
+    strided = StridedSchedule(LogSNRSchedule(20), [3, 20])
+    strided.load_state_dict(LogSNRSchedule(20, log_snr_max=4.0, log_snr_min=-4.0).state_dict())
+    assert strided.log_snr(2) == strided.schedule.log_snr(20) == -4
+    moved = StridedSchedule(VarianceExploding(LinearSchedule(20)), [3, 20]).to("meta")
+    tensors = [*moved.buffers(), *moved.schedule.buffers()]
+    assert all(x.is_meta for x in tensors)
+    assert moved.schedule.device == moved.device == torch.device("meta")
+    assert moved.steps.is_meta
+
+
+def test_a_users_view_is_put_on_another_grid():
+    class Louder(VarianceExploding):
+        def __init__(self, gain, schedule):
+            super().__init__(schedule)
+            self.gain = gain
+
+    schedule = Louder(2.0, LogSNRSchedule(10, learnable=True))
+    other = schedule.with_num_timesteps(3)
+    assert (type(other), other.gain, other.num_timesteps) == (Louder, 2.0, 3)
+    assert (other.schedule.num_timesteps, schedule.schedule.num_timesteps) == (3, 10)
+    assert other.schedule.log_snr_min is schedule.schedule.log_snr_min
 
 
 def test_tables_follow_the_numbers():

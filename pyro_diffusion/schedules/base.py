@@ -1,0 +1,257 @@
+r"""The abstract noise schedule: every coefficient of a chain from a log-SNR curve.
+
+A subclass gives the curve :math:`\lambda(u)` and the device on which its numbers are. The base class
+puts the curve on the grid of :math:`T` timesteps,
+
+.. math::
+    \lambda_t = \lambda\big((t - 1) / (T - 1)\big), \qquad t = 1 … T,
+
+and derives :math:`\alpha_t`, :math:`\bar\alpha_t`, :math:`\beta_t`, the signal :math:`a_t` and the noise
+:math:`\sigma_t` from it. It also holds the checks that several schedules share.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from pyro_diffusion.checks import check_count, holds, looking
+from pyro_diffusion.params import shared_copy
+
+_LARGEST_TABLE = 100_000  # steps: a few megabytes for each function
+
+
+class _Table(NamedTuple):
+    """Values of a function at all timesteps, and the numbers of the schedule that they belong to."""
+
+    values: tuple[Tensor, ...]
+    num_timesteps: int
+    numbers: list[Tensor]
+
+    def holds_for(self, num_timesteps: int, numbers: list[Tensor]) -> bool:
+        """Whether the schedule still has this length and these numbers."""
+        # Not their version counters, which do not notice what an optimiser writes to tensor.data.
+        same = num_timesteps == self.num_timesteps and len(numbers) == len(self.numbers)
+        return same and all(
+            x.device == y.device and torch.equal(x, y)
+            for x, y in zip(numbers, self.numbers, strict=True)
+        )
+
+
+class NoiseSchedule(nn.Module, ABC):
+    r"""A log-SNR curve on a grid of ``num_timesteps`` steps.
+
+    The chain is variance preserving unless the subclass says otherwise. Methods take a timestep ``t`` in
+    :math:`\{0, …, T\}`, a whole number or a LongTensor, and return a float64 tensor on the schedule's
+    device. Its shape is ``t``'s shape; if every entry of a datum has a curve of its own, it is ``t``'s
+    shape + ``event_shape``.
+
+    Args:
+        num_timesteps: Number of steps :math:`T \ge 1`.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        super().__init__()
+        self.num_timesteps = _check_num_timesteps(num_timesteps)
+        self._tables: dict[Any, _Table] = {}
+
+    @abstractmethod
+    def log_snr_at(self, u: Tensor) -> Tensor:
+        r"""The curve :math:`\lambda(u)`, :math:`u \in [0, 1]`; float64, ``u``'s shape + ``event_shape``."""
+
+    def slope_at(self, u: Tensor) -> Tensor:
+        r"""The curve's slope :math:`\lambda'(u) < 0`, float64, of the shape of :meth:`log_snr_at`.
+
+        The base class differentiates a single curve by autograd. A schedule with a curve for each entry
+        must override this method.
+        """
+        if self.event_dim:
+            raise NotImplementedError(f"{type(self).__name__} has curves by entry, and no slope_at")
+        learned = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        with torch.enable_grad():
+            u = u.detach().double().requires_grad_()
+            # λ(u) depends on its own u alone: the gradient of the sum is the slope at each of them.
+            (slope,) = torch.autograd.grad(self.log_snr_at(u).sum(), u, create_graph=learned)
+        return slope
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device of the schedule's numbers, which is also the chain's."""
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a datum whose entries have curves of their own; empty for a single curve."""
+        return torch.Size()
+
+    @property
+    def event_dim(self) -> int:
+        """Number of dimensions of :attr:`event_shape`, which coefficients have to the right of ``t``'s."""
+        return len(self.event_shape)
+
+    def with_num_timesteps(self, num_timesteps: int) -> Self:
+        """The same curve on another grid; the two schedules share learned parameters."""
+        schedule = shared_copy(self)
+        # Buffers are copied, so that moving or loading one grid leaves the other as it is.
+        schedule._buffers = {
+            name: None if buffer is None else buffer.clone()
+            for name, buffer in self._buffers.items()
+        }
+        schedule._tables = {}
+        schedule.num_timesteps = _check_num_timesteps(num_timesteps)
+        return schedule
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        r""":math:`\lambda_t = \log \bar\alpha_t - \log(1 - \bar\alpha_t)`; infinite at ``t = 0``."""
+        return self.tabulated(NoiseSchedule._log_snr, self.check_timestep(t))[0]
+
+    def tabulated(
+        self, function: Callable[["NoiseSchedule", Tensor], tuple[Tensor, ...]], t: Tensor
+    ) -> tuple[Tensor, ...]:
+        r"""``function(self, t)``, looked up in a table over :math:`0 … T` where possible.
+
+        A chain asks for the same coefficients again and again. The table is made anew when a number of the
+        schedule has changed. There is none if a number is learned, if every entry has a curve of its own, or
+        if the class is a user's, whose values may depend on anything.
+
+        Args:
+            function: Coefficients as functions of the schedule and of timesteps; also the table's key.
+            t: Timesteps that :meth:`check_timestep` returned.
+        """
+        numbers = self._numbers()
+        learned = self.event_dim or any(x.requires_grad for x in numbers)
+        if learned or not looking() or not self._is_own() or self.num_timesteps > _LARGEST_TABLE:
+            return function(self, t)
+        table = self._tables.get(function)
+        if table is None or not table.holds_for(self.num_timesteps, numbers):
+            # The table may be made in validation and serve in training: no inference tensors in it.
+            with torch.inference_mode(False), torch.no_grad():
+                values = function(self, torch.arange(self.num_timesteps + 1, device=self.device))
+                numbers = [x.clone() for x in numbers]
+            table = self._tables[function] = _Table(values, self.num_timesteps, numbers)
+        # A single number would be a view of the table, through which the caller could write.
+        return tuple(value[t] if t.dim() else value[t].clone() for value in table.values)
+
+    def _is_own(self) -> bool:
+        """Whether the class is one of this package's, whose values depend on :meth:`_numbers` alone."""
+        return type(self).__module__.startswith(f"{__package__}.")
+
+    def _numbers(self) -> list[Tensor]:
+        """Everything that the schedule's values depend on."""
+        if self._modules:
+            return [*self.parameters(), *self.buffers()]
+        own = (*self._parameters.values(), *self._buffers.values())
+        return [x for x in own if x is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}}
+
+    def _log_snr(self, t: Tensor) -> tuple[Tensor, ...]:
+        last = self.num_timesteps - 1
+        u = (t - 1).clamp(min=0).double() / last if last else torch.ones_like(t).double()
+        is_datum = (t == 0).reshape(t.shape + (1,) * self.event_dim)
+        return (torch.where(is_datum, math.inf, self.log_snr_at(u)),)
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`(a, \sigma)` at a log-SNR, with :math:`a^2 + \sigma^2 = 1`."""
+        return (0.5 * logsigmoid(log_snr)).exp(), (0.5 * logsigmoid(-log_snr)).exp()
+
+    def signal(self, t: int | Tensor) -> Tensor:
+        r""":math:`a_t = \sqrt{\bar\alpha_t}`."""
+        return self.scales(self.log_snr(t))[0]
+
+    def noise(self, t: int | Tensor) -> Tensor:
+        r""":math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`."""
+        return self.scales(self.log_snr(t))[1]
+
+    def snr(self, t: int | Tensor) -> Tensor:
+        r""":math:`\mathrm{SNR}(t) = \bar\alpha_t / (1 - \bar\alpha_t)`; infinite at ``t = 0``."""
+        return self.log_snr(t).exp()
+
+    def alpha_bar(self, t: int | Tensor) -> Tensor:
+        r""":math:`\bar\alpha_t = \prod_{s \le t} \alpha_s`; one at ``t = 0``."""
+        return self.log_snr(t).sigmoid()
+
+    def alpha(self, t: int | Tensor) -> Tensor:
+        r""":math:`\alpha_t = \bar\alpha_t / \bar\alpha_{t-1}`; one at ``t = 0``, into which no step leads."""
+        return self._log_alpha(t).exp()
+
+    def beta(self, t: int | Tensor) -> Tensor:
+        r""":math:`\beta_t = 1 - \alpha_t`, without cancellation; zero at ``t = 0``."""
+        return -torch.expm1(self._log_alpha(t))
+
+    def _log_alpha(self, t: int | Tensor) -> Tensor:
+        t = self.check_timestep(t)
+        previous, current = logsigmoid(self.log_snr(torch.stack(((t - 1).clamp(min=0), t))))
+        return current - previous
+
+    def tail(self, t: int) -> "NoiseSchedule":
+        r"""The schedule of :math:`q(x_{t+1:T} \mid x_t)`, a chain of :math:`T - t` steps from a state.
+
+        Args:
+            t: Timestep of the state, in :math:`\{0, …, T - 1\}`.
+
+        Raises:
+            ValueError: The schedule has a curve for each entry.
+        """
+        from pyro_diffusion.schedules.curves import AlphaSchedule  # a subclass, in a later file
+
+        if self.event_dim:
+            raise ValueError(
+                f"argument 'schedule': got a curve for each of {self.event_shape.numel()} entries; expected "
+                "a single one. Ask for the data's own evidence, or use importance_evidence."
+            )
+        steps = torch.arange(t + 1, self.num_timesteps + 1, device=self.device)
+        return AlphaSchedule(self.alpha(steps)).to(self.device)
+
+    def check_timestep(self, t: int | Tensor, at_least: int = 0) -> Tensor:
+        """``t`` as a LongTensor on the schedule's device, if all of it is in ``at_least … T``."""
+        if isinstance(t, Tensor):
+            got = f"a tensor of {t.dtype}"
+            inside = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+            if inside and not holds((t >= at_least) & (t <= self.num_timesteps)):
+                inside, got = False, "values from {} to {}".format(*map(int, t.aminmax()))
+        else:
+            got, whole = repr(t), isinstance(t, Integral) and not isinstance(t, bool)
+            inside = whole and at_least <= t <= self.num_timesteps
+        if not inside:
+            raise ValueError(
+                f"argument 't': got {got}; expected whole timesteps in {at_least} … "
+                f"{self.num_timesteps} (an int or a LongTensor). Timestep 0 is the datum, into which no step "
+                "leads, and q(x_0 | x_1, x_0) is a point mass without a density."
+            )
+        return torch.as_tensor(t, dtype=torch.long, device=self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The curve keeps float64 when the model around it is cast; only the device changes.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def extra_repr(self) -> str:
+        return f"num_timesteps={self.num_timesteps}"
+
+
+def _check_num_timesteps(num_timesteps: int) -> int:
+    return check_count(
+        "num_timesteps", num_timesteps, 1, "1000 is usual, and 1 the shortest chain."
+    )
+
+
+def check_decreasing(log_snr: Tensor, argument: str) -> None:
+    """Raise a ``ValueError`` if a curve, given by its values from data to noise, does not decrease."""
+    if not log_snr.isfinite().all() or not (log_snr.diff(dim=0) < 0).all():
+        raise ValueError(
+            f"argument {argument!r}: got a log-SNR curve {brief(log_snr)} that is not finite and "
+            "strictly decreasing; expected less signal at every step. Check the order of the values: "
+            "they run from data to noise."
+        )
+
+
+def brief(values: Tensor) -> str:
+    """The first four values of a tensor and its shape, for a message."""
+    shown = ", ".join(f"{value:.4g}" for value in values.flatten()[:4].tolist())
+    return f"[{shown}{', …' if values.numel() > 4 else ''}] of shape {tuple(values.shape)}"
