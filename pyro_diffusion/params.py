@@ -7,14 +7,14 @@ share, or silently freeze, their parameters. A :class:`ParamScope` is a module t
     <name>.<path of the parameter below the owner>      e.g.  diffusion_2.denoiser.network.0.weight
 
 All programs of one model state the parameters of their one owner, so they agree on names. A copy
-or an unpickled model takes a prefix of its own. A store entry that holds another tensor than the
-module does raises: nothing is trained in its place.
+or an unpickled model takes a prefix of its own. If the store holds another tensor under a
+parameter's name, the program raises an error and does not train that tensor.
 
-A scope is also what is saved and loaded: its ``state_dict`` takes along a description of what the
-numbers mean, and is loaded whole or not at all.
+A scope can be saved and loaded. Its ``state_dict`` contains a description of the model, and either all
+of it is loaded or nothing.
 
-:func:`shared_copy` is the other kind of copy: the same parameters under the same names, in a module
-that differs in an attribute.
+:func:`shared_copy` makes the other kind of copy, with the same parameters under the same names. A model
+on another grid is such a copy.
 """
 
 import io
@@ -45,7 +45,7 @@ def _in_store(name: str) -> bool:
 
 
 def snake_case(name: str) -> str:
-    """A class's name as the name of a model."""
+    """``MyModel`` as ``my_model``: a class's name as the name of a model."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
@@ -78,7 +78,7 @@ def shared_copy(module: ModuleT) -> ModuleT:
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-    """Raise a ``ValueError`` if the numbers have other shapes than the module's, or other names."""
+    """Raise a ``ValueError`` if a ``state_dict`` has other names or shapes than the module's."""
     own, wrong = module.state_dict(), []
     if strict:
         wrong += [f"no {key!r}" for key in own if key not in state_dict]
@@ -132,9 +132,9 @@ class ParamScope(nn.Module):
         """State every parameter to Pyro, then run the body of the ``with`` block.
 
         Parameters at paths that start with ``below`` are stated, so that ``SVI`` trains them.
-        ``PyroParam`` and ``PyroSample`` attributes of Pyro modules there are read here, outside of every
-        plate, once; the body sees the values that were read. Pyro modules elsewhere get their names too,
-        for the body may call them.
+        ``PyroParam`` and ``PyroSample`` attributes of Pyro modules at these paths are read once, here,
+        outside of every plate, and the body sees the values that were read. Pyro modules at other paths
+        get their names as well, because the body may call them.
 
         Raises:
             ValueError: The store holds another tensor under a parameter's name.
@@ -174,15 +174,15 @@ class ParamScope(nn.Module):
 
     @property
     def description(self) -> dict[str, str]:
-        """What a ``state_dict`` must agree on beside the shapes of its tensors."""
+        """What must be equal, beside names and shapes, for a ``state_dict`` to be loaded."""
         return {"model": type(self).__name__}
 
     def get_extra_state(self) -> Tensor:
-        """The description, which every ``state_dict`` takes along, as bytes: tensors are all it holds."""
+        """The description as a tensor of bytes, because a ``state_dict`` holds tensors only."""
         return torch.tensor(list(json.dumps(self.description).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the numbers of a model with another description, before any is copied."""
+        """Raise a ``ValueError`` if the description is another one, before any number is copied."""
         try:
             theirs = dict(json.loads(bytes(state.tolist())))
         except (AttributeError, TypeError, ValueError) as error:
@@ -201,10 +201,10 @@ class ParamScope(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As ``torch.nn.Module`` does, but all or nothing.
+        """Like ``torch.nn.Module.load_state_dict``, but nothing is copied unless everything fits.
 
         Raises:
-            ValueError: Numbers of another model: other arguments, names or shapes. Nothing is copied.
+            ValueError: The numbers are another model's: its arguments, names or shapes differ.
         """
         if "_extra_state" in state_dict:
             self.set_extra_state(state_dict["_extra_state"])
@@ -212,7 +212,7 @@ class ParamScope(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ``state_dict`` to a file, aside at first: an older file is replaced when it is whole.
+        """Write the ``state_dict`` to a file; an older file is replaced when the new one is complete.
 
         The file holds every learned number and buffer (a learned schedule and a ``Standardize``
         included) and a description of the rest; ``torch.load(path, weights_only=True)`` reads it.
@@ -223,19 +223,17 @@ class ParamScope(nn.Module):
         os.replace(aside, path)
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote into this model, built with the same arguments.
+        """Load what :meth:`save` wrote into this model, which was built with the same arguments.
 
         Returns:
             The model itself, on the device where it was.
 
         Raises:
-            ValueError: A file that is cut short or no checkpoint, or one of another model. The model
-                is left as it was.
+            ValueError: The file is incomplete, is no checkpoint, or is another model's. The model stays
+                as it was.
         """
         device = next((tensor.device for tensor in self.parameters()), None)
-        content = io.BytesIO(
-            Path(path).read_bytes()
-        )  # where there is none, in the system's own words
+        content = io.BytesIO(Path(path).read_bytes())  # FileNotFoundError where there is none
         try:
             state = torch.load(content, map_location=device, weights_only=True)
         except Exception as error:  # torch has one for each way in which a file can be broken
