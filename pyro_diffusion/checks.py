@@ -9,15 +9,17 @@ programs inside :func:`data_checked`, so that they do not look again at every ch
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = [
     "check_argument",
@@ -32,7 +34,10 @@ __all__ = [
     "check_shape",
     "check_state",
     "check_timesteps",
+    "check_unused",
+    "check_values",
     "data_checked",
+    "described",
     "holds",
     "looking",
     "unchecked",
@@ -75,13 +80,22 @@ def data_checked() -> Iterator[None]:
 # Arguments.
 
 
-def check_argument(name: str, value: Any, kind: type, example: str) -> Any:
-    """``value``, if it is an instance of ``kind``."""
+def described(value: Any) -> str:
+    """A value by its type, with the shape of a tensor or the event shape of a distribution."""
+    got = f"a {type(value).__name__}"
+    if isinstance(value, Distribution):
+        return f"{got} of event shape {tuple(value.event_shape)}"
+    return f"{got} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else got
+
+
+def check_argument(name: str, value: Any, kind: type | UnionType, example: str) -> Any:
+    """``value``, if it is an instance of ``kind``, a class or a union of classes."""
     if not isinstance(value, kind):
         got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
         got = f"the class {value.__name__}" if isinstance(value, type) else got
+        kinds = " or ".join(part.__name__ for part in get_args(kind) or (kind,))
         raise ValueError(
-            f"argument {name!r}: got {got}; expected an instance of {kind.__name__}. "
+            f"argument {name!r}: got {got}; expected an instance of {kinds}. "
             f"Pass an object, such as {example}."
         )
     return value
@@ -99,7 +113,7 @@ def check_count(argument: str, number: Any, least: int, remedy: str, meaning: st
 
 
 def check_num_levels(num_levels: Any, argument: str = "num_levels") -> int:
-    """``num_levels``, if there are at least two."""
+    """``num_levels`` as an int, if it is a whole number of at least 2."""
     remedy = "8-bit images have 256, bits 2."
     return check_count(argument, num_levels, 2, remedy, "the number of values an entry can have")
 
@@ -116,10 +130,10 @@ def check_positive(argument: str, number: Any, remedy: str, meaning: str = "") -
 
 
 def check_shape(argument: str, shape: Any, remedy: str) -> torch.Size:
-    """``shape`` as a ``torch.Size``, if it is a tuple."""
+    """``shape`` as a ``torch.Size``, if it is a tuple of whole numbers of at least 1."""
     if not isinstance(shape, tuple):
         raise ValueError(f"argument {argument!r}: got {shape!r}; expected a tuple. {remedy}")
-    return torch.Size(shape)
+    return torch.Size([check_count(argument, size, 1, remedy, "in every entry") for size in shape])
 
 
 def check_state(state: Any, num_timesteps: int) -> int:
@@ -150,6 +164,15 @@ def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str
             f"{first} … {last}. {remedy}"
         )
     return [int(t) for t in steps]
+
+
+def check_unused(settings: Mapping[str, Any], beside: str) -> None:
+    """Refuse settings of default layers where no layer is made by default."""
+    if settings:
+        raise ValueError(
+            f"argument {next(iter(settings))!r}: got it beside {beside}; expected it for default layers "
+            "only. Give it to the layers themselves."
+        )
 
 
 def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
@@ -205,6 +228,15 @@ def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
             "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
         )
     return mask
+
+
+def check_values(x_0: Tensor, valid: Tensor, expected: str, remedy: str) -> Tensor:
+    """``x_0``, if ``valid`` holds in every entry."""
+    if not holds(valid):
+        raise ValueError(
+            f"site 'x_0': got the value {x_0[~valid][0].item():g}; expected {expected}. {remedy}"
+        )
+    return x_0
 
 
 def check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:

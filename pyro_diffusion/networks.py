@@ -1,8 +1,8 @@
-r"""Default backbones: a residual MLP that knows how noisy its input is, a plain one, a U-Net for images.
+r"""Default backbones: a residual MLP and a U-Net for denoisers, a plain MLP for layers of a hierarchy.
 
-A denoiser's network is any module called ``network(x_t, log_snr)`` with one batch axis in front: ``x_t`` of
-shape ``(B,) + event_shape``, ``log_snr`` of shape ``(B,)``, output of ``x_t``'s shape, or with
-``num_outputs`` numbers for each entry on a last axis.
+A denoiser calls its network as ``network(x_t, log_snr)``, with ``x_t`` of shape ``(B,) + event_shape`` and
+``log_snr`` of shape ``(B,)``. The network returns a tensor of ``x_t``'s shape. With ``num_outputs > 1`` it
+returns that many numbers for each entry, on one more axis at the end. Any module with this signature will do.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B (sinusoidal embedding).
@@ -19,12 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "FeedForward", "UNet", "evaluating", "network_dtype", "state_dtype"]
+from pyro_diffusion.checks import check_count, check_shape
+
+__all__ = [
+    "MLP",
+    "FeedForward",
+    "UNet",
+    "apply_layer",
+    "evaluating",
+    "network_dtype",
+    "state_dtype",
+]
+
+_DEFAULT = "Leave it out to take the default."
+_VECTORS = "Pass (64,) for vectors of 64 numbers, () for single numbers."
 
 
 @contextmanager
 def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Switch modules to evaluation mode (no dropout), and back to what each was before."""
+    """Switch modules to evaluation mode, which has no dropout, and restore each module's mode afterwards."""
     modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules() if m.training]
     for module in modules:
         module.training = False
@@ -36,7 +49,7 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
 
 
 def network_dtype(network: nn.Module) -> torch.dtype:
-    """Dtype of a network's first parameter of floating point, in which it wants its states."""
+    """Dtype of a network's first floating-point parameter: the dtype in which it takes its states."""
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return next(floating, torch.get_default_dtype())
 
@@ -44,6 +57,15 @@ def network_dtype(network: nn.Module) -> torch.dtype:
 def state_dtype(network: nn.Module) -> torch.dtype:
     """Dtype of the states of a network's chain: its own, and float32 for a network of half precision."""
     return torch.promote_types(network_dtype(network), torch.float32)
+
+
+def apply_layer(layer: nn.Module, h: Tensor) -> Any:
+    """``layer(h)``; a layer of half precision computes in its own dtype and returns float32."""
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), h.dtype)
+    if torch.finfo(dtype).bits >= 32:
+        return layer(h)
+    output = layer(h.to(dtype))
+    return output.float() if isinstance(output, Tensor) else output
 
 
 class MLP(nn.Module):
@@ -58,11 +80,16 @@ class MLP(nn.Module):
         hidden_size: Width of the residual stream.
         num_blocks: Number of residual blocks.
         fourier_frequencies: Powers :math:`n` for which :math:`\sin(2^n \pi x_t)` and
-            :math:`\cos(2^n \pi x_t)` join the input. Integer data want those whose period is a
-            few levels or one (2, 3 and 4 for 17 levels in [-1, 1]); others do without.
-        dropout: Probability with which a hidden unit is dropped while training.
-        num_outputs: Numbers to return for each entry of a datum: K for ``LevelPrediction(K)``, one more
-            with ``LearnedVariance()``. More than one make a last axis.
+            :math:`\cos(2^n \pi x_t)` are added to the input. For integer data, choose powers whose
+            period is between one level and a few levels: 2, 3 and 4 for 17 levels in [-1, 1]. Other
+            data need none.
+        dropout: Probability with which a hidden unit is dropped during training.
+        num_outputs: Number of outputs for each entry of a datum. It is K for ``LevelPrediction(K)``, and one
+            more with ``LearnedVariance()``. If it is more than one, the output has one more axis at the end.
+
+    Raises:
+        ValueError: A size or number that is not a positive whole number, an event shape that is no tuple,
+            or (from the call) states of another shape.
 
     Example:
         >>> network = MLP((8, 8), fourier_frequencies=(2, 3, 4))
@@ -81,13 +108,10 @@ class MLP(nn.Module):
         num_outputs: int = 1,
     ) -> None:
         super().__init__()
-        _check_counts(hidden_size=hidden_size, num_blocks=num_blocks, num_outputs=num_outputs)
-        if not isinstance(event_shape, tuple):
-            raise ValueError(
-                f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors "
-                "of 64 numbers, () for single numbers."
-            )
-        self.event_shape = torch.Size(event_shape)
+        hidden_size = check_count("hidden_size", hidden_size, 1, _DEFAULT)
+        num_blocks = check_count("num_blocks", num_blocks, 1, _DEFAULT)
+        num_outputs = check_count("num_outputs", num_outputs, 1, _DEFAULT)
+        self.event_shape = check_shape("event_shape", event_shape, _VECTORS)
         self.fourier_frequencies = tuple(fourier_frequencies)
         self.output_shape = self.event_shape + ((num_outputs,) if num_outputs > 1 else ())
         size = self.event_shape.numel()
@@ -105,11 +129,7 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
-        if x_t.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + "
-                f"{tuple(self.event_shape)}. Build MLP with the event shape of the denoiser."
-            )
+        _check_states(x_t, self.event_shape, "MLP")
         x = x_t.reshape(len(x_t), -1)
         waves = [wave(2**n * math.pi * x) for n in self.fourier_frequencies for wave in _WAVES]
         h = self.encode(torch.cat([x, *waves], dim=-1))
@@ -120,17 +140,21 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    r"""A plain perceptron from states of one shape to states of another, for layers of a hierarchy.
+    r"""A plain perceptron that maps states of one shape to states of another, for layers of a hierarchy.
 
     Hidden layers are :math:`h \leftarrow \mathrm{drop}\, \phi(\mathrm{norm}(W h + b))`, :math:`\phi` the
     SiLU.
 
     Args:
-        input_shape: Shape of an input; batch dimensions, any number, stand in front.
+        input_shape: Shape of an input, behind any number of batch dimensions.
         output_shape: Shape of an output.
         hidden_size: Width of the hidden layers.
-        num_hidden: Number of hidden layers; none is an affine map.
-        dropout: Probability with which a hidden unit is dropped while training.
+        num_hidden: Number of hidden layers. With 0 the network is an affine map.
+        dropout: Probability with which a hidden unit is dropped during training.
+
+    Raises:
+        ValueError: A shape that is no tuple, a size that is not a positive whole number, or (from the call)
+            an input of another shape.
 
     Example:
         >>> FeedForward((8, 8), (16,))(torch.randn(5, 8, 8)).shape
@@ -147,27 +171,21 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.input_shape, self.output_shape = torch.Size(input_shape), torch.Size(output_shape)
+        hidden_size = check_count("hidden_size", hidden_size, 1, _DEFAULT)
+        num_hidden = check_count("num_hidden", num_hidden, 0, _DEFAULT)
+        self.input_shape = check_shape("input_shape", input_shape, _VECTORS)
+        self.output_shape = check_shape("output_shape", output_shape, _VECTORS)
+        *sizes, last = [self.input_shape.numel()] + [hidden_size] * num_hidden
         layers: list[nn.Module] = []
-        size = self.input_shape.numel()
-        for _ in range(num_hidden):
-            layers += [
-                nn.Linear(size, hidden_size),
-                nn.LayerNorm(hidden_size),
-                nn.SiLU(),
-                nn.Dropout(dropout),
-            ]
-            size = hidden_size
-        self.layers = nn.Sequential(*layers, nn.Linear(size, self.output_shape.numel()))
+        for size in sizes:
+            layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size)]
+            layers += [nn.SiLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(last, self.output_shape.numel()))
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of shape ``batch_shape + output_shape``."""
         batch_shape = h.shape[: h.dim() - len(self.input_shape)]
-        if h.shape != batch_shape + self.input_shape:
-            raise ValueError(
-                f"argument 'h': got shape {tuple(h.shape)}; expected batch_shape + "
-                f"{tuple(self.input_shape)}. Build the layer with the shape of what it reads."
-            )
+        _check_input(h, batch_shape, self.input_shape)
         output = self.layers(h.reshape(*batch_shape, -1))
         return output.reshape(*batch_shape, *self.output_shape)
 
@@ -175,27 +193,29 @@ class FeedForward(nn.Module):
 class UNet(nn.Module):
     r"""A U-Net for images, conditioned on log-SNR, with a zero-initialised output.
 
-    It is diffusers' ``UNet2DModel``. The library embeds a timestep in 0 … 1000 by sinusoids, which take
-    fractions as well. Here it is
+    The network is diffusers' ``UNet2DModel``, which embeds a timestep in 0 … 1000 by sinusoids. The timestep
+    need not be a whole number. Here it is
 
     .. math::
         \tau = 25\, (20 - \lambda),
 
-    0 at a log-SNR of 20 and 1000 at −20, and goes on beyond. Installed with ``pip install
-    'pyro-diffusion[images]'``.
+    which is 0 at a log-SNR of 20 and 1000 at −20, and is not clamped outside that range. Install the library
+    with ``pip install 'pyro-diffusion[images]'``.
 
     Args:
         event_shape: Shape of one datum, ``(C, H, W)`` or ``(H, W)``.
-        channels: Channels of the levels, from the finest; each level after the first halves the sides.
-        layers_per_block: Residual layers of each level.
-        attention: Levels with self-attention, 0 the finest; with any of them the middle has it too.
-        dropout: Probability with which a hidden unit is dropped while training.
-        num_outputs: Numbers to return for each entry of a datum, as for :class:`MLP`; more than one make a
-            last axis.
+        channels: Number of channels of each level, the finest first. Each level after the first halves the
+            sides.
+        layers_per_block: Number of residual layers of each level.
+        attention: Levels with self-attention; 0 is the finest. If there are any, the middle block has
+            self-attention too.
+        dropout: Probability with which a hidden unit is dropped during training.
+        num_outputs: Number of outputs for each entry of a datum, as for :class:`MLP`.
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: Sides that cannot be halved that often, or another shape.
+        ValueError: An event shape whose sides cannot be halved that often, levels that do not exist, or
+            (from the call) states of another shape.
 
     Example:
         >>> network = UNet((8, 8), channels=(8, 16), attention=())
@@ -218,11 +238,12 @@ class UNet(nn.Module):
         num_outputs: int = 1,
     ) -> None:
         super().__init__()
-        _check_counts(layers_per_block=layers_per_block, num_outputs=num_outputs)
-        _check_image(event_shape, channels, attention)
-        self.event_shape = torch.Size(event_shape)
-        image_channels, *sides = (1, *event_shape)[-3:]
-        self.num_outputs = num_outputs
+        layers_per_block = check_count("layers_per_block", layers_per_block, 1, _DEFAULT)
+        self.num_outputs = num_outputs = check_count("num_outputs", num_outputs, 1, _DEFAULT)
+        self.event_shape = check_shape("event_shape", event_shape, "Pass (C, H, W), or (H, W).")
+        _check_image(self.event_shape, channels, attention)
+        image_channels, *sides = (1, *self.event_shape)[-3:]
+        channels = tuple(map(int, channels))
         downwards = [
             "AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(channels))
         ]
@@ -230,7 +251,7 @@ class UNet(nn.Module):
             sample_size=tuple(sides),
             in_channels=image_channels,
             out_channels=image_channels * num_outputs,
-            block_out_channels=tuple(channels),
+            block_out_channels=channels,
             layers_per_block=layers_per_block,
             down_block_types=tuple(downwards),
             up_block_types=tuple(name.replace("Down", "Up") for name in reversed(downwards)),
@@ -244,11 +265,7 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
-        if x_t.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + "
-                f"{tuple(self.event_shape)}. Build UNet with the event shape of the denoiser."
-            )
+        _check_states(x_t, self.event_shape, "UNet")
         images = x_t.reshape(len(x_t), -1, *self.event_shape[-2:])
         timestep = 25 * (20 - log_snr)
         output = self.unet(images, timestep, return_dict=False)[0]
@@ -270,9 +287,9 @@ def _unet_2d() -> Any:
 
 
 def _check_image(
-    event_shape: tuple[int, ...], channels: tuple[int, ...], attention: tuple[int, ...]
+    event_shape: torch.Size, channels: tuple[int, ...], attention: tuple[int, ...]
 ) -> None:
-    """An image whose sides every level but the first can halve, and levels that are there."""
+    """Refuse sides that the levels cannot halve, and attention at levels that do not exist."""
     proper = isinstance(channels, tuple) and len(channels) > 0
     if not proper or not set(attention) <= set(range(len(channels))):
         raise ValueError(
@@ -280,29 +297,35 @@ def _check_image(
             "for one level or more, and levels among them, counted from 0. Pass attention=() for none."
         )
     halvings = 2 ** (len(channels) - 1)
-    image = isinstance(event_shape, tuple) and len(event_shape) in (2, 3)
-    if not image or any(side % halvings or side < 1 for side in event_shape[-2:]):
+    if len(event_shape) not in (2, 3) or any(side % halvings for side in event_shape[-2:]):
         raise ValueError(
-            f"argument 'event_shape': got {event_shape!r}; expected (C, H, W) or (H, W) with sides that "
+            f"argument 'event_shape': got {tuple(event_shape)}; expected (C, H, W) or (H, W) with sides that "
             f"{len(channels)} levels can halve, multiples of {halvings}. Pad the images, or give fewer "
             "channels=(…)."
         )
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"argument {name!r}: got {count!r}; expected a whole number of at least 1. Leave it "
-                "out to take the default."
-            )
+def _check_states(x_t: Tensor, event_shape: torch.Size, network: str) -> None:
+    if x_t.shape[1:] != event_shape:
+        raise ValueError(
+            f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + {tuple(event_shape)}. "
+            f"Build {network} with the event shape of the denoiser."
+        )
+
+
+def _check_input(h: Tensor, batch_shape: torch.Size, input_shape: torch.Size) -> None:
+    if h.shape != batch_shape + input_shape:
+        raise ValueError(
+            f"argument 'h': got shape {tuple(h.shape)}; expected batch_shape + {tuple(input_shape)}. "
+            "Build the layer with the shape of what it reads."
+        )
 
 
 _WAVES = (torch.sin, torch.cos)
 
 
 def _normalise(h: Tensor) -> Tensor:
-    """Layer normalisation without parameters: the layer that follows has its own."""
+    """Layer normalisation without parameters, because the layer that follows has weights and a bias."""
     return nn.functional.layer_norm(h, h.shape[-1:])
 
 
@@ -319,7 +342,7 @@ class _Block(nn.Module):
 
 
 class _Sinusoids(nn.Module):
-    """Sines and cosines of a log-SNR, with periods from 1 to 100: ±20 is told apart finely."""
+    """Sines and cosines of a log-SNR, with periods from 1 to 100, which resolve the range ±20 finely."""
 
     frequencies: Tensor
 
