@@ -53,6 +53,12 @@ from pyro_diffusion.diagnostics import (
     to_arviz,
 )
 from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
+from pyro_diffusion.encoders import (
+    BottomUpEncoder,
+    GaussianLayer,
+    LadderEncoder,
+    TopDownEncoder,
+)
 from pyro_diffusion.evidence import (
     Evidence,
     Summary,
@@ -61,13 +67,7 @@ from pyro_diffusion.evidence import (
     smc_evidence,
     summary,
 )
-from pyro_diffusion.hvae import (
-    BottomUpEncoder,
-    GaussianLayer,
-    HierarchicalVAE,
-    LadderEncoder,
-    TopDownEncoder,
-)
+from pyro_diffusion.hvae import HierarchicalVAE
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,

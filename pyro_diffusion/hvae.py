@@ -3,42 +3,45 @@ r"""Hierarchical VAEs: the chains of :mod:`~pyro_diffusion.chains` with learned 
 .. math::
     p(x, h_{1:T}) = p(h_T)\, p(x \mid h_1) \prod_{t=2}^T p(h_{t-1} \mid h_t),
 
-with one of two encoders,
+with an encoder of :mod:`~pyro_diffusion.encoders`, bottom-up or top-down.
 
-.. math::
-    \text{bottom-up:}\quad q(h_{1:T} \mid x) &= q(h_1 \mid x) \prod_{t=2}^T q(h_t \mid h_{t-1}), \\
-    \text{ladder:}\quad q(h_{1:T} \mid x) &= q(h_T \mid x) \prod_{t=2}^T q(h_{t-1} \mid h_t, x).
+A diffusion model is a hierarchical VAE with three restrictions: latents of the data's size, a fixed
+encoder, and a standard normal end. With the kernels of a diffusion model as its layers, the programs below
+have the same bound, term by term (``tests/test_hvae.py``).
 
-A diffusion model is the same thing with three restrictions: latents of the data's size, an encoder that
-is fixed, and a standard normal end. Pinned to those kernels, the programs below have its bound, number
-for number (``tests/test_hvae.py``). Latents live at sites ``x_1 … x_T`` as in every chain, ``x_t`` being
-:math:`h_t`, and the order of the encoder decides what the terms of the bound are: of a ladder all are
-KLs, of a bottom-up encoder only the one at the top, the others are log-ratios and can be negative.
+The latent :math:`h_t` lives at site ``x_t``, as in every chain. The order of the encoder decides the form
+of the bound's terms. With a top-down encoder every term is a KL. With a bottom-up encoder only the term at
+the top is a KL; the others are log-ratios, and can be negative.
 
 References:
     Auto-Encoding Variational Bayes (Kingma and Welling, 2014). https://arxiv.org/abs/1312.6114
-    Ladder Variational Autoencoders (Sønderby et al., 2016), section 2. https://arxiv.org/abs/1602.02282
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 23-29.
     https://arxiv.org/abs/2208.11970
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
-from numbers import Integral
-from typing import Any, Self
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal, Transform
-from torch.nn.functional import softplus
+from torch.distributions import Distribution, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
+from pyro_diffusion.checks import check_argument, check_unused, described
+from pyro_diffusion.encoders import (
+    BottomUpEncoder,
+    GaussianLayer,
+    LadderEncoder,
+    Sizes,
+    TopDownEncoder,
+    level_shapes,
+)
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.likelihoods import Likelihood
-from pyro_diffusion.networks import FeedForward
+from pyro_diffusion.networks import FeedForward, apply_layer
 
 __all__ = [
     "BottomUpEncoder",
@@ -48,203 +51,36 @@ __all__ = [
     "TopDownEncoder",
 ]
 
-Sizes = Sequence[int | tuple[int, ...]]
-
-_MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
-_UNIT = 0.5413  # softplus of it is one
-
-
-class GaussianLayer(nn.Module):
-    r"""A learned Gaussian: :math:`N(\mu(h), \operatorname{diag} \sigma^2(h))` from a perceptron.
-
-    :math:`\sigma` is a softplus, which is one at zero, and at least 1e-4.
-
-    Args:
-        input_shape: Shape of :math:`h`.
-        output_shape: Shape of what the Gaussian is over.
-        settings: Passed on to :class:`~pyro_diffusion.networks.FeedForward`.
-
-    Example:
-        >>> layer = GaussianLayer((8, 8), (16,), hidden_size=32)
-        >>> layer(torch.randn(5, 8, 8)).event_shape
-        torch.Size([16])
-    """
-
-    def __init__(
-        self, input_shape: tuple[int, ...], output_shape: tuple[int, ...], **settings: Any
-    ) -> None:
-        super().__init__()
-        self.network = FeedForward(input_shape, (2, *output_shape), **settings)
-
-    def forward(self, h: Tensor) -> TorchDistribution:
-        """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
-        event_dim = len(self.network.output_shape) - 1
-        mean, raw = _through(self.network, h).unbind(-1 - event_dim)
-        return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
-
-
-class BottomUpEncoder(nn.Module):
-    r"""The Markovian encoder :math:`q(h_{1:T} \mid x) = q(h_1 \mid x) \prod_t q(h_t \mid h_{t-1})`.
-
-    Args:
-        event_shape: Shape of a datum after embedding.
-        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`.
-        settings: Of every layer, passed on to :class:`GaussianLayer`.
-    """
-
-    shapes: list[torch.Size] | None  # of data and latents; None where layers are the user's own
-
-    def __init__(self, event_shape: tuple[int, ...], latent_sizes: Sizes, **settings: Any) -> None:
-        super().__init__()
-        shapes = [_event_shape(event_shape), *_shapes(latent_sizes)]
-        self.shapes = shapes
-        self.layers = nn.ModuleList(GaussianLayer(*step, **settings) for step in pairwise(shapes))
-
-    @classmethod
-    def from_layers(cls, layers: Sequence[nn.Module]) -> Self:
-        r"""``layers[t - 1](h_{t-1})`` of your own is :math:`q(h_t \mid h_{t-1})`, :math:`h_0` the datum."""
-        encoder = cls.__new__(cls)
-        nn.Module.__init__(encoder)
-        encoder.shapes, encoder.layers = None, nn.ModuleList(layers)
-        return encoder
-
-    @property
-    def num_levels(self) -> int:
-        """Number of levels, one for each layer."""
-        return len(self.layers)
-
-    def transition(self, h: Tensor, t: int) -> TorchDistribution:
-        r""":math:`q(h_t \mid h_{t-1})`."""
-        return self.layers[t - 1](h)
-
-
-class TopDownEncoder(nn.Module, ABC):
-    r"""An encoder in the model's order, :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`; to subclass."""
-
-    @abstractmethod
-    def encode(self, x: Tensor) -> Any:
-        """The context ``c``, computed once for embedded data ``x``."""
-
-    @abstractmethod
-    def initial(self, c: Any) -> TorchDistribution:
-        r""":math:`q(h_T \mid x)`."""
-
-    @abstractmethod
-    def transition(
-        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
-    ) -> TorchDistribution:
-        r""":math:`q(h_{t-1} \mid h_t, x)`; ``decoder(h, t)`` is the model's :math:`p(h_{t-1} \mid h_t)`."""
-
-
-class LadderEncoder(TopDownEncoder):
-    r"""The ladder: what the datum says of a level, merged with what the model says.
-
-    A deterministic path upwards, :math:`d_t = \mathrm{path}_t(d_{t-1})` with :math:`d_0 = x`, says of each
-    level :math:`\hat q(h_t \mid x) = N(\hat\mu_t, \hat\sigma_t^2)`; on the way down it is merged with the
-    model's own :math:`p(h_t \mid h_{t+1}) = N(\mu_p, \sigma_p^2)` by precision,
-
-    .. math::
-        q(h_t \mid h_{t+1}, x) = N\!\left(
-            \frac{\hat\mu_t \hat\sigma_t^{-2} + \mu_p \sigma_p^{-2}}
-                 {\hat\sigma_t^{-2} + \sigma_p^{-2}},\;
-            \frac{1}{\hat\sigma_t^{-2} + \sigma_p^{-2}} \right), \qquad
-        q(h_T \mid x) = \hat q(h_T \mid x).
-
-    Args:
-        event_shape: Shape of a datum after embedding.
-        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`.
-        hidden_size: Width of the path, and of its hidden layers.
-        settings: Of every step of the path, passed on to :class:`~pyro_diffusion.networks.FeedForward`.
-
-    References:
-        Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.
-        https://arxiv.org/abs/1602.02282
-    """
-
-    shapes: list[torch.Size] | None  # of data and latents; None where layers are the user's own
-
-    def __init__(
-        self,
-        event_shape: tuple[int, ...],
-        latent_sizes: Sizes,
-        *,
-        hidden_size: int = 256,
-        **settings: Any,
-    ) -> None:
-        super().__init__()
-        shapes, width = _shapes(latent_sizes), (hidden_size,)
-        self.shapes = [_event_shape(event_shape), *shapes]
-        inputs = [self.shapes[0]] + [torch.Size(width)] * (len(shapes) - 1)
-        self.path = nn.ModuleList(
-            FeedForward(shape, width, hidden_size=hidden_size, **settings) for shape in inputs
-        )
-        self.heads = nn.ModuleList(GaussianLayer(width, shape, num_hidden=0) for shape in shapes)
-
-    @classmethod
-    def from_layers(cls, path: Sequence[nn.Module], heads: Sequence[nn.Module]) -> Self:
-        r"""``path[t - 1](d_{t-1})`` of your own is :math:`d_t`, ``heads[t - 1](d_t)`` a level's Normal."""
-        encoder = cls.__new__(cls)
-        nn.Module.__init__(encoder)
-        encoder.shapes = None
-        encoder.path, encoder.heads = nn.ModuleList(path), nn.ModuleList(heads)
-        if len(path) != len(heads):
-            raise ValueError(
-                f"argument 'heads': got {len(heads)} for a path of {len(path)} steps; expected one for each "
-                "level. Use nn.Identity() for a step of the path that does nothing."
-            )
-        return encoder
-
-    @property
-    def num_levels(self) -> int:
-        """Number of levels, one for each head."""
-        return len(self.heads)
-
-    def encode(self, x: Tensor) -> list[TorchDistribution]:
-        r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
-        d, levels = x, []
-        for step, head in zip(self.path, self.heads, strict=True):
-            d = _through(step, d)
-            levels.append(head(d))
-        return levels
-
-    def initial(self, c: list[TorchDistribution]) -> TorchDistribution:
-        return c[-1]
-
-    def transition(
-        self,
-        h: Tensor,
-        c: list[TorchDistribution],
-        t: int,
-        decoder: Callable[[Tensor, int], TorchDistribution],
-    ) -> TorchDistribution:
-        return _merge(c[t - 2], decoder(h, t))
+_ENCODER = "LadderEncoder(event_shape, latent_sizes), or BottomUpEncoder.from_layers([…])"
 
 
 class HierarchicalVAE(Family):
     r"""A Markovian hierarchical VAE: its programs and its sampler.
 
-    ``model`` and ``guide`` are trained by ``SVI`` as those of a diffusion model are. With a
-    :class:`LadderEncoder` (or any :class:`TopDownEncoder`) ``guide`` is ``posterior_guide``, which has
-    analytic KLs under ``TraceMeanField_ELBO``; a :class:`BottomUpEncoder` of several levels wants
-    ``Trace_ELBO``. One level is a plain VAE.
+    ``SVI`` trains ``model`` and ``guide`` as it trains those of a diffusion model. With a
+    :class:`LadderEncoder`, or any :class:`TopDownEncoder`, ``guide`` is ``posterior_guide``, which has
+    analytic KLs under ``TraceMeanField_ELBO``. A :class:`BottomUpEncoder` of several levels needs
+    ``Trace_ELBO``. A model of one level is a plain VAE.
 
     Args:
-        event_shape: Shape of a datum after embedding: that of the data, but for categories.
-        latent_sizes: Sizes of :math:`h_1 … h_T`, bottom to top; whole numbers, or shapes for layers of
-            your own.
-        likelihood: :math:`p(x \mid h_1)` given the first layer's output, and the embedding of the data;
+        event_shape: Shape of a datum after embedding. It is the shape of the data, except for categories.
+        latent_sizes: Sizes of :math:`h_1 … h_T`, bottom to top: whole numbers, or shapes for the user's own
+            layers.
+        likelihood: Embeds the data, and gives :math:`p(x \mid h_1)` from the first layer's output.
             ``None`` makes the first layer a Gaussian over the data.
-        encoder: :math:`q(h_{1:T} \mid x)`; by default a :class:`BottomUpEncoder`.
-        decoder: Layers of your own: ``decoder[t - 1](h_t)`` is :math:`p(h_{t-1} \mid h_t)`, and
-            ``decoder[0](h_1)`` what the likelihood takes, or without one the distribution of data.
+        encoder: :math:`q(h_{1:T} \mid x)`. ``None`` makes a :class:`BottomUpEncoder`.
+        decoder: The user's own layers. For :math:`t \ge 2`, ``decoder[t - 1](h_t)`` is
+            :math:`p(h_{t-1} \mid h_t)`. The likelihood is called with ``decoder[0](h_1)``; without a
+            likelihood that is the distribution of the data. ``None`` makes Gaussian layers.
         transform: Torch transform from the user's units to the model's, as in a diffusion model.
-        name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
-        settings: Of the default layers: ``hidden_size``, ``num_hidden`` and ``dropout`` of
+        name: Prefix of the parameters in Pyro's param store. ``None`` takes a free one.
+        settings: Settings of the default layers: ``hidden_size``, ``num_hidden`` and ``dropout`` of
             :class:`~pyro_diffusion.networks.FeedForward`.
 
     Raises:
-        ValueError: Sizes that are not positive, no level, layers of another number than levels, or an
-            encoder of another kind. From a program: a layer whose output does not fit; data as for
+        ValueError: A size that is not a positive whole number, no level, a number of layers that is not the
+            number of levels, settings where no layer is made by default, or an encoder of another kind. From
+            a program: a layer whose output does not fit, and data as for
             :class:`~pyro_diffusion.diffusion.DiffusionModel`.
 
     Example:
@@ -269,22 +105,23 @@ class HierarchicalVAE(Family):
         name: str | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(_event_shape(event_shape), likelihood, transform, name)
-        self.latent_shapes = _shapes(latent_sizes)
-        if settings and encoder is not None and decoder is not None:
-            raise ValueError(
-                f"argument {next(iter(settings))!r}: got it beside an encoder and a decoder; expected it for "
-                "default layers only. Give it to the layers themselves."
-            )
+        shapes = level_shapes(event_shape, latent_sizes)
+        super().__init__(shapes[0], likelihood, transform, name)
+        self.latent_shapes = shapes[1:]
+        if encoder is not None and decoder is not None:
+            check_unused(settings, "an encoder and a decoder")
         if encoder is None:
             encoder = BottomUpEncoder(event_shape, latent_sizes, **settings)
-        self.encoder = encoder
+        kinds = BottomUpEncoder | TopDownEncoder
+        self.encoder = check_argument("encoder", encoder, kinds, _ENCODER)
+        if isinstance(encoder, BottomUpEncoder | LadderEncoder):
+            _check_shapes(encoder.shapes, shapes)
+            _check_number("encoder", encoder.num_levels, self.num_timesteps)
         self.decoder = nn.ModuleList(self._layers(settings) if decoder is None else decoder)
-        self._check_encoder()
-        self._check_number("decoder", len(self.decoder))
+        _check_number("decoder", len(self.decoder), self.num_timesteps)
 
     def _layers(self, settings: dict[str, Any]) -> list[nn.Module]:
-        """The default decoder: Gaussian layers, the first one's output what the likelihood takes."""
+        """The default decoder: Gaussian layers, and at the bottom a network if there is a likelihood."""
         lowest: nn.Module
         if self.likelihood is None:
             lowest = GaussianLayer(self.latent_shapes[0], self.event_shape, **settings)
@@ -302,24 +139,24 @@ class HierarchicalVAE(Family):
 
     @property
     def _reference(self) -> Tensor:
-        # Of the layers: a learned scale of the likelihood, or a transform, is in a dtype of its own.
+        # Layers first: a learned scale of the likelihood, or a transform, has a dtype of its own.
         layers = chain(self.encoder.parameters(), self.decoder.parameters())
         numbers = chain(layers, self.parameters(), self.buffers())
         return next((x for x in numbers if x.is_floating_point()), torch.empty(()))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype in which the chain runs: that of the parameters, at least float32."""
+        """Floating dtype in which the chain runs: the dtype of the parameters, but at least float32."""
         return torch.promote_types(self._reference.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """Device that the model is on: that of the parameters."""
+        """Device of the parameters."""
         return self._reference.device
 
     @property
     def description(self) -> dict[str, str]:
-        """What the numbers of a ``state_dict`` mean: everything but the layers."""
+        """What a ``state_dict`` must agree on, except for the layers."""
         return super().description | {
             "latent_sizes": str([tuple(shape) for shape in self.latent_shapes]),
             "encoder": describe_part(self.encoder),
@@ -366,7 +203,7 @@ class HierarchicalVAE(Family):
             )
         return super().__getattr__(name)
 
-    # The kernels that the programs are made of.
+    # The kernels of the programs.
 
     def prior(self) -> TorchDistribution:
         """:math:`p(h_T) = N(0, I)`."""
@@ -380,56 +217,11 @@ class HierarchicalVAE(Family):
 
     def decode(self, h: Tensor) -> TorchDistribution:
         r""":math:`p(x \mid h_1)`."""
-        output = _through(self.decoder[0], h)
+        output = apply_layer(self.decoder[0], h)
         if self.likelihood is not None:
-            output = self.likelihood(self._for_the_likelihood(output))
-        if not isinstance(output, torch.distributions.Distribution):
-            raise ValueError(
-                f"argument 'decoder': got a {type(output).__name__} from its first layer; expected a "
-                "distribution of the data, since there is no likelihood. Pass likelihood=…, or let the "
-                "layer return one."
-            )
+            output = self.likelihood(_check_estimate(output, self.event_shape, self.likelihood))
+        _check_data_kernel(output)
         return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
-
-    def _check_encoder(self) -> None:
-        if not isinstance(self.encoder, BottomUpEncoder | TopDownEncoder):
-            raise ValueError(
-                f"argument 'encoder': got a {type(self.encoder).__name__}; expected a BottomUpEncoder or a "
-                "TopDownEncoder. Pass LadderEncoder(event_shape, latent_sizes), say, or put layers of your "
-                "own into BottomUpEncoder.from_layers(layers)."
-            )
-        if not isinstance(self.encoder, BottomUpEncoder | LadderEncoder):
-            return
-        own = self.encoder.shapes
-        if own not in (None, [self.event_shape, *self.latent_shapes]):
-            raise ValueError(
-                f"argument 'encoder': got one for data of shape {tuple(own[0])} and latents "
-                f"{[tuple(shape) for shape in own[1:]]}; expected {tuple(self.event_shape)} and "
-                f"{[tuple(shape) for shape in self.latent_shapes]}. Build it with the event_shape and "
-                "latent_sizes of the model."
-            )
-        self._check_number("encoder", self.encoder.num_levels)
-
-    def _check_number(self, argument: str, number: int) -> None:
-        if number != len(self.latent_shapes):
-            raise ValueError(
-                f"argument {argument!r}: got {number} layers for {len(self.latent_shapes)} levels; "
-                "expected one for each. Give latent_sizes a size for every level, h_1 first."
-            )
-
-    def _for_the_likelihood(self, output: Any) -> Tensor:
-        """The first layer's output, if it is a tensor, and of the data's shape where that is known."""
-        known = isinstance(self.likelihood, Likelihood) and self.likelihood.num_outputs == 1
-        shape = output.shape if isinstance(output, Tensor) else ()
-        fits = not known or shape[len(shape) - len(self.event_shape) :] == self.event_shape
-        if not isinstance(output, Tensor) or not fits:
-            got = f"a {type(output).__name__}" + (f" of shape {tuple(shape)}" if shape else "")
-            raise ValueError(
-                f"argument 'decoder': got {got} from its first layer; expected a tensor of batch_shape + "
-                f"{tuple(self.event_shape)}, which {type(self.likelihood).__name__} makes a distribution of. "
-                "Use FeedForward, or leave out the likelihood if the layer returns the distribution itself."
-            )
-        return output
 
     def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
         return self._checked(self.encoder.transition(h, t), t, "encoder")
@@ -445,75 +237,51 @@ class HierarchicalVAE(Family):
         return self._checked(kernel, t - 1, "encoder")
 
     def _checked(self, kernel: Any, t: int, layers: str) -> TorchDistribution:
-        """A layer's kernel over the latent of level ``t``, if it is one."""
+        """A layer's kernel over the latent of level ``t``, if it is a distribution over it."""
         shape = self.latent_shapes[t - 1]
         if getattr(kernel, "event_shape", None) != shape:
-            got = f"a {type(kernel).__name__}"
-            if isinstance(kernel, torch.distributions.Distribution):
-                got += f" of event shape {tuple(kernel.event_shape)}"
             raise ValueError(
-                f"argument {layers!r}: got {got} over level {t}; expected a distribution of event shape "
-                f"{tuple(shape)}. Let latent_sizes and the layers agree, and declare event dimensions with "
-                "to_event."
+                f"argument {layers!r}: got {described(kernel)} over level {t}; expected a distribution of "
+                f"event shape {tuple(shape)}. Let latent_sizes and the layers agree, and declare event "
+                "dimensions with to_event."
             )
         return kernel
 
 
-def _through(layer: nn.Module, h: Tensor) -> Any:
-    """A layer's output. A layer of half precision works in that; the chain around it is in float32."""
-    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), h.dtype)
-    if torch.finfo(dtype).bits >= 32:
-        return layer(h)
-    output = layer(h.to(dtype))
-    return output.float() if isinstance(output, Tensor) else output
-
-
-def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
-    """Two Gaussians of one latent multiplied: precisions add up."""
-    ours, theirs = (k.base_dist if isinstance(k, Independent) else k for k in (q_hat, p))
-    if q_hat.event_shape != p.event_shape:
+def _check_shapes(theirs: list[torch.Size] | None, ours: list[torch.Size]) -> None:
+    """Refuse an encoder for other shapes of the datum and the latents than the model's."""
+    if theirs not in (None, ours):
+        (x, *h), expected = ([tuple(shape) for shape in shapes] for shapes in (theirs, ours))
         raise ValueError(
-            f"argument 'encoder': got a head of event shape {tuple(q_hat.event_shape)} for a level of "
-            f"{tuple(p.event_shape)}; expected one and the same. Build LadderEncoder with the latent_sizes "
-            "of the model."
+            f"argument 'encoder': got one for data of shape {x} and latents {h}; expected {expected[0]} and "
+            f"{expected[1:]}. Build it with the event_shape and latent_sizes of the model."
         )
-    if not (isinstance(ours, Normal) and isinstance(theirs, Normal)):
-        raise ValueError(
-            f"argument 'encoder': got layers that return {type(ours).__name__} and {type(theirs).__name__}; "
-            "expected Normals on both sides of a ladder, which merges them by precision. Subclass "
-            "TopDownEncoder for other kernels."
-        )
-    precision = ours.scale**-2 + theirs.scale**-2
-    mean = (ours.loc * ours.scale**-2 + theirs.loc * theirs.scale**-2) / precision
-    event_dim = q_hat.reinterpreted_batch_ndims if isinstance(q_hat, Independent) else 0
-    return dist.Normal(mean, precision.rsqrt()).to_event(event_dim)
 
 
-def _event_shape(event_shape: tuple[int, ...]) -> torch.Size:
-    if not isinstance(event_shape, tuple):
+def _check_number(argument: str, number: int, num_levels: int) -> None:
+    if number != num_levels:
         raise ValueError(
-            f"argument 'event_shape': got {event_shape!r}; expected a tuple. Pass (64,) for vectors of 64 "
-            "numbers."
+            f"argument {argument!r}: got {number} layers for {num_levels} levels; expected one for each. "
+            "Give latent_sizes a size for every level, h_1 first."
         )
-    return torch.Size(event_shape)
 
 
-def _shapes(latent_sizes: Sizes) -> list[torch.Size]:
-    """Latent shapes by level, from sizes or shapes."""
-    if isinstance(latent_sizes, int) or not len(latent_sizes):
+def _check_estimate(output: Any, event_shape: torch.Size, likelihood: Any) -> Tensor:
+    """The first layer's output, if it is a tensor, and of the data's shape where that is known."""
+    known = isinstance(likelihood, Likelihood) and likelihood.num_outputs == 1
+    shape = event_shape if known else torch.Size()
+    if not isinstance(output, Tensor) or output.shape[output.dim() - len(shape) :] != shape:
         raise ValueError(
-            f"argument 'latent_sizes': got {latent_sizes!r}; expected a size for every level, h_1 first. "
-            "Pass (16,) for a plain VAE with 16 latents, (16, 8, 4) for three levels."
+            f"argument 'decoder': got {described(output)} from its first layer; expected a tensor of "
+            f"batch_shape + {tuple(event_shape)}, which {type(likelihood).__name__} makes a distribution "
+            "of. Use FeedForward, or leave out the likelihood if the layer returns the distribution itself."
         )
-    try:
-        shapes = [torch.Size([s] if isinstance(s, Integral) else tuple(s)) for s in latent_sizes]  # type: ignore[arg-type]
-    except TypeError as error:
+    return output
+
+
+def _check_data_kernel(kernel: Any) -> None:
+    if not isinstance(kernel, Distribution):
         raise ValueError(
-            f"argument 'latent_sizes': got {latent_sizes!r}; expected whole numbers, or shapes. Pass (16, 8)."
-        ) from error
-    if any(number < 1 for shape in shapes for number in shape):
-        raise ValueError(
-            f"argument 'latent_sizes': got {tuple(latent_sizes)}; expected positive sizes. Leave out levels "
-            "that hold nothing."
+            f"argument 'decoder': got {described(kernel)} from its first layer; expected a distribution of "
+            "the data, since there is no likelihood. Pass likelihood=…, or let the layer return one."
         )
-    return shapes

@@ -27,6 +27,7 @@ ORDER = [
     "denoisers",
     "timesteps",
     "chains",
+    "encoders",
     "family",
     "diffusion",
     "bernoulli",

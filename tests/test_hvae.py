@@ -536,9 +536,8 @@ def test_ladders_that_do_not_fit_are_refused():
     vae = HierarchicalVAE((2,), (3, 2), encoder=encoder)
     with pytest.raises(ValueError, match=r"a head of event shape \(1,\) for a level of \(3,\)"):
         elbo_terms(vae.model, vae.guide, torch.randn(3, 2))
-    with pytest.raises(ValueError, match="expected whole numbers"):
+    with pytest.raises(ValueError, match=r"'latent_sizes': got 3\.0; expected a whole number"):
         HierarchicalVAE((2,), (3.0, 2))
-    assert HierarchicalVAE((2,), np.array([3, 2])).num_timesteps == 2
 
     class Own(ForwardPosterior):  # an attribute of that name is its own affair
         layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
@@ -562,3 +561,55 @@ def test_encoders_and_decoders_that_do_not_fit_say_so_at_once():
         vae = HierarchicalVAE((2,), (4,), BernoulliLikelihood(), decoder=[layer])
         with pytest.raises(ValueError, match=rf"site 'x_0'.*argument 'decoder': got {got}"):
             vae.sample(5)
+
+
+def test_numpys_numbers_are_taken_like_pythons():
+    """A model and its description, which a checkpoint holds, are those of Python's numbers."""
+    for sizes in (np.array([3, 2]), np.array([[3], [2]]), [np.int64(3), (np.int32(2),)]):
+        vae = HierarchicalVAE((np.int64(2),), sizes, hidden_size=np.int64(8), num_hidden=np.int8(1))
+        assert vae.description == HierarchicalVAE((2,), (3, 2)).description
+        assert vae.sample(np.int64(3)).shape == (3, 2)
+    for sizes in (np.int64(3), (True,), ((3, 0),), ("a",), (torch.tensor(2.5),)):
+        with pytest.raises(ValueError, match="argument 'latent_sizes': got"):
+            HierarchicalVAE((2,), sizes)
+
+
+def test_layers_of_ones_own_are_arguments_like_any_other():
+    """With a datum's shape and sizes beside them, they are checked when the model is built."""
+    layers = [GaussianLayer((2,), (3,)), GaussianLayer((3,), (2,))]
+    path, heads = [nn.Identity()] * 2, [GaussianLayer((2,), (3,)), GaussianLayer((2,), (2,))]
+    for kind, own in (
+        (BottomUpEncoder, {"layers": layers}),
+        (LadderEncoder, {"path": path, "heads": heads}),
+    ):
+        assert kind(**own).shapes is None
+        assert kind.from_layers(*own.values()).shapes is None
+        encoder = kind((2,), (3, 2), **own)
+        assert encoder.shapes == kind((2,), (3, 2)).shapes == [(2,), (3,), (2,)]
+        assert HierarchicalVAE((2,), (3, 2), encoder=encoder).encoder is encoder
+        with pytest.raises(ValueError, match=r"got one for data of shape \(2,\)"):
+            HierarchicalVAE((3,), (3, 2), encoder=encoder)
+        with pytest.raises(ValueError, match="argument 'dropout': got it beside"):
+            kind(**own, dropout=0.1)
+        with pytest.raises(ValueError, match="argument 'event_shape': got None"):
+            kind()
+        with pytest.raises(ValueError, match="argument 'latent_sizes': got None"):
+            kind((2,))
+    with pytest.raises(ValueError, match="argument 'heads': got 0 for a path of 2 steps"):
+        LadderEncoder((2,), (3, 2), path=path)
+
+
+def test_subclasses_are_built_by_their_own_constructors():
+    class Counted(BottomUpEncoder):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            self.count = 0
+
+        def transition(self, h, t):
+            self.count += 1
+            return super().transition(h, t)
+
+    encoder = Counted.from_layers([GaussianLayer((2,), (3,))])
+    vae = HierarchicalVAE((2,), (3,), encoder=encoder)
+    vae.guide(torch.randn(5, 2))
+    assert encoder.count == 1

@@ -1,0 +1,291 @@
+r"""Encoders of a hierarchical VAE: :math:`q(h_{1:T} \mid x)`, learned (E14).
+
+.. math::
+    \text{bottom-up:}\quad q(h_{1:T} \mid x) &= q(h_1 \mid x) \prod_{t=2}^T q(h_t \mid h_{t-1}), \\
+    \text{top-down:}\quad q(h_{1:T} \mid x) &= q(h_T \mid x) \prod_{t=2}^T q(h_{t-1} \mid h_t, x).
+
+Every factor is a layer: a module that returns a Pyro distribution. :class:`GaussianLayer` is the default.
+:class:`BottomUpEncoder` has one layer for each level. :class:`TopDownEncoder` is abstract, and
+:class:`LadderEncoder` is its usual form. Both can be made of a user's own layers, with ``from_layers``.
+
+Nothing here knows of the model, but for one argument: a top-down encoder may call the model's own layers,
+which it is given as ``decoder``.
+
+References:
+    Auto-Encoding Variational Bayes (Kingma and Welling, 2014). https://arxiv.org/abs/1312.6114
+    Ladder Variational Autoencoders (Sønderby et al., 2016), section 2. https://arxiv.org/abs/1602.02282
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+import pyro.distributions as dist
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Size, Tensor, nn
+from torch.distributions import Independent, Normal
+from torch.nn.functional import softplus
+
+from pyro_diffusion.checks import check_count, check_shape, check_unused
+from pyro_diffusion.networks import FeedForward, apply_layer
+
+__all__ = [
+    "BottomUpEncoder",
+    "GaussianLayer",
+    "LadderEncoder",
+    "Sizes",
+    "TopDownEncoder",
+    "level_shapes",
+]
+
+#: Sizes or shapes of h_1 … h_T.
+Sizes = Sequence[int | tuple[int, ...]]
+
+_MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
+_UNIT = 0.5413  # softplus of it is one
+
+
+class GaussianLayer(nn.Module):
+    r"""A learned Gaussian: :math:`N(\mu(h), \operatorname{diag} \sigma^2(h))` from a perceptron.
+
+    The perceptron returns :math:`\mu` and a number :math:`s` for each entry, and
+    :math:`\sigma = \operatorname{softplus}(s + 0.5413) + 10^{-4}`, which is 1 at :math:`s = 0`.
+
+    Args:
+        input_shape: Shape of :math:`h`.
+        output_shape: Event shape of the Gaussian.
+        settings: Passed on to :class:`~pyro_diffusion.networks.FeedForward`.
+
+    Example:
+        >>> layer = GaussianLayer((8, 8), (16,), hidden_size=32)
+        >>> layer(torch.randn(5, 8, 8)).event_shape
+        torch.Size([16])
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], output_shape: tuple[int, ...], **settings: Any
+    ) -> None:
+        super().__init__()
+        self.network = FeedForward(input_shape, (2, *output_shape), **settings)
+
+    def forward(self, h: Tensor) -> TorchDistribution:
+        """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
+        event_dim = len(self.network.output_shape) - 1
+        mean, raw = apply_layer(self.network, h).unbind(-1 - event_dim)
+        return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
+
+
+class BottomUpEncoder(nn.Module):
+    r"""The Markovian encoder :math:`q(h_{1:T} \mid x) = q(h_1 \mid x) \prod_t q(h_t \mid h_{t-1})`.
+
+    Args:
+        event_shape: Shape of a datum after embedding. It may be left out beside ``layers``.
+        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out beside ``layers``.
+        layers: The user's own layers: ``layers[t - 1](h_{t-1})`` is :math:`q(h_t \mid h_{t-1})`, with
+            :math:`h_0` the embedded datum. ``None`` makes a :class:`GaussianLayer` for each level.
+        settings: Settings of the default layers, passed on to :class:`GaussianLayer`.
+
+    Raises:
+        ValueError: Sizes that are not positive whole numbers, no level, or settings beside ``layers``.
+    """
+
+    #: Shapes of the datum and the latents, or ``None`` if they are known to the layers only.
+    shapes: list[Size] | None
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...] | None = None,
+        latent_sizes: Sizes | None = None,
+        *,
+        layers: Sequence[nn.Module] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if layers is None:
+            self.shapes = level_shapes(event_shape, latent_sizes)
+            layers = [GaussianLayer(*step, **settings) for step in pairwise(self.shapes)]
+        else:
+            check_unused(settings, "layers")
+            self.shapes = None if event_shape is None else level_shapes(event_shape, latent_sizes)
+        self.layers = nn.ModuleList(layers)
+
+    @classmethod
+    def from_layers(cls, layers: Sequence[nn.Module]) -> Self:
+        r"""An encoder of the user's own layers: ``layers[t - 1](h_{t-1})`` is :math:`q(h_t \mid h_{t-1})`."""
+        return cls(layers=layers)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, one for each layer."""
+        return len(self.layers)
+
+    def transition(self, h: Tensor, t: int) -> TorchDistribution:
+        r""":math:`q(h_t \mid h_{t-1})`."""
+        return self.layers[t - 1](h)
+
+
+class TopDownEncoder(nn.Module, ABC):
+    r"""An encoder in the model's order, :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`; abstract."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Any:
+        """The context ``c`` of embedded data ``x``, computed once for all levels."""
+
+    @abstractmethod
+    def initial(self, c: Any) -> TorchDistribution:
+        r""":math:`q(h_T \mid x)`."""
+
+    @abstractmethod
+    def transition(
+        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
+    ) -> TorchDistribution:
+        r""":math:`q(h_{t-1} \mid h_t, x)`; ``decoder(h, t)`` is the model's :math:`p(h_{t-1} \mid h_t)`."""
+
+
+class LadderEncoder(TopDownEncoder):
+    r"""The ladder, which merges an estimate from the datum with the model's own kernel at each level.
+
+    A deterministic path upwards, :math:`d_t = \mathrm{path}_t(d_{t-1})` with :math:`d_0 = x`, gives an
+    estimate :math:`\hat q(h_t \mid x) = N(\hat\mu_t, \hat\sigma_t^2)` of each level. On the way down, the
+    estimate and the model's own :math:`p(h_t \mid h_{t+1}) = N(\mu_p, \sigma_p^2)` are weighted by their
+    precisions:
+
+    .. math::
+        q(h_t \mid h_{t+1}, x) = N\!\left(
+            \frac{\hat\mu_t \hat\sigma_t^{-2} + \mu_p \sigma_p^{-2}}
+                 {\hat\sigma_t^{-2} + \sigma_p^{-2}},\;
+            \frac{1}{\hat\sigma_t^{-2} + \sigma_p^{-2}} \right), \qquad
+        q(h_T \mid x) = \hat q(h_T \mid x).
+
+    Args:
+        event_shape: Shape of a datum after embedding. It may be left out beside ``path`` and ``heads``.
+        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out likewise.
+        path: The user's own steps of the path: ``path[t - 1](d_{t-1})`` is :math:`d_t`.
+        heads: The user's own estimates, one for each step: ``heads[t - 1](d_t)`` is
+            :math:`\hat q(h_t \mid x)`, a Normal.
+        hidden_size: Width of the default path, and of its hidden layers.
+        settings: Settings of the default path, passed on to :class:`~pyro_diffusion.networks.FeedForward`.
+
+    Raises:
+        ValueError: Sizes that are not positive whole numbers, no level, settings beside ``path`` and
+            ``heads``, or another number of steps than of heads. From a program: kernels that are not
+            Normals, or of different event shapes.
+
+    References:
+        Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.
+        https://arxiv.org/abs/1602.02282
+    """
+
+    #: Shapes of the datum and the latents, or ``None`` if they are known to the layers only.
+    shapes: list[Size] | None
+
+    def __init__(
+        self,
+        event_shape: tuple[int, ...] | None = None,
+        latent_sizes: Sizes | None = None,
+        *,
+        path: Sequence[nn.Module] | None = None,
+        heads: Sequence[nn.Module] | None = None,
+        hidden_size: int = 256,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if path is None and heads is None:
+            self.shapes, width = level_shapes(event_shape, latent_sizes), (hidden_size,)
+            inputs = [self.shapes[0]] + [width] * (len(self.shapes) - 2)
+            path = [FeedForward(d, width, hidden_size=hidden_size, **settings) for d in inputs]
+            heads = [GaussianLayer(width, shape, num_hidden=0) for shape in self.shapes[1:]]
+        else:
+            check_unused(settings, "a path and heads")
+            self.shapes = None if event_shape is None else level_shapes(event_shape, latent_sizes)
+        self.path, self.heads = nn.ModuleList(path), nn.ModuleList(heads)
+        _check_rungs(self.path, self.heads)
+
+    @classmethod
+    def from_layers(cls, path: Sequence[nn.Module], heads: Sequence[nn.Module]) -> Self:
+        r"""A ladder of the user's own layers: ``path[t - 1](d_{t-1})`` is :math:`d_t`, and
+        ``heads[t - 1](d_t)`` is :math:`\hat q(h_t \mid x)`.
+        """
+        return cls(path=path, heads=heads)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels, one for each head."""
+        return len(self.heads)
+
+    def encode(self, x: Tensor) -> list[TorchDistribution]:
+        r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
+        d, levels = x, []
+        for step, head in zip(self.path, self.heads, strict=True):
+            d = apply_layer(step, d)
+            levels.append(head(d))
+        return levels
+
+    def initial(self, c: list[TorchDistribution]) -> TorchDistribution:
+        return c[-1]
+
+    def transition(
+        self,
+        h: Tensor,
+        c: list[TorchDistribution],
+        t: int,
+        decoder: Callable[[Tensor, int], TorchDistribution],
+    ) -> TorchDistribution:
+        return _merge(c[t - 2], decoder(h, t))
+
+
+def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:
+    """Shapes of a datum and of :math:`h_1 … h_T`, from the datum's shape and sizes or shapes of levels.
+
+    Raises:
+        ValueError: A shape that is no tuple, no level, or a size that is not a positive whole number.
+    """
+    shape = check_shape("event_shape", event_shape, "Pass (64,) for vectors of 64 numbers.")
+    if not isinstance(latent_sizes, Iterable) or not (sizes := list(latent_sizes)):
+        raise ValueError(
+            f"argument 'latent_sizes': got {latent_sizes!r}; expected a size for every level, h_1 first. "
+            "Pass (16,) for a plain VAE with 16 latents, (16, 8, 4) for three levels."
+        )
+    levels = (size if np.ndim(size) else (size,) for size in sizes)
+    return [shape, *(Size(_check_size(number) for number in level) for level in levels)]
+
+
+def _check_size(size: Any) -> int:
+    remedy = "Pass (16, 8), or shapes such as ((4, 4), 8), and leave out levels that hold nothing."
+    return check_count("latent_sizes", size, 1, remedy, "in every size or shape")
+
+
+def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
+    """The product of two Gaussians over one latent, normalised: their precisions add up."""
+    q, p = _check_normals(q_hat, p)
+    precision = q.scale**-2 + p.scale**-2
+    mean = (q.loc * q.scale**-2 + p.loc * p.scale**-2) / precision
+    return dist.Normal(mean, precision.rsqrt()).to_event(len(q_hat.event_shape))
+
+
+def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
+    """The two Normals without their event dimensions, if they are Normals over one latent."""
+    if q_hat.event_shape != p.event_shape:
+        raise ValueError(
+            f"argument 'encoder': got a head of event shape {tuple(q_hat.event_shape)} for a level of "
+            f"{tuple(p.event_shape)}; expected one and the same. Build LadderEncoder with the latent_sizes "
+            "of the model."
+        )
+    normals = [k.base_dist if isinstance(k, Independent) else k for k in (q_hat, p)]
+    if not all(isinstance(normal, Normal) for normal in normals):
+        raise ValueError(
+            f"argument 'encoder': got layers that return {' and '.join(type(k).__name__ for k in normals)}; "
+            "expected Normals on both sides of a ladder, which merges them by precision. Subclass "
+            "TopDownEncoder for other kernels."
+        )
+    return normals
+
+
+def _check_rungs(path: nn.ModuleList, heads: nn.ModuleList) -> None:
+    if len(path) != len(heads):
+        raise ValueError(
+            f"argument 'heads': got {len(heads)} for a path of {len(path)} steps; expected one for each "
+            "level. Use nn.Identity() for a step of the path that does nothing."
+        )
