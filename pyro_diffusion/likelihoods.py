@@ -1,10 +1,10 @@
 r"""Likelihoods :math:`p(x_0 \mid x_1)`, and how a datum enters the chain.
 
-The chain runs in a real-valued space of its own. A likelihood is the door between that space and
-the user's data: ``embed(x_0)`` is the point where the forward chain starts, and
-``likelihood(x_0_hat)`` is the distribution of the datum given the denoiser's estimate
-:math:`\hat x_0(x_1)`, in embedded space. Any callable with those two is a likelihood; distributions
-may leave the event dimensions in their batch shape, the chain moves them.
+The chain runs in a real-valued space of its own. A likelihood connects that space with the user's data:
+``embed(x_0)`` is the point where the forward chain starts, and ``likelihood(x_0_hat)`` is the distribution
+of the datum given the denoiser's estimate :math:`\hat x_0(x_1)` in embedded space. Any callable with an
+``embed`` is a likelihood. Its distributions may have the event dimensions in their batch shape; the chain
+declares them.
 
 =========================== ================================= =====================================
 data                        likelihood                        point of the chain
@@ -14,12 +14,12 @@ grey levels :math:`0 … K-1` ``DiscretizedGaussianLikelihood`` :math:`2k/(K-1) 
 bits                        ``BernoulliLikelihood``           :math:`\pm 1`
 categories :math:`0 … K-1`  ``CategoricalLikelihood``         one-hot in :math:`\pm 1`, one more axis
 counts                      ``PoissonLikelihood``             :math:`2\sqrt{n/m} - 1`
-levels, of a decoder        ``LevelLikelihood``               :math:`2k/(K-1) - 1`
+levels, from logits         ``LevelLikelihood``               :math:`2k/(K-1) - 1`
 =========================== ================================= =====================================
 
-The likelihood takes over where the chain starts: ``log_snr_max`` of the schedule belongs near the
-data's own resolution, 2 to 4 for bits, categories and a few grey levels. For those
-:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood and usually bounds better.
+The noise of :math:`x_1` should be about as large as the resolution of the data. Choose ``log_snr_max`` of the
+schedule accordingly: 2 to 4 for bits, categories and a few grey levels. For those data,
+:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood, and its bound is usually better.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
@@ -34,7 +34,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_diffusion.checks import check_num_levels, holds
+from pyro_diffusion.checks import check_num_levels, check_positive, check_values
 from pyro_diffusion.distributions import Counts, DiscretizedGaussian
 
 __all__ = [
@@ -49,31 +49,37 @@ __all__ = [
 ]
 
 
+_RAW_LEVELS = (
+    "Pass raw levels, which the model rescales itself, and give it as many levels as the data have."
+)
+_RAW_COUNTS = "Pass raw counts: subtract no background and divide by no exposure."
+
+
 def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
     """Levels ``0 … K − 1`` as points of [-1, 1], equally spaced.
 
     Raises:
         ValueError: Data that are not whole numbers in ``0 … K − 1``.
     """
-    levels = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
-    inside = (levels >= 0) & (levels <= num_levels - 1) & (levels == levels.round())
-    if not holds(inside):
-        raise ValueError(
-            f"site 'x_0': got the value {levels[~inside][0].item():g}; expected whole numbers in "
-            f"0 … {num_levels - 1}, the levels of this model. Pass raw levels, which the model "
-            "rescales itself, and give it as many levels as the data have."
-        )
-    return levels * (2 / (num_levels - 1)) - 1
+    expected = f"whole numbers in 0 … {num_levels - 1}, the levels of this model"
+    return _whole(x_0, num_levels - 1, expected, _RAW_LEVELS) * (2 / (num_levels - 1)) - 1
+
+
+def _whole(x_0: Tensor, largest: float, expected: str, remedy: str) -> Tensor:
+    """Data as floating-point numbers, if they are whole numbers in ``0 … largest``."""
+    numbers = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+    valid = (numbers >= 0) & (numbers <= largest) & (numbers == numbers.round())
+    return check_values(numbers, valid, expected, remedy)
 
 
 class Likelihood(nn.Module, ABC):
-    """What a datum is, given the denoiser's estimate of it.
+    """The distribution of a datum given the denoiser's estimate of it; abstract.
 
-    Parameters of a likelihood that is a module are trained with the model, and saved with its buffers; what
-    its ``extra_repr`` says is compared when a file is loaded.
+    If a likelihood is a module, its parameters are trained with the model, and saved together with its
+    buffers. A saved model is loaded only into one whose likelihood has the same ``extra_repr``.
     """
 
-    #: Numbers that it takes for each entry of a datum; more than one stand on a last axis.
+    #: Number of inputs for each entry of a datum. If there are several, they are on one more axis at the end.
     num_outputs: int = 1
 
     @abstractmethod
@@ -92,11 +98,8 @@ class _ScaledLikelihood(Likelihood):
 
     def __init__(self, scale: float, learnable: bool) -> None:
         super().__init__()
-        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise ValueError(
-                f"argument 'scale': got {scale!r}; expected a positive number, the standard deviation "
-                "of a datum around its estimate. Pass learnable=True to have it fitted."
-            )
+        meaning = "the standard deviation of a datum around its estimate"
+        scale = check_positive("scale", scale, "Pass learnable=True to have it fitted.", meaning)
         log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
         if learnable:
             self.log_scale = nn.Parameter(log_scale)
@@ -117,12 +120,12 @@ class GaussianLikelihood(_ScaledLikelihood):
     r"""Real data with Gaussian noise: :math:`p(x_0 \mid x_1) = N(\hat x_0, s^2 I)`.
 
     Args:
-        scale: Standard deviation :math:`s` in the chain's units, which a ``transform`` leads to: under
-            ``Standardize`` that is the data's noise divided by their standard deviation.
-        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+        scale: Standard deviation :math:`s` in the chain's units. With a ``transform`` these differ from the
+            user's: under ``Standardize``, give the noise of the data divided by their standard deviation.
+        learnable: If true, :math:`s` is a parameter that starts at ``scale``.
 
     Raises:
-        ValueError: A scale that is not positive.
+        ValueError: A scale that is not positive and finite.
     """
 
     def __init__(self, scale: float = 1.0, *, learnable: bool = False) -> None:
@@ -150,8 +153,8 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
 
     Args:
         num_levels: Number of levels :math:`K \ge 2`.
-        scale: Standard deviation :math:`s` in embedded space; ``None`` is an eighth of a bin.
-        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+        scale: Standard deviation :math:`s` in embedded space. ``None`` takes an eighth of a bin.
+        learnable: If true, :math:`s` is a parameter that starts at ``scale``.
 
     Raises:
         ValueError: Fewer than two levels, a scale that is not positive, or (from ``embed``) data
@@ -170,7 +173,7 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
     def __init__(
         self, num_levels: int, scale: float | None = None, *, learnable: bool = False
     ) -> None:
-        check_num_levels(num_levels)
+        num_levels = check_num_levels(num_levels)
         super().__init__(1 / (4 * (num_levels - 1)) if scale is None else scale, learnable)
         self.num_levels = num_levels
 
@@ -187,12 +190,12 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
 class BernoulliLikelihood(_ScaledLikelihood):
     r"""Bits, which embed as :math:`\mp 1`: :math:`\operatorname{logit} p(1 \mid x_1) = 2 \hat x_0 / s^2`.
 
-    That is the posterior of a bit, even odds before, of which :math:`\hat x_0` is a measurement with
+    That is the posterior of a bit with prior odds of one, if :math:`\hat x_0` is a measurement of it with
     standard deviation :math:`s`.
 
     Args:
         scale: Standard deviation :math:`s` in embedded space.
-        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+        learnable: If true, :math:`s` is a parameter that starts at ``scale``.
 
     Raises:
         ValueError: A scale that is not positive, or (from ``embed``) data other than 0 and 1.
@@ -215,18 +218,19 @@ class BernoulliLikelihood(_ScaledLikelihood):
 class CategoricalLikelihood(_ScaledLikelihood):
     r"""Categories :math:`0 … K-1` without an order: category :math:`k` embeds as a corner of a cube.
 
-    Its point has :math:`+1` at entry :math:`k` and :math:`-1` elsewhere on a new last axis, so that the
-    chain's event shape is the data's with :math:`(K,)` behind it, and
+    The corner has :math:`+1` at entry :math:`k` and :math:`-1` elsewhere, on a new last axis. The event shape
+    of the chain is that of the data followed by :math:`(K,)`, and
 
     .. math::
-        p(k \mid x_1) \propto \exp(2 \hat x_{0,k} / s^2),
+        p(k \mid x_1) \propto \exp(2 \hat x_{0,k} / s^2).
 
-    the posterior of a category of which :math:`\hat x_0` is a measurement with deviation :math:`s`.
+    That is the posterior of a category with a uniform prior, if :math:`\hat x_0` is a measurement of its
+    corner with standard deviation :math:`s`.
 
     Args:
         num_categories: Number of categories :math:`K \ge 2`.
         scale: Standard deviation :math:`s` in embedded space.
-        learnable: Whether :math:`s` is a parameter, which then starts at ``scale``.
+        learnable: If true, :math:`s` is a parameter that starts at ``scale``.
 
     Raises:
         ValueError: Fewer than two categories, a scale that is not positive, or (from ``embed``) data
@@ -239,12 +243,11 @@ class CategoricalLikelihood(_ScaledLikelihood):
     """
 
     def __init__(self, num_categories: int, scale: float = 0.5, *, learnable: bool = False) -> None:
-        check_num_levels(num_categories, "num_categories")
         super().__init__(scale, learnable)
-        self.num_categories = num_categories
+        self.num_categories = check_num_levels(num_categories, "num_categories")
 
     def embed(self, x_0: Tensor) -> Tensor:
-        dtype = embed_levels(x_0, self.num_categories).dtype  # refuses what is no category
+        dtype = embed_levels(x_0, self.num_categories).dtype  # and no other numbers are taken
         return 2 * one_hot(x_0.long(), self.num_categories).to(dtype) - 1
 
     def forward(self, x_0_hat: Tensor) -> TorchDistribution:
@@ -255,14 +258,14 @@ class CategoricalLikelihood(_ScaledLikelihood):
 
 
 class LevelLikelihood(Likelihood):
-    r"""Levels :math:`0 … K-1` from a logit for each: the decoder of a hierarchical VAE says all of it.
+    r"""Levels :math:`0 … K-1`, for each of which the decoder of a hierarchical VAE returns a logit.
 
     .. math::
-        p(k \mid h_1) \propto \exp(\ell_k(h_1)),
+        p(k \mid h_1) \propto \exp(\ell_k(h_1))
 
-    entry by entry, the levels embedded on :math:`[-1, 1]`. It is to a decoder what
-    :class:`~pyro_diffusion.parameterizations.LevelPrediction` is to a denoiser, whose :math:`\hat x_0` has
-    no logits: a diffusion model does not take it.
+    for each entry. The levels embed on :math:`[-1, 1]`. A diffusion model does not take this likelihood,
+    because :math:`\hat x_0` has no logits; there, use
+    :class:`~pyro_diffusion.parameterizations.LevelPrediction`.
 
     Args:
         num_levels: Number of levels :math:`K \ge 2`.
@@ -279,19 +282,13 @@ class LevelLikelihood(Likelihood):
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()
-        check_num_levels(num_levels)
-        self.num_outputs = num_levels
+        self.num_outputs = check_num_levels(num_levels)
 
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, self.num_outputs)
 
     def forward(self, logits: Tensor) -> TorchDistribution:
-        if logits.dim() == 0 or logits.shape[-1] != self.num_outputs:
-            raise ValueError(
-                f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
-                f"each of {self.num_outputs} levels on a last axis. Let the decoder's first layer return "
-                "them."
-            )
+        _check_logits(logits, self.num_outputs)
         return dist.Categorical(logits=logits)
 
     def extra_repr(self) -> str:
@@ -301,7 +298,8 @@ class LevelLikelihood(Likelihood):
 class PoissonLikelihood(Likelihood):
     r"""Counts :math:`n`: :math:`p(n \mid x_1) = \operatorname{Poisson}(\rho(\hat x_0))`.
 
-    Counts embed on the square-root scale, where their noise is even, and the rate goes back:
+    Counts embed on the square-root scale, where their noise is the same for every rate, and :math:`\rho` is
+    close to the inverse of the embedding:
 
     .. math::
         e(n) = 2 \sqrt{n / m} - 1, \qquad
@@ -309,17 +307,18 @@ class PoissonLikelihood(Likelihood):
                        = \tfrac14 c^2 e^{2 \operatorname{asinh}(y / c)}, \quad
         y = \sqrt m\, (\hat x_0 + 1) / 2, \; c = \tfrac18,
 
-    which is :math:`n` again to one per cent for :math:`n \ge 1`, and positive everywhere. Poisson
-    noise has standard deviation :math:`1/\sqrt m` on that scale, as much as the chain at
-    :math:`\lambda = \log m`: a ``log_snr_max`` of that size or a little below leaves counting noise
-    to the likelihood. ``LogSNRSchedule(learnable=True)`` finds where the bound is best
-    (``examples/poisson_counts.py``).
+    The rate :math:`\rho(e(n))` is :math:`n` to one per cent for :math:`n \ge 1`, and :math:`\rho` is positive
+    everywhere. On the square-root scale, Poisson noise has standard deviation :math:`1/\sqrt m`, which is the
+    noise of the chain at :math:`\lambda = \log m`. With a ``log_snr_max`` of that size or a little less, the
+    likelihood accounts for the counting noise. ``LogSNRSchedule(learnable=True)`` finds the value with the
+    best bound (``examples/poisson_counts.py``).
 
     Args:
-        max_count: Count :math:`m > 0` that embeds at 1; larger ones lie beyond it.
+        max_count: Count :math:`m > 0` that embeds at 1. Larger counts embed above 1.
 
     Raises:
-        ValueError: A ``max_count`` that is not positive, or (from ``embed``) negative or broken counts.
+        ValueError: A ``max_count`` that is not positive and finite, or (from ``embed``) data that are not
+            whole numbers of at least 0.
 
     Example:
         >>> likelihood = PoissonLikelihood(max_count=100)
@@ -327,28 +326,15 @@ class PoissonLikelihood(Likelihood):
         tensor([  4.0078,  25.0078, 100.0078])
     """
 
-    def __init__(self, max_count: float) -> None:
+    def __init__(self, max_count: float | Tensor) -> None:
         super().__init__()
-        try:
-            max_count = float(max_count)
-        except (TypeError, ValueError):
-            max_count = math.nan
-        if not 0 < max_count < math.inf:
-            raise ValueError(
-                f"argument 'max_count': got {max_count}; expected a positive number, a large count of "
-                "the data, which embeds at 1. Take x_0.max()."
-            )
-        self.max_count = max_count
+        if isinstance(max_count, Tensor) and max_count.numel() == 1:  # x_0.max()
+            max_count = max_count.item()
+        meaning = "a large count of the data, which embeds at 1"
+        self.max_count = check_positive("max_count", max_count, "Take x_0.max().", meaning)
 
     def embed(self, x_0: Tensor) -> Tensor:
-        counts = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
-        valid = (counts >= 0) & (counts == counts.round())
-        if not holds(valid):
-            raise ValueError(
-                f"site 'x_0': got the value {counts[~valid][0].item():g}; expected counts, whole "
-                "numbers of at least 0. Pass raw counts: subtract no background and divide by no "
-                "exposure."
-            )
+        counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", _RAW_COUNTS)
         return 2 * (counts / self.max_count).sqrt() - 1
 
     def forward(self, x_0_hat: Tensor) -> TorchDistribution:
@@ -357,3 +343,11 @@ class PoissonLikelihood(Likelihood):
 
     def extra_repr(self) -> str:
         return f"max_count={self.max_count:g}"
+
+
+def _check_logits(logits: Tensor, num_levels: int) -> None:
+    if logits.dim() == 0 or logits.shape[-1] != num_levels:
+        raise ValueError(
+            f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
+            f"each of {num_levels} levels on a last axis. Let the decoder's first layer return them."
+        )

@@ -2,33 +2,34 @@ r"""Transforms between the user's units and the model's.
 
 ``DiffusionModel(denoiser, transform=f)`` models :math:`y = f(x_0)` and reports the bound on
 :math:`\log p(x_0) = \log p(y) + \log |\det \partial f / \partial x_0|`. Any bijective torch transform
-will do, ``SigmoidTransform().inv`` (the logit) or a normalising flow of Pyro's included;
-:class:`Standardize` is the one that data of any scale want.
+will do, including ``SigmoidTransform().inv`` (the logit) and Pyro's normalising flows. :class:`Standardize`
+brings data of any scale to mean zero and standard deviation one.
 """
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_diffusion.checks import check_data, check_mask, holds
+from pyro_diffusion.checks import check_argument, check_data, check_mask, holds
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
 
 class Standardize(TransformModule):
-    r""":math:`y = (x - m) / s`, with :math:`m` and :math:`s` in the model's ``state_dict``.
+    r""":math:`y = (x - m) / s`; :math:`m` and :math:`s` are buffers, saved in the model's ``state_dict``.
 
     Args:
-        loc: Mean :math:`m`, broadcastable to ``event_shape``.
-        scale: Standard deviation :math:`s > 0`, broadcastable to ``event_shape``.
+        loc: Mean :math:`m`, a number, array or tensor broadcastable to ``event_shape``.
+        scale: Standard deviation :math:`s > 0`, likewise.
 
     Raises:
-        ValueError: A scale that is not positive, or numbers that are not finite.
+        ValueError: A scale that is not positive, or a mean or scale that is not finite.
 
     Example:
         >>> transform = Standardize.from_data(torch.tensor([[1e6], [3e6]]))
@@ -45,53 +46,38 @@ class Standardize(TransformModule):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, loc: Tensor | float, scale: Tensor | float) -> None:
+    def __init__(self, loc: ArrayLike, scale: ArrayLike) -> None:
         super().__init__()
-        loc, scale = (
-            x.detach().clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
-            for x in (loc, scale)
-        )
-        if not loc.isfinite().all() or not scale.isfinite().all() or not (scale > 0).all():
-            raise ValueError(
-                f"arguments 'loc' and 'scale': got a smallest scale of {scale.min().item():g}; expected "
-                "finite means and positive standard deviations. Drop entries that are constant in the "
-                "data, or give them a scale of one."
-            )
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
+        for name, value in (("loc", loc), ("scale", scale)):
+            dtype = None if isinstance(value, Tensor) else torch.float64
+            self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
+        _check_moments(self.loc, self.scale)
 
     @classmethod
-    def from_data(cls, x_0: Tensor, *, mask: Tensor | None = None) -> Self:
+    def from_data(cls, x_0: ArrayLike, *, mask: ArrayLike | None = None) -> Self:
         """Mean and standard deviation of each entry over data of shape ``(N,) + event_shape``.
 
         Args:
-            x_0: Data, of at least two rows.
-            mask: Observed entries, of the data's shape; ``None`` for all of them.
+            x_0: Data of at least two rows, a tensor or an array.
+            mask: Boolean, of the data's shape, true where an entry was observed. ``None`` means everywhere.
+
+        Returns:
+            The transform, in the dtype of the data.
 
         Raises:
             ValueError: An entry that is constant, or observed less than twice.
         """
+        x_0 = torch.as_tensor(x_0)
         x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
         if mask is None:
             observed = torch.ones_like(check_data(x_0), dtype=torch.bool)
         else:
-            observed = check_mask(mask, x_0)
-        count = observed.sum(0)
-        if (count < 2).any():
-            raise ValueError(
-                f"argument 'x_0': got an entry that was observed {int(count.min())} time(s); expected "
-                "each at least twice, to have a standard deviation. Drop it, or give Standardize its own "
-                "loc and scale."
-            )
+            observed = check_mask(torch.as_tensor(mask), x_0)
+        count = _check_counts(observed.sum(0))
         values = x_0.double().where(observed, 0.0)
         mean = values.sum(0) / count
         squares = (values - mean).square().where(observed, 0.0).sum(0)
-        scale = (squares / (count - 1)).sqrt()
-        if (scale <= 1e-12 * values.abs().amax(0)).any():
-            raise ValueError(
-                f"argument 'x_0': got an entry that is constant in the data (standard deviation "
-                f"{scale.min().item():g}); expected entries that vary. Drop it: it has no density."
-            )
+        scale = _check_spread((squares / (count - 1)).sqrt(), values)
         return cls(mean.to(x_0.dtype), scale.to(x_0.dtype))
 
     def _call(self, x: Tensor) -> Tensor:
@@ -107,13 +93,10 @@ class Standardize(TransformModule):
 
 def check_transform(transform: Transform | None) -> Transform | None:
     """``transform``, if it is a bijective torch transform, or ``None``."""
-    if transform is not None and not isinstance(transform, Transform):
-        got = transform.__name__ if isinstance(transform, type) else type(transform).__name__
-        raise ValueError(
-            f"argument 'transform': got {got}; expected a torch transform from the data's units to the "
-            "model's. Pass an object, such as Standardize.from_data(x_0)."
-        )
-    if transform is not None and not transform.bijective:
+    if transform is None:
+        return None
+    check_argument("transform", transform, Transform, "Standardize.from_data(x_0)")
+    if not transform.bijective:
         raise ValueError(
             f"argument 'transform': got {transform}, which is not a bijection; expected one, because "
             "its log-Jacobian enters the bound. Apply it to the data beforehand if it only prepares "
@@ -126,23 +109,18 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
     """``transform(x_0)``, if the transform is a bijection on these data.
 
     Raises:
-        ValueError: A datum outside the transform's domain, on its edge (where a bijection to the real
-            line has no value), or one that does not come back. Modules, which are bijective by
-            construction and may be slow to invert, are not asked to come back.
+        ValueError: Data of a shape that the transform does not take. A datum outside the transform's domain,
+            on its edge (where a bijection to the real line has no value), or one that the inverse does not
+            return. The inverse of a module is not called: modules are bijective by construction, and may be
+            slow to invert.
     """
     domain = transform.domain
     base = getattr(domain, "base_constraint", domain)
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     inside = holds(domain.check(x_0)) and all(e is None or holds(x_0 != e) for e in edges)
-    try:
-        y = transform(x_0)
-    except RuntimeError as error:
-        raise ValueError(
-            f"argument 'transform': got {transform}, which does not take data of shape "
-            f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
-        ) from error
+    y = _call(transform, x_0)
     if inside and holds(y.isfinite()) and not isinstance(transform, nn.Module):
-        # A clamped or saturated transform moves a datum by about the size of its entry.
+        # A bijection moves a datum by rounding; a clamped or saturated transform by about its own size.
         eps, size = torch.finfo(y.dtype).eps, x_0.abs()
         tolerance = eps**0.5 * size.amax(0) + eps * size.amax()
         inside = holds((transform.inv(y) - x_0).abs() <= tolerance)
@@ -151,13 +129,23 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
         raise ValueError(
             f"argument 'transform': got data from {low.item():g} to {high.item():g}, on which "
             f"{transform} is not a bijection; expected data inside its domain {domain}, edges excluded, "
-            "that come back under its inverse. Choose another transform, or move the data off the edges."
+            "that its inverse returns. Choose another transform, or move the data off the edges."
         )
     return y
 
 
+def _call(transform: Transform, x_0: Tensor) -> Tensor:
+    try:
+        return transform(x_0)
+    except RuntimeError as error:
+        raise ValueError(
+            f"argument 'transform': got {transform}, which does not take data of shape "
+            f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
+        ) from error
+
+
 def parts(transform: Any) -> Iterator[Transform]:
-    """A transform and all that it is made of, inverses as what they invert."""
+    """The transform and all transforms that it is made of. An inverse counts as the transform it inverts."""
     if isinstance(transform, _InverseTransform):
         yield from parts(transform.inv)
     elif isinstance(transform, Transform):
@@ -167,7 +155,7 @@ def parts(transform: Any) -> Iterator[Transform]:
 
 
 def describe(transform: Transform | None) -> str:
-    """The classes that a transform is made of, with the numbers of those that are no modules."""
+    """The classes of a transform's parts. Parts that are not modules come with their numbers."""
     words = []
     for part in parts(transform):
         numbers = {} if isinstance(part, nn.Module) else vars(part)
@@ -181,7 +169,37 @@ def describe(transform: Transform | None) -> str:
 
 
 def forget(transform: Transform | None) -> None:
-    """Drop what the parts of a transform remember of the last data: it is no state, and not copied."""
+    """Clear the caches in which a transform's parts keep the last data, so that they are not copied."""
     for part in parts(transform):
         for name in [name for name in vars(part) if name.startswith("_cached_")]:
             setattr(part, name, (None, None) if name == "_cached_x_y" else None)
+
+
+def _check_moments(loc: Tensor, scale: Tensor) -> None:
+    if not loc.isfinite().all() or not scale.isfinite().all() or not (scale > 0).all():
+        raise ValueError(
+            f"arguments 'loc' and 'scale': got a smallest scale of {scale.min().item():g}; expected "
+            "finite means and positive standard deviations. Drop entries that are constant in the "
+            "data, or give them a scale of one."
+        )
+
+
+def _check_counts(count: Tensor) -> Tensor:
+    """Numbers of observations, if they are enough for a standard deviation."""
+    if (count < 2).any():
+        raise ValueError(
+            f"argument 'x_0': got an entry that was observed {int(count.min())} time(s); expected "
+            "each at least twice, to have a standard deviation. Drop it, or give Standardize its own "
+            "loc and scale."
+        )
+    return count
+
+
+def _check_spread(scale: Tensor, values: Tensor) -> Tensor:
+    """Standard deviations, if no entry is constant but for rounding."""
+    if (scale <= 1e-12 * values.abs().amax(0)).any():
+        raise ValueError(
+            f"argument 'x_0': got an entry that is constant in the data (standard deviation "
+            f"{scale.min().item():g}); expected entries that vary. Drop it: it has no density."
+        )
+    return scale

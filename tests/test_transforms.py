@@ -312,7 +312,7 @@ def test_other_bad_transforms():
     with pytest.raises(ValueError, match="'transform': got AbsTransform.*not a bijection"):
         DiffusionModel(denoiser, transform=AbsTransform())
     with pytest.raises(
-        ValueError, match="'transform': got Standardize; expected a torch transform"
+        ValueError, match=r"'transform': got the class Standardize; .* Transform\. Pass.*from_data"
     ):
         DiffusionModel(denoiser, transform=Standardize)
     whole_numbers = Standardize.from_data(torch.tensor([[0, 10], [1, 13], [5, 15]]))
