@@ -82,10 +82,9 @@ def data_checked() -> Iterator[None]:
 
 def described(value: Any) -> str:
     """A value by its type, with the shape of a tensor or the event shape of a distribution."""
-    got = f"a {type(value).__name__}"
-    if isinstance(value, Distribution):
-        return f"{got} of event shape {tuple(value.event_shape)}"
-    return f"{got} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else got
+    is_kernel, is_tensor = isinstance(value, Distribution), isinstance(value, Tensor)
+    shape = f" of event shape {tuple(value.event_shape)}" if is_kernel else ""
+    return f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if is_tensor else shape)
 
 
 def check_argument(name: str, value: Any, kind: type | UnionType, example: str) -> Any:
@@ -93,7 +92,9 @@ def check_argument(name: str, value: Any, kind: type | UnionType, example: str) 
     if not isinstance(value, kind):
         got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
         got = f"the class {value.__name__}" if isinstance(value, type) else got
-        kinds = " or ".join(part.__name__ for part in get_args(kind) or (kind,))
+        kinds = " or ".join(part.__name__ for part in get_args(kind) or (kind,)).replace(
+            "NoneType", "None"
+        )
         raise ValueError(
             f"argument {name!r}: got {got}; expected an instance of {kinds}. "
             f"Pass an object, such as {example}."
@@ -186,6 +187,15 @@ def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
     return values
 
 
+def check_values(what: str, values: Tensor, valid: Tensor, expected: str, remedy: str) -> Tensor:
+    """``values``, if ``valid`` holds in every entry."""
+    if not holds(valid):
+        raise ValueError(
+            f"{what}: got the value {values[~valid][0].item():g}; expected {expected}. {remedy}"
+        )
+    return values
+
+
 # Data.
 
 
@@ -228,15 +238,6 @@ def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
             "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."
         )
     return mask
-
-
-def check_values(x_0: Tensor, valid: Tensor, expected: str, remedy: str) -> Tensor:
-    """``x_0``, if ``valid`` holds in every entry."""
-    if not holds(valid):
-        raise ValueError(
-            f"site 'x_0': got the value {x_0[~valid][0].item():g}; expected {expected}. {remedy}"
-        )
-    return x_0
 
 
 def check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -28,7 +28,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from pyro_diffusion.checks import check_count, check_shape, check_unused
+from pyro_diffusion.checks import check_shape, check_unused
 from pyro_diffusion.networks import FeedForward, apply_layer
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
 #: Sizes or shapes of h_1 … h_T.
 Sizes = Sequence[int | tuple[int, ...]]
 
+_SIZES = "Pass (16, 8), or shapes such as ((4, 4), 8), and leave out levels that hold nothing."
 _MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
 _UNIT = 0.5413  # softplus of it is one
 
@@ -249,12 +250,7 @@ def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:
             "Pass (16,) for a plain VAE with 16 latents, (16, 8, 4) for three levels."
         )
     levels = (size if np.ndim(size) else (size,) for size in sizes)
-    return [shape, *(Size(_check_size(number) for number in level) for level in levels)]
-
-
-def _check_size(size: Any) -> int:
-    remedy = "Pass (16, 8), or shapes such as ((4, 4), 8), and leave out levels that hold nothing."
-    return check_count("latent_sizes", size, 1, remedy, "in every size or shape")
+    return [shape, *(check_shape("latent_sizes", tuple(level), _SIZES) for level in levels)]
 
 
 def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:

@@ -112,8 +112,9 @@ class HierarchicalVAE(Family):
             check_unused(settings, "an encoder and a decoder")
         if encoder is None:
             encoder = BottomUpEncoder(event_shape, latent_sizes, **settings)
-        kinds = BottomUpEncoder | TopDownEncoder
-        self.encoder = check_argument("encoder", encoder, kinds, _ENCODER)
+        self.encoder = check_argument(
+            "encoder", encoder, BottomUpEncoder | TopDownEncoder, _ENCODER
+        )
         if isinstance(encoder, BottomUpEncoder | LadderEncoder):
             _check_shapes(encoder.shapes, shapes)
             _check_number("encoder", encoder.num_levels, self.num_timesteps)

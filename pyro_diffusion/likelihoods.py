@@ -19,7 +19,7 @@ levels, from logits         ``LevelLikelihood``               :math:`2k/(K-1) - 
 
 The noise of :math:`x_1` should be about as large as the resolution of the data. Choose ``log_snr_max`` of the
 schedule accordingly: 2 to 4 for bits, categories and a few grey levels. For those data,
-:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood, and its bound is usually better.
+:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood and usually has a better bound.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
@@ -69,7 +69,7 @@ def _whole(x_0: Tensor, largest: float, expected: str, remedy: str) -> Tensor:
     """Data as floating-point numbers, if they are whole numbers in ``0 … largest``."""
     numbers = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
     valid = (numbers >= 0) & (numbers <= largest) & (numbers == numbers.round())
-    return check_values(numbers, valid, expected, remedy)
+    return check_values("site 'x_0'", numbers, valid, expected, remedy)
 
 
 class Likelihood(nn.Module, ABC):

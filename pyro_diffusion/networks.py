@@ -108,9 +108,9 @@ class MLP(nn.Module):
         num_outputs: int = 1,
     ) -> None:
         super().__init__()
-        hidden_size = check_count("hidden_size", hidden_size, 1, _DEFAULT)
-        num_blocks = check_count("num_blocks", num_blocks, 1, _DEFAULT)
-        num_outputs = check_count("num_outputs", num_outputs, 1, _DEFAULT)
+        hidden_size, num_blocks, num_outputs = _counts(
+            hidden_size=hidden_size, num_blocks=num_blocks, num_outputs=num_outputs
+        )
         self.event_shape = check_shape("event_shape", event_shape, _VECTORS)
         self.fourier_frequencies = tuple(fourier_frequencies)
         self.output_shape = self.event_shape + ((num_outputs,) if num_outputs > 1 else ())
@@ -129,7 +129,7 @@ class MLP(nn.Module):
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
-        _check_states(x_t, self.event_shape, "MLP")
+        _check_input("x_t", x_t, 1, self.event_shape, "Build MLP with the denoiser's event shape.")
         x = x_t.reshape(len(x_t), -1)
         waves = [wave(2**n * math.pi * x) for n in self.fourier_frequencies for wave in _WAVES]
         h = self.encode(torch.cat([x, *waves], dim=-1))
@@ -176,16 +176,25 @@ class FeedForward(nn.Module):
         self.input_shape = check_shape("input_shape", input_shape, _VECTORS)
         self.output_shape = check_shape("output_shape", output_shape, _VECTORS)
         *sizes, last = [self.input_shape.numel()] + [hidden_size] * num_hidden
-        layers: list[nn.Module] = []
-        for size in sizes:
-            layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size)]
-            layers += [nn.SiLU(), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers, nn.Linear(last, self.output_shape.numel()))
+        hidden = [
+            layer
+            for size in sizes
+            for layer in (
+                nn.Linear(size, hidden_size),
+                nn.LayerNorm(hidden_size),
+                nn.SiLU(),
+                nn.Dropout(dropout),
+            )
+        ]
+        self.layers = nn.Sequential(*hidden, nn.Linear(last, self.output_shape.numel()))
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of shape ``batch_shape + output_shape``."""
-        batch_shape = h.shape[: h.dim() - len(self.input_shape)]
-        _check_input(h, batch_shape, self.input_shape)
+        batch_dim = h.dim() - len(self.input_shape)
+        _check_input(
+            "h", h, batch_dim, self.input_shape, "Build the layer with the shape of its input."
+        )
+        batch_shape = h.shape[:batch_dim]
         output = self.layers(h.reshape(*batch_shape, -1))
         return output.reshape(*batch_shape, *self.output_shape)
 
@@ -238,8 +247,9 @@ class UNet(nn.Module):
         num_outputs: int = 1,
     ) -> None:
         super().__init__()
-        layers_per_block = check_count("layers_per_block", layers_per_block, 1, _DEFAULT)
-        self.num_outputs = num_outputs = check_count("num_outputs", num_outputs, 1, _DEFAULT)
+        layers_per_block, self.num_outputs = _counts(
+            layers_per_block=layers_per_block, num_outputs=num_outputs
+        )
         self.event_shape = check_shape("event_shape", event_shape, "Pass (C, H, W), or (H, W).")
         _check_image(self.event_shape, channels, attention)
         image_channels, *sides = (1, *self.event_shape)[-3:]
@@ -250,7 +260,7 @@ class UNet(nn.Module):
         self.unet = _unet_2d()(
             sample_size=tuple(sides),
             in_channels=image_channels,
-            out_channels=image_channels * num_outputs,
+            out_channels=image_channels * self.num_outputs,
             block_out_channels=channels,
             layers_per_block=layers_per_block,
             down_block_types=tuple(downwards),
@@ -265,14 +275,13 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
-        _check_states(x_t, self.event_shape, "UNet")
+        _check_input("x_t", x_t, 1, self.event_shape, "Build UNet with the denoiser's event shape.")
         images = x_t.reshape(len(x_t), -1, *self.event_shape[-2:])
         timestep = 25 * (20 - log_snr)
         output = self.unet(images, timestep, return_dict=False)[0]
-        if self.num_outputs == 1:
-            return output.reshape(x_t.shape)
         output = output.reshape(len(x_t), -1, self.num_outputs, *self.event_shape[-2:])
-        return output.movedim(2, -1).reshape(*x_t.shape, self.num_outputs)
+        output = output.movedim(2, -1).reshape(*x_t.shape, self.num_outputs)
+        return output if self.num_outputs > 1 else output.squeeze(-1)
 
 
 def _unet_2d() -> Any:
@@ -305,19 +314,15 @@ def _check_image(
         )
 
 
-def _check_states(x_t: Tensor, event_shape: torch.Size, network: str) -> None:
-    if x_t.shape[1:] != event_shape:
-        raise ValueError(
-            f"argument 'x_t': got shape {tuple(x_t.shape)}; expected (B,) + {tuple(event_shape)}. "
-            f"Build {network} with the event shape of the denoiser."
-        )
+def _counts(**counts: int) -> list[int]:
+    return [check_count(name, count, 1, _DEFAULT) for name, count in counts.items()]
 
 
-def _check_input(h: Tensor, batch_shape: torch.Size, input_shape: torch.Size) -> None:
-    if h.shape != batch_shape + input_shape:
+def _check_input(argument: str, x: Tensor, batch_dim: int, shape: torch.Size, remedy: str) -> None:
+    if batch_dim < 0 or x.shape[batch_dim:] != shape:
+        batch = "(B,)" if argument == "x_t" else "batch_shape"
         raise ValueError(
-            f"argument 'h': got shape {tuple(h.shape)}; expected batch_shape + {tuple(input_shape)}. "
-            "Build the layer with the shape of what it reads."
+            f"argument {argument!r}: got shape {tuple(x.shape)}; expected {batch} + {tuple(shape)}. {remedy}"
         )
 
 

@@ -1,28 +1,30 @@
 r"""Names in Pyro's param store: one owner, one prefix, one tensor.
 
-Classic ``SVI`` finds what it trains through ``pyro.param`` statements, and ``pyro.param`` is a
-dictionary look-up by name in a store that the whole process shares. Two models that use one name
-share, or silently freeze, their parameters. A :class:`ParamScope` is a module that owns a prefix::
+Classic ``SVI`` finds the parameters to train through ``pyro.param`` statements, and ``pyro.param`` looks
+them up by name in a store that the whole process shares. If two models use one name, they share parameters,
+or one model's parameters are not trained. A :class:`ParamScope` is a module that owns a prefix::
 
     <name>.<path of the parameter below the owner>      e.g.  diffusion_2.denoiser.network.0.weight
 
-All programs of one model state the parameters of their one owner, so they agree on names. A copy
-or an unpickled model takes a prefix of its own. If the store holds another tensor under a
-parameter's name, the program raises an error and does not train that tensor.
+All programs of one model state the parameters of the same owner, so their names agree. A copied or
+unpickled model takes a prefix of its own. If the store holds another tensor than the module under a
+parameter's name, an error is raised, because ``SVI`` would train the wrong tensor.
 
-A scope can be saved and loaded. Its ``state_dict`` contains a description of the model, and either all
-of it is loaded or nothing.
+A scope is also the unit of saving and loading. Its ``state_dict`` contains a description of the model, and
+is loaded completely or not at all.
 
 :func:`shared_copy` makes the other kind of copy, with the same parameters under the same names. A model
 on another grid is such a copy.
 """
 
+import copyreg
 import io
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -30,6 +32,8 @@ import pyro
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+
+from pyro_diffusion.checks import described
 
 __all__ = ["ParamScope", "check_state", "free_name", "shared_copy", "snake_case"]
 
@@ -45,18 +49,15 @@ def _in_store(name: str) -> bool:
 
 
 def snake_case(name: str) -> str:
-    """``MyModel`` as ``my_model``: a class's name as the name of a model."""
+    """The default name of a model, from the name of its class."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def free_name(name: str) -> str:
-    """``name`` itself if this process never used it, else ``name_2``, ``name_3``, …"""
+    """The first of ``name``, ``name_2``, ``name_3``, … that this process has never used."""
     stem = re.sub(r"_\d+$", "", name)
-    candidate, number = name, 1
-    while candidate in _used_names or _in_store(candidate):
-        number += 1
-        candidate = f"{stem}_{number}"
-    return candidate
+    names = chain([name], (f"{stem}_{number}" for number in count(2)))
+    return next(free for free in names if free not in _used_names and not _in_store(free))
 
 
 def shared_copy(module: ModuleT) -> ModuleT:
@@ -71,24 +72,26 @@ def shared_copy(module: ModuleT) -> ModuleT:
     parameters, but replaces the buffers that belong to the copy itself. Hooks are shared as well.
     ``copy.deepcopy`` gives the other kind of copy, with tensors and a name of its own.
     """
-    shared = object.__new__(type(module))  # copy.copy would give a scope another name
+    shared = copyreg.__newobj__(type(module))  # type: ignore[attr-defined]  # copy.copy would rename a scope
     own = {registry: getattr(module, registry).copy() for registry in _REGISTRIES}
-    shared.__dict__.update(module.__dict__ | own)
+    vars(shared).update(vars(module) | own)
     return shared
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-    """Raise a ``ValueError`` if a ``state_dict`` has other names or shapes than the module's."""
-    own, wrong = module.state_dict(), []
-    if strict:
-        wrong += [f"no {key!r}" for key in own if key not in state_dict]
-        wrong += [f"{key!r}, which this model has not" for key in state_dict if key not in own]
-    wrong += [
+    """Raise a ``ValueError`` if names or shapes in ``state_dict`` differ from those of the module."""
+    own = module.state_dict()
+    missing = [f"no {key!r}" for key in own if strict and key not in state_dict]
+    surplus = [
+        f"{key!r}, which this model has not" for key in state_dict if strict and key not in own
+    ]
+    reshaped = [
         f"{key!r} of shape {tuple(getattr(state_dict[key], 'shape', ()))} and not {tuple(value.shape)}"
         for key, value in own.items()
         if isinstance(value, Tensor) and key in state_dict and not key.endswith("_extra_state")
         and getattr(state_dict[key], "shape", None) != value.shape
     ]  # fmt: skip
+    wrong = missing + surplus + reshaped
     if wrong:
         raise ValueError(
             f"argument 'state_dict': got {wrong[0]}"
@@ -99,16 +102,15 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool =
 
 
 def _brief(state: Any) -> str:
-    if isinstance(state, dict):
-        return "a dictionary of " + (", ".join(map(repr, list(state)[:4])) or "nothing")
-    return f"a {type(state).__name__}"
+    keys = ", ".join(map(repr, list(state)[:4])) if isinstance(state, dict) else ""
+    return f"a dictionary of {keys or 'nothing'}" if isinstance(state, dict) else described(state)
 
 
 class ParamScope(nn.Module):
-    """A module whose parameters, and those of all it contains, live under one name in the store.
+    """A module whose parameters, with those of its submodules, have one prefix in Pyro's param store.
 
     Args:
-        name: Prefix in Pyro's param store. ``None`` takes a free one, made from the class's name.
+        name: The prefix. ``None`` takes a free one, made from the name of the class.
 
     Raises:
         ValueError: The store already holds parameters under ``name``.
@@ -131,10 +133,10 @@ class ParamScope(nn.Module):
     def param_statements(self, below: str = "") -> Iterator[None]:
         """State every parameter to Pyro, then run the body of the ``with`` block.
 
-        Parameters at paths that start with ``below`` are stated, so that ``SVI`` trains them.
-        ``PyroParam`` and ``PyroSample`` attributes of Pyro modules at these paths are read once, here,
-        outside of every plate, and the body sees the values that were read. Pyro modules at other paths
-        get their names as well, because the body may call them.
+        Parameters at paths that start with ``below`` are stated, so that ``SVI`` trains them. Each
+        ``PyroParam`` and ``PyroSample`` attribute of Pyro modules at those paths is read once, here,
+        outside of every plate. The body uses the values that were read. Pyro modules at other paths are
+        named as well, because the body may call them.
 
         Raises:
             ValueError: The store holds another tensor under a parameter's name.
@@ -144,7 +146,7 @@ class ParamScope(nn.Module):
             for path, module in self.named_modules()
             if isinstance(module, PyroModule)
         ]
-        # A context of its own for each call: Pyro modules keep the values that they sample in it.
+        # Each call has its own context, in which Pyro modules keep the values that they sample.
         context = PyroModule()._pyro_context
         for path, module in modules:
             module.__dict__.update(_pyro_name=f"{self.name}.{path}", _pyro_context=context)
@@ -157,10 +159,10 @@ class ParamScope(nn.Module):
 
     def _state_parameters(self, below: str, *, skip_unconstrained: bool) -> None:
         for path, parameter in self.named_parameters():
-            if not parameter.requires_grad or not path.startswith(below):
+            # A Pyro module states the tensor of a PyroParam itself, with its constraint, when it is read.
+            constrained = skip_unconstrained and path.endswith("_unconstrained")
+            if not parameter.requires_grad or not path.startswith(below) or constrained:
                 continue
-            if skip_unconstrained and path.endswith("_unconstrained"):
-                continue  # a PyroParam: the module states it with its constraint when it is read
             name = f"{self.name}.{path}"
             if pyro.get_param_store().setdefault(name, parameter) is not parameter:
                 raise ValueError(
@@ -174,15 +176,15 @@ class ParamScope(nn.Module):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be equal, beside names and shapes, for a ``state_dict`` to be loaded."""
+        """What a ``state_dict`` must agree on, beside the names and shapes of its tensors."""
         return {"model": type(self).__name__}
 
     def get_extra_state(self) -> Tensor:
-        """The description as a tensor of bytes, because a ``state_dict`` holds tensors only."""
+        """The description as a tensor of bytes, so that a ``state_dict`` holds nothing but tensors."""
         return torch.tensor(list(json.dumps(self.description).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise a ``ValueError`` if the description is another one, before any number is copied."""
+        """Raise if ``state`` describes another model. No number has been copied at that point."""
         try:
             theirs = dict(json.loads(bytes(state.tolist())))
         except (AttributeError, TypeError, ValueError) as error:
@@ -201,10 +203,10 @@ class ParamScope(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Like ``torch.nn.Module.load_state_dict``, but nothing is copied unless everything fits.
+        """Load as ``torch.nn.Module`` does, but only if everything fits.
 
         Raises:
-            ValueError: The numbers are another model's: its arguments, names or shapes differ.
+            ValueError: Numbers of a model with other arguments, names or shapes. Nothing is copied.
         """
         if "_extra_state" in state_dict:
             self.set_extra_state(state_dict["_extra_state"])
@@ -212,10 +214,10 @@ class ParamScope(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ``state_dict`` to a file; an older file is replaced when the new one is complete.
+        """Write the ``state_dict`` to a file. An older file is replaced only when the new one is complete.
 
-        The file holds every learned number and buffer (a learned schedule and a ``Standardize``
-        included) and a description of the rest; ``torch.load(path, weights_only=True)`` reads it.
+        The file holds every parameter and buffer, including those of a learned schedule and of
+        ``Standardize``, and a description of the model. ``torch.load(path, weights_only=True)`` reads it.
         """
         path = Path(path)
         aside = path.with_name(f".{path.name}.part")
@@ -223,20 +225,21 @@ class ParamScope(nn.Module):
         os.replace(aside, path)
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Load what :meth:`save` wrote into this model, which was built with the same arguments.
+        """Read a file that :meth:`save` wrote for a model with the same arguments into this model.
 
         Returns:
             The model itself, on the device where it was.
 
         Raises:
-            ValueError: The file is incomplete, is no checkpoint, or is another model's. The model stays
-                as it was.
+            ValueError: A file that is incomplete, that is no checkpoint, or that is of another model. The
+                model is not changed.
+            OSError: There is no such file, or it cannot be opened.
         """
         device = next((tensor.device for tensor in self.parameters()), None)
-        content = io.BytesIO(Path(path).read_bytes())  # FileNotFoundError where there is none
+        content = io.BytesIO(Path(path).read_bytes())
         try:
             state = torch.load(content, map_location=device, weights_only=True)
-        except Exception as error:  # torch has one for each way in which a file can be broken
+        except Exception as error:  # torch raises many kinds, depending on where the file is broken
             raise ValueError(
                 f"argument 'path': got {str(path)!r}, which cannot be read ({type(error).__name__}); "
                 "expected a whole file written by save() or torch.save(model.state_dict()). It was cut "
@@ -252,7 +255,7 @@ class ParamScope(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():  # a weak reference that Pyro leaves behind; unpicklable
+        for parameter in self.parameters():  # Pyro leaves a weak reference, which cannot be pickled
             parameter.__dict__.pop("unconstrained", None)
         return self.__dict__.copy()
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_diffusion.checks import check_argument, check_data, check_mask, holds
+from pyro_diffusion.checks import check_argument, check_data, check_mask, check_values, holds
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
+
+
+_CONSTANT = "Drop entries that are constant in the data, or give them a scale of one."
 
 
 class Standardize(TransformModule):
@@ -51,7 +54,11 @@ class Standardize(TransformModule):
         for name, value in (("loc", loc), ("scale", scale)):
             dtype = None if isinstance(value, Tensor) else torch.float64
             self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
-        _check_moments(self.loc, self.scale)
+        proper = self.scale.isfinite() & (self.scale > 0)
+        check_values("argument 'loc'", self.loc, self.loc.isfinite(), "finite means", _CONSTANT)
+        check_values(
+            "argument 'scale'", self.scale, proper, "positive standard deviations", _CONSTANT
+        )
 
     @classmethod
     def from_data(cls, x_0: ArrayLike, *, mask: ArrayLike | None = None) -> Self:
@@ -70,14 +77,14 @@ class Standardize(TransformModule):
         x_0 = torch.as_tensor(x_0)
         x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
         if mask is None:
-            observed = torch.ones_like(check_data(x_0), dtype=torch.bool)
-        else:
-            observed = check_mask(torch.as_tensor(mask), x_0)
-        count = _check_counts(observed.sum(0))
+            mask = torch.ones_like(check_data(x_0), dtype=torch.bool)
+        observed = check_mask(torch.as_tensor(mask), x_0)
         values = x_0.double().where(observed, 0.0)
+        count = observed.sum(0)
         mean = values.sum(0) / count
         squares = (values - mean).square().where(observed, 0.0).sum(0)
-        scale = _check_spread((squares / (count - 1)).sqrt(), values)
+        scale = (squares / (count - 1)).sqrt()
+        _check_columns(count, scale, values.abs().amax(0))
         return cls(mean.to(x_0.dtype), scale.to(x_0.dtype))
 
     def _call(self, x: Tensor) -> Tensor:
@@ -93,10 +100,8 @@ class Standardize(TransformModule):
 
 def check_transform(transform: Transform | None) -> Transform | None:
     """``transform``, if it is a bijective torch transform, or ``None``."""
-    if transform is None:
-        return None
-    check_argument("transform", transform, Transform, "Standardize.from_data(x_0)")
-    if not transform.bijective:
+    check_argument("transform", transform, Transform | None, "Standardize.from_data(x_0)")
+    if transform is not None and not transform.bijective:
         raise ValueError(
             f"argument 'transform': got {transform}, which is not a bijection; expected one, because "
             "its log-Jacobian enters the bound. Apply it to the data beforehand if it only prepares "
@@ -118,7 +123,13 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
     base = getattr(domain, "base_constraint", domain)
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     inside = holds(domain.check(x_0)) and all(e is None or holds(x_0 != e) for e in edges)
-    y = _call(transform, x_0)
+    try:
+        y = transform(x_0)
+    except RuntimeError as error:
+        raise ValueError(
+            f"argument 'transform': got {transform}, which does not take data of shape "
+            f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
+        ) from error
     if inside and holds(y.isfinite()) and not isinstance(transform, nn.Module):
         # A bijection moves a datum by rounding; a clamped or saturated transform by about its own size.
         eps, size = torch.finfo(y.dtype).eps, x_0.abs()
@@ -132,16 +143,6 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             "that its inverse returns. Choose another transform, or move the data off the edges."
         )
     return y
-
-
-def _call(transform: Transform, x_0: Tensor) -> Tensor:
-    try:
-        return transform(x_0)
-    except RuntimeError as error:
-        raise ValueError(
-            f"argument 'transform': got {transform}, which does not take data of shape "
-            f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
-        ) from error
 
 
 def parts(transform: Any) -> Iterator[Transform]:
@@ -158,10 +159,9 @@ def describe(transform: Transform | None) -> str:
     """The classes of a transform's parts. Parts that are not modules come with their numbers."""
     words = []
     for part in parts(transform):
-        numbers = {} if isinstance(part, nn.Module) else vars(part)
         numbers = {
             name: torch.as_tensor(value).tolist()
-            for name, value in numbers.items()
+            for name, value in ({} if isinstance(part, nn.Module) else vars(part)).items()
             if not name.startswith("_") and isinstance(value, Tensor | float | int)
         }
         words.append(type(part).__name__ + (str(numbers) if numbers else ""))
@@ -175,31 +175,16 @@ def forget(transform: Transform | None) -> None:
             setattr(part, name, (None, None) if name == "_cached_x_y" else None)
 
 
-def _check_moments(loc: Tensor, scale: Tensor) -> None:
-    if not loc.isfinite().all() or not scale.isfinite().all() or not (scale > 0).all():
-        raise ValueError(
-            f"arguments 'loc' and 'scale': got a smallest scale of {scale.min().item():g}; expected "
-            "finite means and positive standard deviations. Drop entries that are constant in the "
-            "data, or give them a scale of one."
-        )
-
-
-def _check_counts(count: Tensor) -> Tensor:
-    """Numbers of observations, if they are enough for a standard deviation."""
+def _check_columns(count: Tensor, scale: Tensor, largest: Tensor) -> None:
+    """Refuse entries that were observed less than twice, or that are constant but for rounding."""
     if (count < 2).any():
         raise ValueError(
             f"argument 'x_0': got an entry that was observed {int(count.min())} time(s); expected "
             "each at least twice, to have a standard deviation. Drop it, or give Standardize its own "
             "loc and scale."
         )
-    return count
-
-
-def _check_spread(scale: Tensor, values: Tensor) -> Tensor:
-    """Standard deviations, if no entry is constant but for rounding."""
-    if (scale <= 1e-12 * values.abs().amax(0)).any():
+    if (scale <= 1e-12 * largest).any():
         raise ValueError(
             f"argument 'x_0': got an entry that is constant in the data (standard deviation "
             f"{scale.min().item():g}); expected entries that vary. Drop it: it has no density."
         )
-    return scale

@@ -156,6 +156,21 @@ def test_standardize_from_data_and_from_its_observed_part(double):
         torch.testing.assert_close(observed.scale[entry], values.std())
 
 
+def test_standardize_takes_arrays(double):
+    x_0, observed = torch.randn(50, 2).numpy(), torch.rand(50, 2).numpy() < 0.8
+    for mask in (None, observed):
+        ours = Standardize.from_data(x_0, mask=mask)
+        theirs = Standardize.from_data(
+            torch.as_tensor(x_0), mask=None if mask is None else torch.as_tensor(mask)
+        )
+        assert torch.equal(ours.loc, theirs.loc)
+        assert torch.equal(ours.scale, theirs.scale)
+    loc = np.array([1.0, 2.0])
+    transform = Standardize(loc, np.float32(2.0))
+    loc[:] = 0.0  # of the caller's own
+    assert transform(torch.tensor([[3.0, 6.0]])).tolist() == [[1.0, 2.0]]
+
+
 def test_a_transform_is_copied_pickled_and_saved_with_the_model():
     x = torch.randn(20, 2) * 5
     network = MLP((2,), hidden_size=8, num_blocks=1)
@@ -312,7 +327,8 @@ def test_other_bad_transforms():
     with pytest.raises(ValueError, match="'transform': got AbsTransform.*not a bijection"):
         DiffusionModel(denoiser, transform=AbsTransform())
     with pytest.raises(
-        ValueError, match=r"'transform': got the class Standardize; .* Transform\. Pass.*from_data"
+        ValueError,
+        match=r"'transform': got the class Standardize; .* Transform or None\. Pass.*from_data",
     ):
         DiffusionModel(denoiser, transform=Standardize)
     whole_numbers = Standardize.from_data(torch.tensor([[0, 10], [1, 13], [5, 15]]))
@@ -332,8 +348,10 @@ def test_other_bad_transforms():
             Standardize.from_data(x, mask=mask)
     with pytest.raises(ValueError, match="'transform': .*does not take data of shape"):
         flow_model(Standardize(torch.zeros(3), 1.0)).guide(torch.randn(4, 2))
-    with pytest.raises(ValueError, match="'loc' and 'scale'.*smallest scale of 0"):
+    with pytest.raises(ValueError, match="'scale': got the value 0; expected positive"):
         Standardize(0.0, torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match="'loc': got the value nan; expected finite"):
+        Standardize(torch.tensor([1.0, torch.nan]), 1.0)
     levels = DiffusionModel(denoiser, DiscretizedGaussianLikelihood(5), AffineTransform(0.0, 2.0))
     with pytest.raises(ValueError, match="'transform'.*a mass has no Jacobian"):
         levels.model(torch.tensor([[0.0, 1.0]]))
