@@ -123,15 +123,12 @@ class HierarchicalVAE(Family):
 
     def _layers(self, settings: dict[str, Any]) -> list[nn.Module]:
         """The default decoder: Gaussian layers, and at the bottom a network if there is a likelihood."""
-        lowest: nn.Module
-        if self.likelihood is None:
-            lowest = GaussianLayer(self.latent_shapes[0], self.event_shape, **settings)
-        else:
-            count = getattr(self.likelihood, "num_outputs", 1)
-            shape = self.event_shape + ((count,) if count > 1 else ())
-            lowest = FeedForward(self.latent_shapes[0], shape, **settings)
-        steps = pairwise(self.latent_shapes)
-        return [lowest, *(GaussianLayer(above, below, **settings) for below, above in steps)]
+        count = getattr(self.likelihood, "num_outputs", 1)
+        shape = self.event_shape + ((count,) if count > 1 else ())
+        kind = GaussianLayer if self.likelihood is None else FeedForward
+        steps = [(above, below) for below, above in pairwise(self.latent_shapes)]
+        lowest = kind(self.latent_shapes[0], shape, **settings)
+        return [lowest, *(GaussianLayer(*step, **settings) for step in steps)]
 
     @property
     def num_timesteps(self) -> int:
@@ -141,8 +138,8 @@ class HierarchicalVAE(Family):
     @property
     def _reference(self) -> Tensor:
         # Layers first: a learned scale of the likelihood, or a transform, has a dtype of its own.
-        layers = chain(self.encoder.parameters(), self.decoder.parameters())
-        numbers = chain(layers, self.parameters(), self.buffers())
+        modules = self.encoder, self.decoder, self
+        numbers = chain(*(module.parameters() for module in modules), self.buffers())
         return next((x for x in numbers if x.is_floating_point()), torch.empty(()))
 
     @property
@@ -234,8 +231,7 @@ class HierarchicalVAE(Family):
         return self._checked(self.encoder.initial(c), self.num_timesteps, "encoder")
 
     def _top_down(self, h: Tensor, c: Any, t: int) -> TorchDistribution:
-        kernel = self.encoder.transition(h, c, t, self.transition)
-        return self._checked(kernel, t - 1, "encoder")
+        return self._checked(self.encoder.transition(h, c, t, self.transition), t - 1, "encoder")
 
     def _checked(self, kernel: Any, t: int, layers: str) -> TorchDistribution:
         """A layer's kernel over the latent of level ``t``, if it is a distribution over it."""

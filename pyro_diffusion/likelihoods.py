@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 
+_FITTED = "Pass learnable=True to have it fitted."
 _RAW_LEVELS = (
     "Pass raw levels, which the model rescales itself, and give it as many levels as the data have."
 )
@@ -98,8 +99,9 @@ class _ScaledLikelihood(Likelihood):
 
     def __init__(self, scale: float, learnable: bool) -> None:
         super().__init__()
-        meaning = "the standard deviation of a datum around its estimate"
-        scale = check_positive("scale", scale, "Pass learnable=True to have it fitted.", meaning)
+        scale = check_positive(
+            "scale", scale, _FITTED, "the standard deviation around the estimate"
+        )
         log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
         if learnable:
             self.log_scale = nn.Parameter(log_scale)

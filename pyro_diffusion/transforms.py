@@ -20,7 +20,7 @@ from pyro_diffusion.checks import check_argument, check_data, check_mask, check_
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
-
+_FINITE = "Drop entries that have no mean."
 _CONSTANT = "Drop entries that are constant in the data, or give them a scale of one."
 
 
@@ -55,7 +55,7 @@ class Standardize(TransformModule):
             dtype = None if isinstance(value, Tensor) else torch.float64
             self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
         proper = self.scale.isfinite() & (self.scale > 0)
-        check_values("argument 'loc'", self.loc, self.loc.isfinite(), "finite means", _CONSTANT)
+        check_values("argument 'loc'", self.loc, self.loc.isfinite(), "finite means", _FINITE)
         check_values(
             "argument 'scale'", self.scale, proper, "positive standard deviations", _CONSTANT
         )
