@@ -332,8 +332,12 @@ class PoissonLikelihood(Likelihood):
         super().__init__()
         if isinstance(max_count, Tensor) and max_count.numel() == 1:  # x_0.max()
             max_count = max_count.item()
-        meaning = "a large count of the data, which embeds at 1"
-        self.max_count = check_positive("max_count", max_count, "Take x_0.max().", meaning)
+        self.max_count = check_positive(
+            "max_count",
+            max_count,
+            "Take x_0.max().",
+            "a large count of the data, which embeds at 1",
+        )
 
     def embed(self, x_0: Tensor) -> Tensor:
         counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", _RAW_COUNTS)

@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_diffusion.checks import check_argument, check_data, check_mask, check_values, holds
+from pyro_diffusion.checks import (
+    check_argument,
+    check_data,
+    check_finite,
+    check_mask,
+    check_values,
+    holds,
+)
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
 
-_FINITE = "Drop entries that have no mean."
 _CONSTANT = "Drop entries that are constant in the data, or give them a scale of one."
 
 
@@ -55,7 +61,7 @@ class Standardize(TransformModule):
             dtype = None if isinstance(value, Tensor) else torch.float64
             self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
         proper = self.scale.isfinite() & (self.scale > 0)
-        check_values("argument 'loc'", self.loc, self.loc.isfinite(), "finite means", _FINITE)
+        check_finite("argument 'loc'", self.loc, "Drop entries that have no mean.")
         check_values(
             "argument 'scale'", self.scale, proper, "positive standard deviations", _CONSTANT
         )
