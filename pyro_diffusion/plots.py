@@ -289,7 +289,7 @@ def plot_khat(evidence: Evidence, ax: "Axes | None" = None) -> Any:
 
 
 def plot_compare(table: Any, ax: "Axes | None" = None) -> Any:
-    """The table of :func:`~pyro_diffusion.diagnostics.compare`, by ArviZ.
+    """The table of :func:`~pyro_diffusion.diagnostics.comparison.compare`, by ArviZ.
 
     Args:
         table: What ``compare`` returned.

@@ -1,0 +1,30 @@
+"""Questions for a fitted model and its guide.
+
+- ``draws``: :func:`~pyro_diffusion.diagnostics.draws.to_arviz` draws trajectories and hands them to ArviZ
+  as labelled arrays.
+- ``comparison``: :func:`~pyro_diffusion.diagnostics.comparison.compare` ranks models by their scores of
+  the same held-out data.
+- ``calibration``: :func:`~pyro_diffusion.diagnostics.calibration.simulation_based_calibration` tests
+  whether the guide is the posterior,
+  :func:`~pyro_diffusion.diagnostics.calibration.randomized_pit` ranks observations among draws of a model,
+  and :func:`~pyro_diffusion.diagnostics.calibration.active_units` finds the latent numbers that depend on
+  the datum.
+- ``recording`` and ``datasets`` are what these share: the values of sample sites, and tensors as
+  ``xarray`` datasets.
+"""
+
+from pyro_diffusion.diagnostics.calibration import (
+    active_units,
+    randomized_pit,
+    simulation_based_calibration,
+)
+from pyro_diffusion.diagnostics.comparison import compare
+from pyro_diffusion.diagnostics.draws import to_arviz
+
+__all__ = [
+    "active_units",
+    "compare",
+    "randomized_pit",
+    "simulation_based_calibration",
+    "to_arviz",
+]

@@ -1,0 +1,189 @@
+r"""Calibration of a guide: ranks of what the model draws, and latent numbers that depend on the datum.
+
+:func:`simulation_based_calibration` tests whether a guide *is* the posterior:
+
+.. math::
+    x_{0:T} \sim p, \quad x_{1:T}^{(s)} \sim q(\cdot \mid x_0) \;\Rightarrow\;
+    \operatorname{rank}\big(f(x_{0:T})\big) \text{ among } f(x_0, x_{1:T}^{(s)}) \text{ is uniform if } q
+    = p(\cdot \mid x_0).
+
+References:
+    Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018).
+    https://arxiv.org/abs/1804.06788
+    Importance Weighted Autoencoders (Burda et al., 2016), section 5.2 (active units).
+    https://arxiv.org/abs/1509.00519
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion import arviz_bridge
+from pyro_diffusion.bounds import ROWS
+from pyro_diffusion.checks import check_count, check_data
+from pyro_diffusion.diagnostics.datasets import as_numpy
+from pyro_diffusion.diagnostics.recording import (
+    Pair,
+    Record,
+    joined,
+    programs,
+    record_particles,
+    repeated,
+)
+from pyro_diffusion.networks import evaluating
+
+__all__ = ["active_units", "randomized_pit", "simulation_based_calibration"]
+
+
+def simulation_based_calibration(
+    family: Pair,
+    statistic: Callable[[dict[str, Tensor]], Tensor],
+    *,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    batch_size: int = ROWS,
+) -> Tensor:
+    r"""Rank what the model drew among what the guide draws for it: uniform if the guide is the posterior.
+
+    The model draws a trajectory :math:`x_{0:T}`, and the guide draws trajectories for the same
+    :math:`x_0`. If the guide is the posterior, all of them have the same distribution.
+
+    Args:
+        family: A model with its guide, or a (model, guide) pair whose model can be run as
+            ``model(num_samples=n)``.
+        statistic: One number for each row of a trajectory, ``statistic(states)`` of shape ``(n,)``:
+            ``states["x_t"]`` has shape ``(n,)`` + the shape of a state, ``states["x_0"]`` is the datum.
+            Choose it before you look at the results.
+        num_simulations: Number of trajectories that the model draws, ``n``.
+        num_draws: Number of trajectories that the guide draws for each of them.
+        batch_size: Number of trajectories that the guide draws at a time.
+
+    Returns:
+        Randomised ranks in (0, 1), shape ``(n,)``, float64. They are uniform and independent if
+        :math:`q(x_{1:T} \mid x_0) = p(x_{1:T} \mid x_0)`. The converse holds only as far as the statistic
+        can tell. :func:`~pyro_diffusion.plots.plot_pit` draws them.
+
+    Raises:
+        ValueError: A model without the site ``x_0``; a statistic that is no function, gives more than one
+            number for a trajectory, or is the same for every draw of the guide.
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(1), torch.ones(1), LogSNRSchedule(5))
+        >>> pit = simulation_based_calibration(
+        ...     DiffusionModel(denoiser), lambda states: states["x_3"][:, 0], num_simulations=50
+        ... )
+        >>> pit.shape
+        torch.Size([50])
+    """
+    model, guide = programs(family)
+    if not callable(statistic):
+        raise ValueError(
+            f"argument 'statistic': got {statistic!r}; expected a function of the states. Pass "
+            "lambda states: states['x_1'].mean(-1), say."
+        )
+    with torch.no_grad(), evaluating(model, guide):
+        with Record() as simulated:
+            model(num_samples=num_simulations)
+        if "x_0" not in simulated.values:
+            raise ValueError(
+                f"argument 'family': got a model with the sites {', '.join(simulated.values)}; expected the "
+                "datum at site 'x_0'. Rename the site."
+            )
+        truth, x_0 = statistic(simulated.values), simulated.values["x_0"]
+        draws = []
+        for rows in repeated(x_0, num_draws).split(batch_size):
+            with Record() as drawn:
+                guide(rows)
+            draws.append(statistic(drawn.values | {"x_0": rows}))
+    if truth.shape != (num_simulations,):
+        raise ValueError(
+            f"argument 'statistic': got values of shape {tuple(truth.shape)} for {num_simulations} "
+            "trajectories; expected one number for each. Reduce event dimensions, "
+            "as in lambda states: states['x_1'].mean(-1)."
+        )
+    ranked = torch.cat(draws).reshape(num_draws, num_simulations)
+    if (ranked == truth).all():
+        raise ValueError(
+            "argument 'statistic': got one that is the same for every draw of the guide, which fits any "
+            "guide; expected one that depends on latent states. Use states['x_1'], say, and not the datum "
+            "alone."
+        )
+    return randomized_pit(truth, ranked)
+
+
+def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:
+    r"""Randomised rank of each observation among draws of a model: uniform if the model is right.
+
+    .. math::
+        u_n = \frac{\#\{s : y_{sn} < y_n\} + U_n\,(1 + \#\{s : y_{sn} = y_n\})}{S + 1}.
+
+    Args:
+        observed: Observations :math:`y_n`, shape ``(N,)``. They may be counts or other discrete numbers.
+        draws: Draws :math:`y_{sn}` of the model, shape ``(S, N)``. Each observation needs draws of its own,
+            because ranks among shared draws depend on one another. For the first entry of the data pass
+            ``model.sample(S * N)[:, 0].reshape(S, N)``. Reconstructions will not do: they depend on the
+            datum.
+
+    Returns:
+        :math:`u_n`, float64, shape ``(N,)``.
+
+    Raises:
+        ValueError: Shapes that do not fit, or NaN.
+    """
+    uniform = torch.rand(len(observed), dtype=torch.float64) if observed.dim() else torch.rand(1)
+    return torch.as_tensor(
+        arviz_bridge.randomized_pit(as_numpy(observed), as_numpy(draws), as_numpy(uniform))
+    )
+
+
+@torch.no_grad()
+def active_units(
+    guide: Callable[..., Any], x_0: Tensor, *, num_particles: int = 16, threshold: float = 0.01
+) -> dict[str, Tensor]:
+    r"""Find the latent numbers that depend on the datum: :math:`E_q[x_{t,i} \mid x_0]` varies over data.
+
+    The expectation is a mean over ``num_particles`` draws. The noise of these means is subtracted from their
+    variance over data. A number is active if the rest exceeds both the threshold and three standard errors
+    of the noise.
+
+    Args:
+        guide: Program for :math:`q`, called as ``guide(x_0)``.
+        x_0: At least two data, shape ``(N,)`` + the shape of one datum.
+        num_particles: Draws for each datum, at least 2.
+        threshold: Variance above which a number is active.
+
+    Returns:
+        For each latent site a boolean tensor of the latent's shape; its ``sum()`` is the number of active
+        units.
+
+    Raises:
+        ValueError: Fewer than two data or particles, a program that observes data, or a site whose
+            distribution has no mean.
+
+    References:
+        Importance Weighted Autoencoders (Burda et al., 2016), section 5.2.
+        https://arxiv.org/abs/1509.00519
+    """
+    check_data(x_0)
+    remedy = "Pass more: a variance over data is compared with the noise of its means."
+    check_count("len(x_0)", len(x_0), 2, remedy)
+    num_particles = check_count("num_particles", num_particles, 2, remedy)
+    chunks = []
+    with evaluating(guide):
+        for data in x_0.split(max(ROWS // num_particles, 1)):
+            record = Record(mean=True)
+            chunks.append(record_particles(record, guide, data, num_particles))
+            if record.observed:
+                raise ValueError(
+                    f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "
+                    "guide, whose latents follow the data. Pass family.guide."
+                )
+    active = {}
+    for name, x in joined(chunks, 1).items():
+        noise = x.var(0).mean(0) / num_particles
+        excess = x.mean(0).var(0) - noise
+        active[name] = excess > (3 * noise * math.sqrt(2 / (len(x_0) - 1))).clamp(min=threshold)
+    return active

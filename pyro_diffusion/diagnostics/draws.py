@@ -1,0 +1,247 @@
+r"""Trajectories as labelled arrays, in ArviZ's schema.
+
+A trajectory of the guide is a draw of the approximate posterior :math:`q(x_{1:T} \mid x_0)`. Its log-weight
+:math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` corrects for the difference from the true posterior.
+:func:`to_arviz` collects trajectories and weights. It adds what the model draws without data, and what it
+draws when it is run on from the states of the guide.
+
+References:
+    ArviZ's schema: https://python.arviz.org/en/latest/schema/schema.html
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_diffusion import arviz_bridge
+from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
+from pyro_diffusion.checks import check_count, check_timesteps
+from pyro_diffusion.diagnostics.datasets import (
+    DRAWS,
+    bound_dataset,
+    dataset,
+    importance_dataset,
+    schedule_dataset,
+    states_dataset,
+)
+from pyro_diffusion.diagnostics.recording import (
+    Held,
+    Pair,
+    Record,
+    joined,
+    programs,
+    record_particles,
+)
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.evidence import average, fingerprint
+from pyro_diffusion.family import Family
+from pyro_diffusion.networks import evaluating
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["to_arviz"]
+
+
+def to_arviz(
+    family: Pair,
+    x_0: Tensor,
+    *,
+    num_draws: int = 100,
+    timesteps: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Any:
+    r"""Draws, terms and weights in ArviZ's schema: an ``xarray.DataTree``, for 0.23 an ``InferenceData``.
+
+    ===================== ============================================================ =====================
+    group                 variables                                                    dimensions
+    ===================== ============================================================ =====================
+    posterior             ``x``: states of the guide's trajectories                    chain, draw, data,
+                                                                                       timestep, *event*
+    prior                 ``x``: states that the model draws                           chain, draw, timestep,
+                                                                                       *event*
+    prior_predictive      ``x_0``: data that the model draws                           chain, draw, *datum*
+    posterior_predictive  ``x_0``: reconstructions, the model run on from each kept    chain, draw, data,
+                          :math:`x_t \sim q(x_t \mid x_0)`                             timestep, *datum*
+    observed_data         ``x_0``                                                      data, *datum*
+    constant_data         ``alpha_bar``, ``log_snr`` of the schedule                   timestep
+    sample_stats          ``lp``, ``log_q``, ``log_weight`` of whole trajectories      chain, draw, data
+    bound                 ``term``, ``monte_carlo_error``, ``sampling_error``          timestep (all)
+    importance            ``elbo``, ``evidence``, their errors, ``pareto_k``, ``ess``  data
+    ===================== ============================================================ =====================
+
+    The draws of a guide are independent, so they form a single chain. There is no group
+    ``log_likelihood``: the reconstruction term is not the log-likelihood of a datum, and ``loo`` of it would
+    be meaningless. Use :func:`~pyro_diffusion.diagnostics.comparison.compare` to compare models. Latents of
+    different shapes (those of a hierarchical VAE or of an ordinary program) are all kept, each as a variable
+    with the name of its site. The groups ``prior`` and ``prior_predictive`` of an ordinary program have a
+    dimension ``data``, and its reconstructions have no ``timestep``.
+
+    Args:
+        family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
+            :class:`~pyro_diffusion.hvae.HierarchicalVAE`, or a (model, guide) pair of any Pyro programs
+            that :func:`~pyro_diffusion.bounds.elbo_terms` takes.
+        x_0: Data, shape ``(N,)`` + the shape of one datum.
+        num_draws: Trajectories for each datum, at least 25.
+        timesteps: Latent states to keep; by default at most five, evenly spaced from 1 to T. A
+            reconstruction from :math:`x_t` takes ``t`` network rows for each draw and datum.
+        batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
+        progress: Show a progress bar if it takes more than five seconds.
+
+    Returns:
+        The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
+
+    Raises:
+        ValueError: Fewer than 25 draws, timesteps outside ``1 … T``, and the errors of
+            :func:`~pyro_diffusion.bounds.elbo_terms`: latents that differ between the programs, a latent
+            outside the data plate, weights that are not finite.
+
+    Example:
+        >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
+        >>> draws = to_arviz(DiffusionModel(denoiser), torch.zeros(3, 2), num_draws=30)
+        >>> dict(draws["posterior"]["x"].sizes)
+        {'chain': 1, 'draw': 30, 'data': 3, 'timestep': 5, 'x_dim_0': 2}
+    """
+    num_draws = check_count(
+        "num_draws", num_draws, arviz_bridge.MIN_DRAWS,
+        "Draw more, of fewer data if memory is short.", "for the tail of the weights gives Pareto k",
+    )  # fmt: skip
+    model, guide = programs(family)
+    timesteps = _kept_timesteps(family, timesteps)
+    keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
+    drawn = _draw(model, guide, x_0, num_draws, keep, batch_size, progress)
+    rows = ROWS if batch_size is None else batch_size
+    with torch.no_grad(), evaluating(model, guide):
+        if isinstance(family, Family):
+            predictions = _family_predictions(family, drawn, x_0, timesteps, rows, progress)
+        else:
+            predictions = _pair_predictions(model, drawn, x_0, rows)
+    weights = {
+        "lp": drawn.log_weight + drawn.log_q,
+        "log_q": drawn.log_q,
+        "log_weight": drawn.log_weight,
+    }
+    groups = {
+        "posterior": states_dataset(DRAWS, drawn.states, timesteps),
+        **predictions,
+        "sample_stats": dataset(DRAWS, weights),
+        "bound": bound_dataset(drawn.terms),
+        "importance": importance_dataset(average(drawn.log_weight)._replace(data=fingerprint(x_0))),
+    }
+    if isinstance(family, DiffusionModel):
+        groups["constant_data"] = schedule_dataset(family.schedule)
+    return arviz_bridge.as_arviz(groups)
+
+
+def _kept_timesteps(family: Pair, timesteps: Sequence[int] | None) -> list[int] | None:
+    """Timesteps to keep of a chain whose states have one shape; ``None`` for programs that keep all sites."""
+    if isinstance(family, DiffusionModel):
+        last = family.schedule.num_timesteps
+        if timesteps is None:
+            timesteps = [1 + round((last - 1) * k / 4) for k in range(5)]
+        remedy = "Leave them out for five that are evenly spaced."
+        return sorted(set(check_timesteps(timesteps, 1, last, remedy)))
+    if timesteps is not None:
+        raise ValueError(
+            f"argument 'timesteps': got {timesteps!r} for a {type(family).__name__}; expected None, because "
+            "all of its latents are kept. Select from the result."
+        )
+    return None
+
+
+class _Drawn(NamedTuple):
+    """Trajectories of the guide, particles in front: ``(K, N, …)``."""
+
+    states: dict[str, Tensor]
+    log_weight: Tensor
+    log_q: Tensor
+    terms: ELBOTerms
+
+
+def _draw(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    num_draws: int,
+    keep: Collection[str] | None,
+    batch_size: int | None,
+    progress: bool,
+) -> _Drawn:
+    moments = TermMoments()
+    weights: dict[int, list[Tensor]] = defaultdict(list)
+    log_qs: dict[int, list[Tensor]] = defaultdict(list)
+    states: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for start, sites in trajectory_terms(
+        model, guide, x_0, num_particles=num_draws, analytic_kl=False, batch_size=batch_size,
+        progress=progress, description="draws", keep=keep,
+    ):  # fmt: skip
+        moments.update(start, sites)
+        weights[start].append(sites.log_weight)
+        log_qs[start].append(sites.log_q)
+        for name, x_t in sites.states.items():
+            states[name][start].append(x_t)
+    return _Drawn(
+        states={name: join_chunks(chunks) for name, chunks in states.items()},
+        log_weight=join_chunks(weights),
+        log_q=join_chunks(log_qs),
+        terms=moments.terms(),
+    )
+
+
+def _family_predictions(
+    family: Family,
+    drawn: _Drawn,
+    x_0: Tensor,
+    timesteps: list[int] | None,
+    rows: int,
+    progress: bool,
+) -> "dict[str, xarray.Dataset]":
+    """The model of a family, run without data and run on from every kept state."""
+    model = family.model
+    with Record([*drawn.states, "x_0"]) as prior:
+        model(num_samples=len(drawn.log_weight))
+    data = prior.values.pop("x_0")
+    levels = [t for t, name in enumerate(model.site_names) if name in drawn.states]
+    reconstructions = []
+    for t in tqdm(
+        levels, "reconstructions", unit="state", delay=5, disable=not progress, leave=False
+    ):
+        x_t = drawn.states[f"x_{t}"]
+        parts = x_t.flatten(0, 1).split(rows)
+        again = torch.cat([model.from_state(part, t)(num_samples=len(part)) for part in parts])
+        reconstructions.append(again.unflatten(0, x_t.shape[:2]))
+    posterior = {"x_0": torch.stack(reconstructions, dim=2)}
+    return {
+        "prior": states_dataset(("chain", "draw"), prior.values, timesteps),
+        "prior_predictive": dataset(("chain", "draw"), {"x_0": data}),
+        "posterior_predictive": dataset((*DRAWS, "timestep"), posterior, timestep=levels),
+        "observed_data": dataset(("data",), {"x_0": x_0}),
+    }
+
+
+def _pair_predictions(
+    model: Callable[..., Any], drawn: _Drawn, x_0: Tensor, rows: int
+) -> "dict[str, xarray.Dataset]":
+    """An ordinary model that observes nothing, with latents of its own and with those of the guide."""
+    free = poutine.uncondition(model)
+    with Record() as observed:
+        model(x_0)
+    data = {name: x for name, x in observed.values.items() if name not in drawn.states}
+    priors, posteriors = [], []
+    for part in torch.arange(len(drawn.log_weight)).split(max(rows // len(x_0), 1)):
+        states = {name: x[part].flatten(0, 1) for name, x in drawn.states.items()}
+        priors.append(record_particles(Record(), free, x_0, len(part)))
+        posteriors.append(record_particles(Record(data), Held(states)(free), x_0, len(part)))
+    prior, posterior = joined(priors, 0), joined(posteriors, 0)
+    return {
+        "prior": dataset(DRAWS, {name: prior[name] for name in drawn.states}),
+        "prior_predictive": dataset(DRAWS, {name: prior[name] for name in data}),
+        "posterior_predictive": dataset(DRAWS, {name: posterior[name] for name in data}),
+        "observed_data": dataset(("data",), data),
+    }
