@@ -1,6 +1,6 @@
-r"""Pictures: the bound by timestep and over training, the schedule, samples, states by noise level.
+"""Pictures: the bound by timestep and over training, the schedule, samples, states by noise level.
 
-Each function takes matplotlib axes, draws into them and returns them; ``None`` makes new ones.
+Each function draws into the matplotlib axes that it is given and returns them. ``None`` makes new ones.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms
+from pyro_diffusion.checks import check_timesteps
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.networks import evaluating
@@ -38,19 +39,19 @@ __all__ = [
 def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "Axes":
     r"""Mean :math:`L_t` over data by timestep, with both errors, and the two ends of the chain.
 
-    Up to ten latent sites are bars, the one at the top included.
+    A model with at most ten latent sites gets a bar for each of them, the top one included.
 
     Args:
-        terms: The bound; its transition terms make the curve, prior and reconstruction the legend.
+        terms: The bound. The curve shows its transition terms, the legend its prior and reconstruction.
         ax: Axes to draw into.
-        errorbar: Passed on to ``Axes.errorbar`` (of bars, ``Axes.bar``).
+        errorbar: Passed on to ``Axes.errorbar``, or to ``Axes.bar`` where there are bars.
 
     Returns:
-        The axes: timestep against nats per datum. Bars are one Monte Carlo error, the band is one
+        The axes: timestep against nats per datum. Error bars show one Monte Carlo error, the band shows one
         sampling error.
     """
-    ax = _axes(ax)
-    reconstruction, *transition, prior = terms.term_means()
+    ax = _new_axes()[0, 0] if ax is None else ax
+    _, *transition, prior = terms.term_means()
     if len(transition) < 10:
         return _plot_levels(terms, ax, **errorbar)
     t = np.arange(1, len(transition) + 1)
@@ -61,33 +62,36 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
     bars.set_label(f"{label}, sum {value.sum():.3g}; bars: Monte Carlo error")
     band = ax.fill_between(t, value - sampling, value + sampling, alpha=0.25, lw=0)
     band.set_label("sampling error of the mean")
-    ax.plot([], [], " ", label=f"reconstruction $E\\,\\log p(x_0|x_1)$: {reconstruction.value:.3g}")
-    ax.plot([], [], " ", label=f"prior term at $x_T$: {prior.value:.3g}")
+    _write_ends(ax, terms, f"prior term at $x_T$: {prior.value:.3g}")
     if terms.is_kl and len(value) and bool((value > 0).all()):
         ax.set_yscale("log")
     ax.set(xlabel="timestep $t$", ylabel="nats per datum")
-    ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
     ax.legend(fontsize="small")
     return ax
 
 
 def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
-    reconstruction, *levels = terms.term_means()
-    t = np.arange(1, len(levels) + 1)
-    value, monte_carlo, sampling = np.array(levels).T
+    value, monte_carlo, sampling = np.array(terms.term_means()[1:]).T
+    t = np.arange(1, len(value) + 1)
     colors = ["C0" if kind == "KL" else "C1" for kind in terms.kinds[1:]]
     error = np.hypot(np.nan_to_num(monte_carlo), np.nan_to_num(sampling))
     ax.bar(t, value, yerr=error, color=colors, **bar)
     for kind, color in (("KL", "C0"), ("log-ratio", "C1")):
         if kind in terms.kinds:
             ax.plot([], [], "s", color=color, label=f"{kind} at $x_t$")
-    ax.plot([], [], " ", label=f"reconstruction $E\\,\\log p(x_0|x_1)$: {reconstruction.value:.3g}")
-    ax.plot([], [], " ", label="bars: both errors together")
+    _write_ends(ax, terms, "bars: both errors together")
     ax.set(xlabel="level $t$", ylabel="nats per datum", xticks=t)
     ax.margins(y=0.3)
-    ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
     ax.legend(fontsize="small", loc="upper right")
     return ax
+
+
+def _write_ends(ax: "Axes", terms: ELBOTerms, line: str) -> None:
+    """The bound as title; the reconstruction term and one more line in the legend."""
+    reconstruction = f"reconstruction $E\\,\\log p(x_0|x_1)$: {terms.term_means()[0].value:.3g}"
+    for label in (reconstruction, line):
+        ax.plot([], [], " ", label=label)
+    ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
 
 
 def plot_schedule(schedule: NoiseSchedule, axes: Any = None) -> Any:
@@ -100,30 +104,26 @@ def plot_schedule(schedule: NoiseSchedule, axes: Any = None) -> Any:
     Returns:
         The two axes.
     """
-    axes = _axes(axes, 1, 2)
-    t = np.arange(1, schedule.num_timesteps + 1)
-    with torch.no_grad():
-        timesteps = torch.as_tensor(t, device=schedule.device)
-        log_snr = schedule.log_snr(timesteps).cpu().numpy()
-        alpha_bar = schedule.alpha_bar(timesteps).cpu().numpy()
+    axes = _row(axes, 2)
+    t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
     style = "." if schedule.num_timesteps < 50 else "-"
-    axes[0].plot(t, log_snr, style)
+    for ax, curve in zip(axes, (schedule.log_snr(t), schedule.alpha_bar(t)), strict=True):
+        ax.plot(t.cpu().numpy(), curve.detach().cpu().numpy(), style)
     axes[0].set(xlabel="timestep $t$", ylabel=r"log-SNR $\lambda_t$")
-    axes[1].plot(t, alpha_bar, style)
     axes[1].set(xlabel="timestep $t$", ylabel=r"$\bar\alpha_t$", ylim=(-0.02, 1.02))
     return axes
 
 
 def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) -> Any:
-    """A grid of sampled images, beside a grid of data if there are any.
+    """A grid of sampled images, and beside it a grid of data if they are given.
 
     Args:
         samples: Grey images, shape ``(n, height, width)``.
         data: Grey images of the same size, shape ``(m, height, width)``; the first ``n`` are shown.
-        axes: One axes, or two with data.
+        axes: Axes to draw into, two if there are data.
 
     Returns:
-        The axes, as an array of one or two.
+        The axes, as a sequence of one or two.
 
     Raises:
         ValueError: Images that are not of shape ``(n, height, width)``.
@@ -136,7 +136,7 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
                 "with n ≥ 1. Reshape vectors that are images, e.g. x.reshape(-1, 8, 8); draw points with "
                 "matplotlib's own scatter."
             )
-    axes = _axes(axes, 1, len(grids))
+    axes = _row(axes, len(grids))
     low, high = (float(bound) for bound in torch.cat(list(grids.values())).aminmax())
     for ax, (name, images) in zip(axes, grids.items(), strict=True):
         ax.imshow(_tile(images.cpu(), low).numpy(), cmap="gray_r", vmin=low, vmax=high)
@@ -153,24 +153,25 @@ def plot_trajectory(
     timesteps: Sequence[int] | None = None,
     axes: Any = None,
 ) -> Any:
-    r"""States of the two chains: data on their way to noise, and noise on its way to data.
+    r"""States of the two chains: data that become noise, and noise that becomes data.
 
-    States of shape ``(height, width)`` are drawn as grey images, of shape ``(2,)`` as points, single
-    numbers as histograms, others as lines over their entries; all but images on one scale.
+    States of shape ``(height, width)`` are drawn as grey images, states of shape ``(2,)`` as points, single
+    numbers as histograms, and others as lines over their entries. All but images share one scale.
 
     Args:
         diffusion: The model.
-        x_0: Data, shape ``(N,)`` + the shape of one datum; as many are drawn from the model.
-        timesteps: Increasing timesteps in ``0 … T``, a column each; six of them by default.
+        x_0: Data, shape ``(N,)`` + the shape of one datum. The model draws as many.
+        timesteps: Increasing timesteps in ``0 … T``, one for each column; by default six of them.
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
-        The axes: forward chain on top, reverse chain below, which ends in :math:`\hat x_0(x_1)`.
+        The axes. The forward chain is on top. The reverse chain is below and ends in
+        :math:`\hat x_0(x_1)`.
 
     Raises:
         ValueError: A timestep outside ``0 … T``.
     """
-    timesteps = _columns(diffusion, timesteps, first=0)
+    timesteps = _columns(diffusion, timesteps, 0)
     with evaluating(diffusion):
         forward = poutine.trace(diffusion.guide).get_trace(x_0)
         reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
@@ -197,12 +198,12 @@ def plot_denoised(
     timesteps: Sequence[int] | None = None,
     axes: Any = None,
 ) -> Any:
-    r"""What the denoiser makes of noisy data: :math:`x_t \sim q(x_t \mid x_0)` and :math:`\hat x_0(x_t)`.
+    r"""Noisy data :math:`x_t \sim q(x_t \mid x_0)`, and the denoiser's estimates :math:`\hat x_0(x_t)`.
 
     Args:
         diffusion: The model.
         x_0: Data, shape ``(N,)`` + the shape of one datum; drawn as in :func:`plot_trajectory`.
-        timesteps: Increasing timesteps in ``1 … T``, a column each; six of them by default.
+        timesteps: Increasing timesteps in ``1 … T``, one for each column; by default six of them.
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
@@ -211,7 +212,7 @@ def plot_denoised(
     Raises:
         ValueError: A timestep outside ``1 … T``.
     """
-    timesteps = _columns(diffusion, timesteps, first=1)
+    timesteps = _columns(diffusion, timesteps, 1)
     embedded = diffusion.embed(x_0)
     with evaluating(diffusion):
         states = [diffusion.forward_marginal(embedded, t).sample() for t in timesteps]
@@ -229,18 +230,18 @@ def plot_training(
     *,
     num_blocks: int = 5,
 ) -> "Axes":
-    r"""What :math:`-\mathrm{ELBO}` is made of over training: prior, blocks of timesteps, reconstruction.
+    r"""The terms of :math:`-\mathrm{ELBO}` over training: prior, blocks of timesteps, reconstruction.
 
     Args:
-        history: Terms by timestep, ``(T + 1,)`` in nats per datum (row 0 is the reconstruction), by
-            step: the ``history`` of a :class:`~pyro_diffusion.training.SVIModule`, or your own from
-            ``[float(term) for term in terms.term_means()]``.
+        history: For each step the terms by timestep, shape ``(T + 1,)``, in nats per datum; row 0 is the
+            reconstruction. It is the ``history`` of a :class:`~pyro_diffusion.training.SVIModule`, or your
+            own from ``[float(term) for term in terms.term_means()]``.
         ax: Axes to draw into.
-        num_blocks: Number of blocks that the timesteps :math:`1 … T-1` are drawn in.
+        num_blocks: Number of blocks into which the timesteps :math:`1 … T-1` are divided.
 
     Returns:
-        The axes: step against nats per datum. Terms are stacked; a negative reconstruction loss (of
-        data with a density) is a line of its own.
+        The axes: step against nats per datum. Terms are stacked. A reconstruction loss that is negative
+        somewhere (data with a density) is drawn as a line instead.
 
     Raises:
         ValueError: Fewer than two steps, or terms of different lengths.
@@ -252,7 +253,7 @@ def plot_training(
             f"argument 'history': got {len(steps)} steps with terms of lengths {sorted(lengths)}; expected "
             "two steps or more with T + 1 terms each. Read the bound at least twice during training."
         )
-    ax = _axes(ax)
+    ax = _new_axes()[0, 0] if ax is None else ax
     terms = np.array([[float(value) for value in history[step]] for step in steps]).T
     last = len(terms) - 1
     layers = {f"$x_{{{last}}}$ (prior)": terms[last]}
@@ -273,10 +274,10 @@ def plot_training(
 
 
 def plot_khat(evidence: Evidence, ax: "Axes | None" = None) -> Any:
-    r"""Pareto :math:`\hat k` of every datum, by ArviZ; exact data (constant weights) are left out.
+    r"""Pareto :math:`\hat k` of every datum, by ArviZ, except where constant weights make it exact.
 
     Args:
-        evidence: From importance weights.
+        evidence: An estimate from importance weights.
         ax: Axes to draw into, before ArviZ 1.0.
 
     Returns:
@@ -302,12 +303,12 @@ def plot_compare(table: Any, ax: "Axes | None" = None) -> Any:
 
 
 def plot_pit(pit: Tensor, ax: "Axes | None" = None, *, envelope: float = 0.99) -> Any:
-    """Distribution function of a PIT less that of uniform numbers, with ArviZ's band or test.
+    """Distribution function of a PIT minus that of uniform numbers, with ArviZ's band or test.
 
     Args:
         pit: Values in [0, 1], shape ``(N,)``.
         ax: Axes to draw into, before ArviZ 1.0.
-        envelope: Probability that uniform values stay in the band everywhere.
+        envelope: Probability that uniform values stay inside the band everywhere.
 
     Returns:
         What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
@@ -315,19 +316,12 @@ def plot_pit(pit: Tensor, ax: "Axes | None" = None, *, envelope: float = 0.99) -
     return arviz_bridge.plot_pit(pit.cpu().numpy(), ax, envelope)
 
 
-def _columns(
-    diffusion: DiffusionModel, timesteps: Sequence[int] | None, *, first: int
-) -> list[int]:
+def _columns(diffusion: DiffusionModel, timesteps: Sequence[int] | None, first: int) -> list[int]:
     last = diffusion.schedule.num_timesteps
     if timesteps is None:
         return sorted({round(first + (last - first) * k / 5) for k in range(6)})
-    wrong = [t for t in timesteps if not isinstance(t, int) or not first <= t <= last]
-    if wrong or not len(timesteps):
-        raise ValueError(
-            f"argument 'timesteps': got {wrong[0] if wrong else 'none'}; expected timesteps in {first} … "
-            f"{last}. Leave them out for six that are evenly spaced."
-        )
-    return list(timesteps)
+    remedy = "Leave them out for six that are evenly spaced."
+    return check_timesteps(timesteps, first, last, remedy)
 
 
 def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
@@ -340,16 +334,12 @@ def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
 
 
 def _grid(rows: Mapping[str, list[Tensor]], titles: list[str], axes: Any) -> Any:
-    """Rows of states with a name each, columns with a title each."""
+    """States in rows with a name each and columns with a title each."""
     if axes is None:
-        import matplotlib.pyplot as plt
-
         size = (1.9 * len(titles), 2.1 * len(rows) + 0.5)
-        _, axes = plt.subplots(
-            len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
-        )
+        axes = _new_axes(len(rows), len(titles), size)
     everything = torch.cat([x.flatten() for states in rows.values() for x in states]).cpu().double()
-    # One scale for all, in which a few wild states do not hide the others.
+    # One scale for all; quantiles, so that a few extreme states do not hide the others.
     low, high = np.quantile(everything.numpy(), [0.002, 0.998])
     for row, (name, states) in zip(axes, rows.items(), strict=True):
         for ax, x in zip(row, states, strict=True):
@@ -388,14 +378,15 @@ def _tile(images: Tensor, background: float) -> Tensor:
     return sheet.reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
 
 
-def _axes(axes: Any, rows: int = 1, columns: int = 0) -> Any:
-    """The given axes, or new ones: a single axes for no columns, else an array of them."""
+def _row(axes: Any, columns: int) -> Any:
+    """The given axes, or new ones, as a sequence of ``columns``."""
     if axes is None:
-        import matplotlib.pyplot as plt
+        return _new_axes(1, columns, (4.8 * columns, 3.6))[0]
+    return axes if hasattr(axes, "__len__") else [axes]
 
-        size = (4.8 * max(columns, 1), 3.6 * rows)
-        _, axes = plt.subplots(
-            rows, max(columns, 1), figsize=size, squeeze=columns == 0, layout="constrained"
-        )
-        axes = axes if columns == 0 else axes[0]
-    return axes if columns == 0 or hasattr(axes, "__len__") else [axes]
+
+def _new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.8, 3.6)) -> Any:
+    """Axes of a new figure as an array of shape ``(rows, columns)``; ``size`` is in inches."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]

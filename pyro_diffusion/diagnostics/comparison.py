@@ -73,8 +73,8 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
     table["score"] = _score_in_words(int(reliable.sum()), len(reliable))
     if not table["evidence"].is_monotonic_decreasing:
         warnings.warn(
-            "compare: the evidence, which cannot be trusted for all data, gives another order than the "
-            "scores; the bounds among these depend on the guides as well. See the columns score, "
+            "compare: the order by evidence, which cannot be trusted for all data, differs from the order "
+            "by scores. Some scores are bounds, which depend on the guides as well. See the columns score, "
             "evidence, bound and bad_k, and draw more particles.",
             stacklevel=2,
         )
