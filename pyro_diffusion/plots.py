@@ -56,12 +56,12 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
         return _plot_levels(terms, ax, **errorbar)
     t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).reshape(-1, 3).T
-    label = "KL at $x_t$" if terms.is_kl else "log-ratio at $x_t$"
-    style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar
-    bars = ax.errorbar(t, value, np.nan_to_num(monte_carlo), **style)
-    bars.set_label(f"{label}, sum {value.sum():.3g}; bars: Monte Carlo error")
-    band = ax.fill_between(t, value - sampling, value + sampling, alpha=0.25, lw=0)
-    band.set_label("sampling error of the mean")
+    kind = "KL" if terms.is_kl else "log-ratio"
+    label = f"{kind} at $x_t$, sum {value.sum():.3g}; bars: Monte Carlo error"
+    style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar | {"label": label}
+    ax.errorbar(t, value, np.nan_to_num(monte_carlo), **style)
+    band = (value - sampling, value + sampling)
+    ax.fill_between(t, *band, alpha=0.25, lw=0, label="sampling error of the mean")
     _write_ends(ax, terms, f"prior term at $x_T$: {prior.value:.3g}")
     if terms.is_kl and len(value) and bool((value > 0).all()):
         ax.set_yscale("log")
@@ -173,19 +173,17 @@ def plot_trajectory(
     """
     timesteps = _columns(diffusion, timesteps, 0)
     with evaluating(diffusion):
-        forward = poutine.trace(diffusion.guide).get_trace(x_0)
-        reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0))
-        x_1 = reverse.nodes["x_1"]["value"]
-        ends = {
-            "forward, $q$": (forward, diffusion.embed(x_0)),
-            "reverse, $p$": (
-                reverse,
-                diffusion.denoiser.x_0_hat(x_1, diffusion.schedule.log_snr(1)),
-            ),
-        }
+        forward = poutine.trace(diffusion.guide).get_trace(x_0).nodes
+        reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0)).nodes
+        x_1 = reverse["x_1"]["value"]
+        x_0_hat = diffusion.denoiser.x_0_hat(x_1, diffusion.schedule.log_snr(1))
+    chains = {
+        "forward, $q$": (forward, diffusion.embed(x_0)),
+        "reverse, $p$": (reverse, x_0_hat),
+    }
     rows = {
-        name: [end if t == 0 else trace.nodes[f"x_{t}"]["value"] for t in timesteps]
-        for name, (trace, end) in ends.items()
+        name: [end if t == 0 else sites[f"x_{t}"]["value"] for t in timesteps]
+        for name, (sites, end) in chains.items()
     }
     return _grid(rows, _titles(diffusion, timesteps), axes)
 
@@ -354,8 +352,7 @@ def _draw_states(ax: "Axes", x: Tensor, limits: tuple[float, float]) -> None:
     if x.dim() == 3:
         ax.imshow(_tile(x, float(x.min())).numpy(), cmap="gray_r")
         ax.set(xticks=[], yticks=[])
-        return
-    if x.shape[1:] == (2,):
+    elif x.shape[1:] == (2,):
         ax.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=2, lw=0)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
     elif x[0].numel() == 1:

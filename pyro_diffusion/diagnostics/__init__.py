@@ -9,8 +9,7 @@
   :func:`~pyro_diffusion.diagnostics.calibration.randomized_pit` ranks observations among draws of a model,
   and :func:`~pyro_diffusion.diagnostics.calibration.active_units` finds the latent numbers that depend on
   the datum.
-- ``recording`` and ``datasets`` are what these share: the values of sample sites, and tensors as
-  ``xarray`` datasets.
+- ``recording`` is what these share: the values of sample sites, as tensors and as ``xarray`` datasets.
 """
 
 from pyro_diffusion.diagnostics.calibration import (

@@ -24,13 +24,12 @@ from torch import Tensor
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ROWS
 from pyro_diffusion.checks import check_count, check_data
-from pyro_diffusion.diagnostics.datasets import as_numpy
 from pyro_diffusion.diagnostics.recording import (
     Pair,
     Record,
+    as_numpy,
     joined,
     programs,
-    record_particles,
     repeated,
 )
 from pyro_diffusion.networks import evaluating
@@ -85,19 +84,17 @@ def simulation_based_calibration(
             "lambda states: states['x_1'].mean(-1), say."
         )
     with torch.no_grad(), evaluating(model, guide):
-        with Record() as simulated:
-            model(num_samples=num_simulations)
-        if "x_0" not in simulated.values:
+        simulated = Record().of(model, num_samples=num_simulations)
+        if "x_0" not in simulated:
             raise ValueError(
-                f"argument 'family': got a model with the sites {', '.join(simulated.values)}; expected the "
+                f"argument 'family': got a model with the sites {', '.join(simulated)}; expected the "
                 "datum at site 'x_0'. Rename the site."
             )
-        truth, x_0 = statistic(simulated.values), simulated.values["x_0"]
-        draws = []
-        for rows in repeated(x_0, num_draws).split(batch_size):
-            with Record() as drawn:
-                guide(rows)
-            draws.append(statistic(drawn.values | {"x_0": rows}))
+        truth = statistic(simulated)
+        draws = [
+            statistic(Record().of(guide, x_0) | {"x_0": x_0})
+            for x_0 in repeated(simulated["x_0"], num_draws).split(batch_size)
+        ]
     if truth.shape != (num_simulations,):
         raise ValueError(
             f"argument 'statistic': got values of shape {tuple(truth.shape)} for {num_simulations} "
@@ -175,7 +172,7 @@ def active_units(
     with evaluating(guide):
         for data in x_0.split(max(ROWS // num_particles, 1)):
             record = Record(mean=True)
-            chunks.append(record_particles(record, guide, data, num_particles))
+            chunks.append(record.of_particles(guide, data, num_particles))
             if record.observed:
                 raise ValueError(
                     f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "

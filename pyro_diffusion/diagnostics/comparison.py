@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.checks import check_argument
-from pyro_diffusion.diagnostics.datasets import as_numpy
+from pyro_diffusion.diagnostics.recording import as_numpy
 from pyro_diffusion.evidence import Evidence
 
 if TYPE_CHECKING:

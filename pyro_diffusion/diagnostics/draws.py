@@ -21,26 +21,22 @@ from tqdm.auto import tqdm
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
 from pyro_diffusion.checks import check_count, check_timesteps
-from pyro_diffusion.diagnostics.datasets import (
-    DRAWS,
-    bound_dataset,
-    dataset,
-    importance_dataset,
-    schedule_dataset,
-    states_dataset,
-)
 from pyro_diffusion.diagnostics.recording import (
+    DRAWS,
     Held,
     Pair,
     Record,
+    as_numpy,
+    dataset,
     joined,
     programs,
-    record_particles,
+    states_dataset,
 )
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.evidence import average, fingerprint
+from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.family import Family
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     import xarray
@@ -131,11 +127,11 @@ def to_arviz(
         "posterior": states_dataset(DRAWS, drawn.states, timesteps),
         **predictions,
         "sample_stats": dataset(DRAWS, weights),
-        "bound": bound_dataset(drawn.terms),
-        "importance": importance_dataset(average(drawn.log_weight)._replace(data=fingerprint(x_0))),
+        "bound": _bound(drawn.terms),
+        "importance": _importance(average(drawn.log_weight)._replace(data=fingerprint(x_0))),
     }
     if isinstance(family, DiffusionModel):
-        groups["constant_data"] = schedule_dataset(family.schedule)
+        groups["constant_data"] = _schedule(family.schedule)
     return arviz_bridge.as_arviz(groups)
 
 
@@ -204,9 +200,8 @@ def _family_predictions(
 ) -> "dict[str, xarray.Dataset]":
     """The model of a family, run without data and run on from every kept state."""
     model = family.model
-    with Record([*drawn.states, "x_0"]) as prior:
-        model(num_samples=len(drawn.log_weight))
-    data = prior.values.pop("x_0")
+    prior = Record([*drawn.states, "x_0"]).of(model, num_samples=len(drawn.log_weight))
+    data = prior.pop("x_0")
     levels = [t for t, name in enumerate(model.site_names) if name in drawn.states]
     reconstructions = []
     for t in tqdm(
@@ -218,7 +213,7 @@ def _family_predictions(
         reconstructions.append(again.unflatten(0, x_t.shape[:2]))
     posterior = {"x_0": torch.stack(reconstructions, dim=2)}
     return {
-        "prior": states_dataset(("chain", "draw"), prior.values, timesteps),
+        "prior": states_dataset(("chain", "draw"), prior, timesteps),
         "prior_predictive": dataset(("chain", "draw"), {"x_0": data}),
         "posterior_predictive": dataset((*DRAWS, "timestep"), posterior, timestep=levels),
         "observed_data": dataset(("data",), {"x_0": x_0}),
@@ -230,14 +225,12 @@ def _pair_predictions(
 ) -> "dict[str, xarray.Dataset]":
     """An ordinary model that observes nothing, with latents of its own and with those of the guide."""
     free = poutine.uncondition(model)
-    with Record() as observed:
-        model(x_0)
-    data = {name: x for name, x in observed.values.items() if name not in drawn.states}
+    data = {name: x for name, x in Record().of(model, x_0).items() if name not in drawn.states}
     priors, posteriors = [], []
     for part in torch.arange(len(drawn.log_weight)).split(max(rows // len(x_0), 1)):
         states = {name: x[part].flatten(0, 1) for name, x in drawn.states.items()}
-        priors.append(record_particles(Record(), free, x_0, len(part)))
-        posteriors.append(record_particles(Record(data), Held(states)(free), x_0, len(part)))
+        priors.append(Record().of_particles(free, x_0, len(part)))
+        posteriors.append(Record(data).of_particles(Held(states)(free), x_0, len(part)))
     prior, posterior = joined(priors, 0), joined(posteriors, 0)
     return {
         "prior": dataset(DRAWS, {name: prior[name] for name in drawn.states}),
@@ -245,3 +238,36 @@ def _pair_predictions(
         "posterior_predictive": dataset(DRAWS, {name: posterior[name] for name in data}),
         "observed_data": dataset(("data",), data),
     }
+
+
+def _bound(terms: ELBOTerms) -> "xarray.Dataset":
+    """Means over data of the bound's terms, by timestep."""
+    means = torch.tensor(terms.term_means(), dtype=torch.float64)
+    names = ("term", "monte_carlo_error", "sampling_error")
+    kind, site = ("timestep", list(terms.kinds)), ("timestep", list(terms.site_names))
+    labelled = dataset(("timestep",), dict(zip(names, means.T, strict=True)), kind=kind, site=site)
+    return labelled.assign_attrs(units="nats per datum", event_size=terms.event_size)
+
+
+def _importance(evidence: Evidence) -> "xarray.Dataset":
+    """Evidence and bound of every datum from importance weights, with what grades the weights."""
+    fields: dict[str, Any] = {
+        "elbo": evidence.elbo,
+        "elbo_standard_error": evidence.elbo_standard_error,
+        "evidence": evidence.log_evidence,
+        "evidence_standard_error": evidence.standard_error,
+        "pareto_k": evidence.pareto_k,
+        "ess": evidence.ess,
+    }
+    return dataset(("data",), fields).assign_attrs(
+        units="nats per datum", estimator=evidence.estimator, data=evidence.data,
+        num_particles=evidence.num_particles,
+    )  # fmt: skip
+
+
+def _schedule(schedule: NoiseSchedule) -> "xarray.Dataset":
+    """The curves of a schedule by timestep. A curve for each entry is averaged over entries."""
+    t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
+    curves = {"alpha_bar": schedule.alpha_bar(t), "log_snr": schedule.log_snr(t)}
+    means = {name: x.reshape(len(t), -1).mean(1) for name, x in curves.items()}
+    return dataset(("timestep",), means, timestep=as_numpy(t))

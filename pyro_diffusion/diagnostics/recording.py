@@ -1,12 +1,13 @@
-"""Programs run from outside, and the values of their sample sites.
+"""Programs run from outside, and the values of their sample sites as tensors and as labelled arrays.
 
 :class:`Record` reads the sites of a program, :class:`Held` sets latent sites to values that were recorded.
-In both, the rows of the data plate are the first dimension of a value.
+In both, the rows of the data plate are the first dimension of a value. :func:`dataset` names the dimensions.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -14,7 +15,21 @@ from torch import Tensor
 
 from pyro_diffusion.family import Family
 
-__all__ = ["Held", "Pair", "Record", "joined", "programs", "record_particles", "repeated"]
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = [
+    "DRAWS",
+    "Held",
+    "Pair",
+    "Record",
+    "as_numpy",
+    "dataset",
+    "joined",
+    "programs",
+    "repeated",
+    "states_dataset",
+]
 
 Pair = Family | tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -44,6 +59,19 @@ class Record(Messenger):
         self.keep, self.mean = keep, mean
         self.values: dict[str, Tensor] = {}
         self.observed: list[str] = []
+
+    def of(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Run a program, and return the values that were recorded."""
+        with self:
+            program(*args, **kwargs)
+        return self.values
+
+    def of_particles(
+        self, program: Callable[..., Any], x_0: Tensor, particles: int
+    ) -> dict[str, Tensor]:
+        """Run ``program(x_0)`` once for all particles; the values have shape ``(particles, N, …)``."""
+        values = self.of(program, repeated(x_0, particles))
+        return {name: x.unflatten(0, (particles, -1)) for name, x in values.items()}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["is_observed"]:
@@ -91,15 +119,45 @@ def repeated(x: Tensor, particles: int) -> Tensor:
     return x.repeat(particles, *(1,) * (x.dim() - 1))
 
 
-def record_particles(
-    record: Record, program: Callable[..., Any], x_0: Tensor, particles: int
-) -> dict[str, Tensor]:
-    """What ``record`` sees of ``program(x_0)``, run once for all particles; ``(particles, N, …)`` by site."""
-    with record:
-        program(repeated(x_0, particles))
-    return {name: x.unflatten(0, (particles, -1)) for name, x in record.values.items()}
-
-
 def joined(chunks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:
     """Values by site of all chunks, put together along ``dim``."""
     return {name: torch.cat([chunk[name] for chunk in chunks], dim) for name in chunks[0]}
+
+
+DRAWS = ("chain", "draw", "data")  #: dimensions of a number for each trajectory
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    """A tensor's values as a NumPy array, from any device."""
+    return x.detach().cpu().numpy()
+
+
+def dataset(
+    dims: tuple[str, ...], variables: Mapping[str, Tensor], **coords: Any
+) -> "xarray.Dataset":
+    """Tensors whose first dimensions are ``dims``; the others are the event's and are numbered.
+
+    The dimension ``"chain"`` is added to the tensors, with length one. ``coords`` are coordinates by name; a
+    dimension without any counts from zero.
+    """
+    import xarray
+
+    chain = (None,) if "chain" in dims else ()
+    arrays = {name: as_numpy(x)[(*chain, ...)] for name, x in variables.items()}
+    event = {
+        name: [f"{name}_dim_{i}" for i in range(values.ndim - len(dims))]
+        for name, values in arrays.items()
+    }
+    labelled = xarray.Dataset({name: ((*dims, *event[name]), arrays[name]) for name in arrays})
+    index = {dim: np.arange(size) for dim, size in labelled.sizes.items()}
+    return labelled.assign_coords(index | coords)
+
+
+def states_dataset(
+    dims: tuple[str, ...], states: Mapping[str, Tensor], timesteps: list[int] | None
+) -> "xarray.Dataset":
+    """Latent states as one variable ``x`` along ``timesteps``; for ``None``, a variable for each site."""
+    if timesteps is None:
+        return dataset(dims, states)
+    x = torch.stack([states[f"x_{t}"] for t in timesteps], dim=len(dims) - 1)
+    return dataset((*dims, "timestep"), {"x": x}, timestep=timesteps)
