@@ -1,10 +1,9 @@
-r"""Arrays to ArviZ and back: the one place that knows its versions, and needs nothing but arrays.
+r"""Arrays to ArviZ and back: the one module that knows the versions of ArviZ.
 
-ArviZ 0.23 is the last for Python 3.11; from 1.0 on it is several packages, in which PSIS wants the
-negative logarithm of the weights, the container is an ``xarray.DataTree`` and scores are other classes.
-What differs is settled here, and nowhere else. The module imports neither torch nor the rest of the
-package, so that it can be tested against an ArviZ that the rest cannot be installed with
-(``make arviz1``).
+ArviZ 0.23 is the last version for Python 3.11. From 1.0 on ArviZ is several packages. There PSIS takes the
+negative logarithm of the weights, the container is an ``xarray.DataTree``, and scores have other classes.
+All of these differences are handled here. The module imports neither torch nor the rest of the package, so
+that it can be tested with a version of ArviZ that cannot be installed beside the rest (``make arviz1``).
 
 References:
     Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
@@ -39,12 +38,12 @@ _CONSTANT = 1e-3
 
 
 def good_k(num_draws: int) -> float:
-    r"""What Pareto k has to be below for an average to be trusted: :math:`\min(1 - 1/\log_{10} K,\, 0.7)`."""
+    r"""The Pareto k below which an average can be trusted: :math:`\min(1 - 1/\log_{10} K,\, 0.7)`."""
     return min(1 - 1 / math.log10(max(num_draws, MIN_DRAWS)), 0.7)
 
 
 def constant(log_weights: np.ndarray) -> np.ndarray:
-    """Whether the log-weights of a row, particles on the last axis, are one number."""
+    """Whether the log-weights of a row are all the same; particles on the last axis."""
     return np.ptp(log_weights, axis=-1) <= _CONSTANT
 
 
@@ -55,8 +54,8 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
         log_weights: Log-weights, particles on the last axis, shape ``batch_shape + (K,)``.
 
     Returns:
-        :math:`\hat k`, shape ``batch_shape``: :math:`-\infty` where the weights are constant, to 0.001 nats:
-        there is no tail, and the estimate is exact to that.
+        :math:`\hat k`, shape ``batch_shape``. It is :math:`-\infty` where the weights are constant to 0.001
+        nats: they have no tail, and the estimate is exact to 0.001 nats.
 
     Raises:
         ValueError: Fewer than 25 particles, or weights that are NaN or infinite.
@@ -83,7 +82,7 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
 
 
 def _psis_k(log_weights: np.ndarray) -> np.ndarray:
-    """PSIS of each row; from 1.x on in another package, and of the negative log-weights."""
+    """Pareto k of each row. ArviZ 1.x has PSIS in another package and takes negative log-weights."""
     with np.errstate(over="ignore"):  # bounded weights, whose k is far below zero
         try:
             from arviz_stats.base import array_stats
@@ -95,10 +94,10 @@ def _psis_k(log_weights: np.ndarray) -> np.ndarray:
 
 
 def as_arviz(groups: Mapping[str, Any]) -> Any:
-    """Datasets by group as what ArviZ works on: a ``DataTree``, before 1.0 an ``InferenceData``.
+    """Datasets by group in the container of the installed ArviZ: ``DataTree``, before 1.0 ``InferenceData``.
 
     Args:
-        groups: An ``xarray.Dataset`` for each group of the schema; further groups are kept.
+        groups: An ``xarray.Dataset`` for each group, also for groups that are not in ArviZ's schema.
     """
     import arviz
     import xarray
@@ -124,26 +123,25 @@ def compare_scores(
 
     Args:
         scores: A score for each datum by model, shape ``(N,)``; nats.
-        errors: Its Monte Carlo errors, ``(N,)``.
-        k: Its Pareto k, ``(N,)``; no column is made of it but ArviZ's own warning.
+        errors: The Monte Carlo error of each score, ``(N,)``.
+        k: The Pareto k of each score, ``(N,)``. It decides only about ArviZ's column ``warning``.
         num_draws: Particles for each datum.
 
     Returns:
-        ArviZ's table of the installed version (its differences run from the best model down before 1.0,
-        and up from there on), with the Monte Carlo error of every sum in a column ``mc_error``.
+        The table of the installed ArviZ, with the Monte Carlo error of every sum in a column ``mc_error``.
+        ArviZ 1.0 changed the sign of the differences to the best model.
     """
     import arviz
 
-    # Stacking exponentiates scores, which underflow for data of many dimensions. What it and the
-    # differences depend on does not change when every model's score of a datum moves by as much.
+    # Stacking exponentiates scores, which underflow for data of many dimensions. Neither the weights of
+    # stacking nor the differences change if all scores of a datum are shifted by the same number.
     best = np.max(list(scores.values()), axis=0)
     data = {
         name: _elpd(values, values - best, k[name], num_draws) for name, values in scores.items()
     }
     settings = {"round_to": "none"} if _is_new(arviz) else {}
     table = arviz.compare(data, method="stacking", **settings)
-    sums = {name: float(np.sqrt(np.sum(values**2))) for name, values in errors.items()}
-    table["mc_error"] = [sums[name] for name in table.index]
+    table["mc_error"] = [float(np.sqrt(np.sum(errors[name] ** 2))) for name in table.index]
     return table
 
 
@@ -152,7 +150,7 @@ def _is_new(arviz: Any) -> bool:
 
 
 def _elpd(scores: np.ndarray, pointwise: np.ndarray, k: np.ndarray, num_draws: int) -> Any:
-    """Scores as the installed ArviZ's own kind of object."""
+    """Scores as an object of the installed ArviZ."""
     import arviz
     import xarray
 
@@ -186,7 +184,7 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
         u_n = \frac{\#\{s : y_{sn} < y_n\} + U_n\,(1 + \#\{s : y_{sn} = y_n\})}{S + 1},
         \qquad U_n \sim \operatorname{Uniform}(0, 1).
 
-    Without :math:`U_n` a rank is on a grid, and tests of uniformity reject models that are right.
+    Without :math:`U_n` all ranks lie on a grid, and tests of uniformity reject models that are right.
 
     Args:
         observed: :math:`y_n`, shape ``(N,)``.
@@ -211,8 +209,8 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
         )
     if np.isnan(observed).any() or np.isnan(draws).any():
         raise ValueError(
-            "arguments 'observed' and 'draws': got NaN; expected numbers, which have ranks. Leave out what "
-            "was not observed."
+            "arguments 'observed' and 'draws': got NaN; expected numbers, because NaN has no rank. Leave out "
+            "what was not observed."
         )
     below = (draws < observed).sum(0)
     ties = (draws == observed).sum(0)
@@ -220,7 +218,7 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
 
 
 def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
-    """ArviZ's plot of Pareto k by datum; data with constant weights, which have no tail, are left out."""
+    """ArviZ's plot of Pareto k by datum. Data with constant weights have no tail and are left out."""
     import arviz
 
     k = np.asarray(k, dtype=float)
@@ -239,7 +237,7 @@ def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
 
 
 def plot_compare(table: Any, ax: Any = None) -> Any:
-    """ArviZ's plot of a comparison, from what :func:`compare_scores` returned."""
+    """ArviZ's plot of the table that :func:`compare_scores` returned."""
     import arviz
 
     if _is_new(arviz):
@@ -252,12 +250,12 @@ def plot_compare(table: Any, ax: Any = None) -> Any:
 
 
 def plot_pit(pit: np.ndarray, ax: Any = None, envelope: float = 0.99) -> Any:
-    """ArviZ's ECDF of a PIT, as the difference to a uniform one, with a simultaneous band.
+    """ArviZ's plot of the ECDF of a PIT minus the uniform one, with a simultaneous band.
 
     Args:
         pit: Values in [0, 1], shape ``(N,)``.
         ax: Axes, before ArviZ 1.0.
-        envelope: Probability that a uniform PIT stays in the band everywhere.
+        envelope: Probability that a uniform PIT stays inside the band everywhere.
     """
     import arviz
 

@@ -323,11 +323,10 @@ def _columns(diffusion: DiffusionModel, timesteps: Sequence[int] | None, first: 
 
 
 def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
-    levels = diffusion.schedule.log_snr(torch.tensor(timesteps)).reshape(len(timesteps), -1)
-    log_snr = levels.mean(1).tolist()
+    log_snr = diffusion.schedule.log_snr(torch.tensor(timesteps)).reshape(len(timesteps), -1)
     return [
         f"$t = {t}$\n" + ("data; $\\hat x_0(x_1)$" if t == 0 else f"$\\lambda = {value:.1f}$")
-        for t, value in zip(timesteps, log_snr, strict=True)
+        for t, value in zip(timesteps, log_snr.mean(1).tolist(), strict=True)
     ]
 
 

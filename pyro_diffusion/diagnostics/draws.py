@@ -178,10 +178,9 @@ def _draw(
         progress=progress, description="draws", keep=keep,
     ):  # fmt: skip
         moments.update(start, sites)
-        weights[start].append(sites.log_weight)
-        log_qs[start].append(sites.log_q)
-        for name, x_t in sites.states.items():
-            states[name][start].append(x_t)
+        kept = ((states[name], x_t) for name, x_t in sites.states.items())
+        for chunks, values in ((weights, sites.log_weight), (log_qs, sites.log_q), *kept):
+            chunks[start].append(values)
     return _Drawn(
         states={name: join_chunks(chunks) for name, chunks in states.items()},
         log_weight=join_chunks(weights),
