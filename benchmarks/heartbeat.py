@@ -39,6 +39,7 @@ from pyro_diffusion import (
     LinearDecaySchedule,
     NeuralBernoulliDenoiser,
 )
+from pyro_diffusion.chains import Steps
 
 HEARTBEATS = torch.eye(5).repeat(1, 4)
 LENGTHS = (200, 1000)
@@ -127,14 +128,18 @@ def enumerated_bound(diffusion: BernoulliDiffusion) -> float:
     counts = torch.tensor(list(itertools.product(range(5), repeat=5)), device=x_0.device)
     states = (torch.arange(4, device=x_0.device)[:, None] < counts[:, None]).flatten(1).to(x_0)
     arrangements = torch.tensor([math.comb(4, k) for k in range(5)]).to(x_0)[counts].prod(1)
-    bound = -kl_divergence(diffusion.terminal_marginal(x_0), diffusion.prior())
+    bound = -kl_divergence(
+        diffusion.process.marginal(x_0, diffusion.schedule.num_timesteps), diffusion.prior()
+    )
     for t in range(1, diffusion.schedule.num_timesteps + 1):
-        share = arrangements * diffusion.forward_marginal(x_0, t).log_prob(states).exp()
-        reverse, likelihood = diffusion.reverse(states, torch.tensor(t))
+        share = arrangements * diffusion.process.marginal(x_0, t).log_prob(states).exp()
+        reverse, likelihood = Steps(diffusion.schedule.num_timesteps).pair(
+            diffusion, states, torch.tensor(t)
+        )
         if t == 1:
             terms = likelihood.log_prob(x_0)
         else:
-            terms = -kl_divergence(diffusion.forward_posterior(states, x_0, t), reverse)
+            terms = -kl_divergence(diffusion.process.posterior(states, x_0, t), reverse)
         bound += (share * terms).sum()
     return bound.item() / math.log(2)
 

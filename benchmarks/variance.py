@@ -41,6 +41,7 @@ from pyro_diffusion import (
     MinimumVarianceELBO,
     MonotoneSchedule,
 )
+from pyro_diffusion.chains import Continuum
 
 STRATA = 128
 MIXTURE = ([0.3, 0.7], [[-1.0], [1.0]], [[0.2], [0.5]])
@@ -174,8 +175,10 @@ def stratified_variance(denoiser: Any, args: argparse.Namespace) -> float:
 
 def rate_of_rows(diffusion: DiffusionModel, x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The bound's rate at given times, a row a datum."""
-    x_u = diffusion.marginal_at(x_0, u).sample()
-    return kl_divergence(diffusion.increment(x_u, x_0, u), diffusion.reverse_increment(x_u, u)[0])
+    x_u = diffusion.process.marginal_at(x_0, u).sample()
+    return kl_divergence(
+        diffusion.process.increment(x_u, x_0, u), Continuum().pair(diffusion, x_u, u)[0]
+    )
 
 
 def by_dimension(event_shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:

@@ -26,14 +26,8 @@ import matplotlib
 import pyro
 import torch
 
-from pyro_diffusion import (
-    CosineSchedule,
-    Denoised,
-    Denoiser,
-    DiffusionModel,
-    GaussianDenoiser,
-    elbo_terms,
-)
+from pyro_diffusion import CosineSchedule, DiffusionModel, GaussianDenoiser, elbo_terms
+from pyro_diffusion.denoisers import Denoised, Denoiser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -32,21 +32,20 @@ from torch.distributions import kl_divergence
 from pyro_diffusion import (
     AlphaSchedule,
     BottomUpEncoder,
-    BottomUpGuide,
     DiffusionModel,
     Estimate,
     GaussianDenoiser,
-    GenerativeChain,
     HierarchicalVAE,
     LinearSchedule,
     NeuralDenoiser,
     PosteriorVariance,
     elbo_terms,
     importance_evidence,
-    kernels,
     parameterizations,
     snr_weight,
 )
+from pyro_diffusion import processes as kernels
+from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
 
 X_0 = 1.2  # the datum
 ALPHA = (0.9, 0.8, 0.6, 0.4, 0.1)
@@ -175,7 +174,7 @@ def encoder(table):
 def restricted_hvae(diffusion):
     """A hierarchical VAE under the three restrictions: its layers are the diffusion model's kernels."""
     steps = range(1, diffusion.schedule.num_timesteps + 1)
-    up = [Layer(diffusion.forward_transition, t) for t in steps]
+    up = [Layer(diffusion.process.transition, t) for t in steps]
     down = [Layer(diffusion.denoiser, t) for t in steps]
     return HierarchicalVAE(
         (1,), latent_sizes=(1,) * len(up), encoder=BottomUpEncoder.from_layers(up), decoder=down
@@ -251,7 +250,7 @@ def erratum(table, num_draws):
     (chain, diffusion), x_0, truth = exact(), datum(num_draws), log_normal(X_0, MEAN, STD**2)
     nodes = poutine.trace(diffusion.guide).get_trace(x_0).nodes
     x = [x_0, *(nodes[f"x_{t}"]["value"] for t in range(1, 7))]
-    q = [diffusion.forward_transition(x[t - 1], t) for t in range(1, 7)]
+    q = [diffusion.process.transition(x[t - 1], t) for t in range(1, 7)]
     p = [*(diffusion.denoiser(x[t + 1], t + 1) for t in range(1, 6)), diffusion.prior()]
     kls = [kl_divergence(*pair) for pair in zip(q, p, strict=True)]
     for t in range(1, 6):

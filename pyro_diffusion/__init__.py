@@ -2,35 +2,17 @@ r"""Diffusion as a generative model in Pyro: three programs, one bound.
 
 The forward chain is a guide of fixed linear-Gaussian sites, the reverse chain is a model with neural
 denoiser sites, and Pyro's own ``SVI`` and ``Trace_ELBO`` compute the hierarchical bound, timestep by
-timestep. Start at :class:`DiffusionModel`; the equations are in :mod:`~pyro_diffusion.kernels` and
-:mod:`~pyro_diffusion.chains`.
+timestep. Start at :class:`DiffusionModel`. The equations of the forward process are in
+:mod:`~pyro_diffusion.processes`, the programs in :mod:`~pyro_diffusion.chains`.
+
+The names here are those that a user types. What an extension needs (abstract classes, programs, laws) is in
+its room, such as :mod:`pyro_diffusion.denoisers`.
 """
 
-from pyro_diffusion.batches import OrderedBatches, ShuffledBatches
-from pyro_diffusion.bounds import (
-    BoundEvaluation,
-    ELBOTerms,
-    Estimate,
-    elbo_terms,
-    evaluate_bound,
-    snr_weight,
-)
-from pyro_diffusion.chains import (
-    BottomUpGuide,
-    GenerativeChain,
-    ImportanceTimesteps,
-    JointStrata,
-    StratifiedTimesteps,
-    TimestepPlate,
-    TopDownGuide,
-    UniformTimesteps,
-)
-from pyro_diffusion.compilation import compile_elbo
+from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, evaluate_bound, snr_weight
+from pyro_diffusion.chains import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
 from pyro_diffusion.denoisers import (
-    BernoulliDenoiser,
     DataPrediction,
-    Denoised,
-    Denoiser,
     EnumeratedDenoiser,
     ForwardVariance,
     GaussianDenoiser,
@@ -53,15 +35,9 @@ from pyro_diffusion.diagnostics import (
     to_arviz,
 )
 from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
-from pyro_diffusion.encoders import (
-    BottomUpEncoder,
-    GaussianLayer,
-    LadderEncoder,
-    TopDownEncoder,
-)
+from pyro_diffusion.encoders import BottomUpEncoder, GaussianLayer, LadderEncoder
 from pyro_diffusion.evidence import (
     Evidence,
-    Summary,
     importance_evidence,
     ode_log_likelihood,
     smc_evidence,
@@ -74,12 +50,10 @@ from pyro_diffusion.likelihoods import (
     DiscretizedGaussianLikelihood,
     GaussianLikelihood,
     LevelLikelihood,
-    Likelihood,
     PoissonLikelihood,
 )
+from pyro_diffusion.moved import forwarded, keep_modules
 from pyro_diffusion.networks import MLP, FeedForward, UNet
-from pyro_diffusion.objectives import FreeBitsELBO, KLWarmup, MinimumVarianceELBO, bound_by_datum
-from pyro_diffusion.parallel import over_ranks
 from pyro_diffusion.plots import (
     plot_bound,
     plot_compare,
@@ -92,13 +66,12 @@ from pyro_diffusion.plots import (
     plot_trajectory,
 )
 from pyro_diffusion.processes import (
-    forward_increment,
     forward_marginal,
     forward_posterior,
     forward_transition,
     terminal_prior,
 )
-from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler, Sampler
+from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -106,30 +79,56 @@ from pyro_diffusion.schedules import (
     LinearSchedule,
     LogSNRSchedule,
     MonotoneSchedule,
-    NoiseSchedule,
     StridedSchedule,
     VarianceExploding,
 )
+from pyro_diffusion.training import (
+    FreeBitsELBO,
+    KLWarmup,
+    MinimumVarianceELBO,
+    OrderedBatches,
+    ShuffledBatches,
+    bound_by_datum,
+    compile_elbo,
+    over_ranks,
+)
 from pyro_diffusion.transforms import Standardize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+keep_modules()
+
+__getattr__ = forwarded(
+    "pyro_diffusion",
+    {
+        "BernoulliDenoiser": "denoisers",
+        "BottomUpGuide": "chains",
+        "BoundEvaluation": "bounds",
+        "Denoised": "denoisers",
+        "Denoiser": "denoisers",
+        "GenerativeChain": "chains",
+        "JointStrata": "chains",
+        "Likelihood": "likelihoods",
+        "NoiseSchedule": "schedules",
+        "Sampler": "samplers",
+        "Summary": "evidence",
+        "TimestepPlate": "chains",
+        "TopDownEncoder": "encoders",
+        "TopDownGuide": "chains",
+        "forward_increment": "processes",
+    },
+)
 
 __all__ = [
-    "MLP",
     "AlphaSchedule",
     "AncestralSampler",
-    "BernoulliDenoiser",
     "BernoulliDiffusion",
     "BernoulliLikelihood",
     "BottomUpEncoder",
-    "BottomUpGuide",
-    "BoundEvaluation",
     "CategoricalLikelihood",
     "CosineSchedule",
     "DDIMSampler",
     "DataPrediction",
-    "Denoised",
-    "Denoiser",
     "DiffusionModel",
     "DiscretizedGaussianLikelihood",
     "ELBOTerms",
@@ -143,40 +142,32 @@ __all__ = [
     "GaussianLayer",
     "GaussianLikelihood",
     "GaussianMixtureDenoiser",
-    "GenerativeChain",
     "HierarchicalVAE",
     "ImportanceTimesteps",
-    "JointStrata",
     "KLWarmup",
     "LadderEncoder",
     "LearnedVariance",
     "LevelLikelihood",
     "LevelPrediction",
-    "Likelihood",
     "LinearDecaySchedule",
     "LinearSchedule",
     "LogSNRSchedule",
+    "MLP",
     "MinimumVarianceELBO",
     "MonotoneSchedule",
     "NeuralBernoulliDenoiser",
     "NeuralDenoiser",
     "NoisePrediction",
-    "NoiseSchedule",
     "ODESampler",
     "OptimalVariance",
     "OrderedBatches",
     "PoissonLikelihood",
     "PosteriorVariance",
-    "Sampler",
     "ScorePrediction",
     "ShuffledBatches",
     "Standardize",
     "StratifiedTimesteps",
     "StridedSchedule",
-    "Summary",
-    "TimestepPlate",
-    "TopDownEncoder",
-    "TopDownGuide",
     "UNet",
     "UniformTimesteps",
     "VarianceExploding",
@@ -187,7 +178,6 @@ __all__ = [
     "compile_elbo",
     "elbo_terms",
     "evaluate_bound",
-    "forward_increment",
     "forward_marginal",
     "forward_posterior",
     "forward_transition",

@@ -28,7 +28,7 @@ from pyro_diffusion.networks import evaluating
 from pyro_diffusion.params import ParamScope
 from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
 
-__all__ = ["Family", "programs", "unpacked"]
+__all__ = ["Family", "Pair", "programs", "unpacked"]
 
 
 class Family(ParamScope, ABC):
@@ -200,14 +200,22 @@ def describe_part(part: Any) -> str:
     return type(part).__name__ + (f"({arguments})" if arguments else "")
 
 
-def programs(family: Family) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Model and guide of a family, the guide in the model's order where there is one."""
-    return family.model, getattr(family, "posterior_guide", family.guide)
+Pair = Family | tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def unpacked(
-    model: Any, guide: Any, x_0: Any
-) -> tuple[Callable[..., Any], Callable[..., Any], Tensor]:
+def programs(family: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide. A family's guide is the one in the model's order, if it has one."""
+    if isinstance(family, Family):
+        return family.model, getattr(family, "posterior_guide", family.guide)
+    if isinstance(family, tuple | list) and len(family) == 2 and all(map(callable, family)):
+        return family[0], family[1]
+    raise ValueError(
+        f"argument 'family': got a {type(family).__name__}; expected a DiffusionModel, a HierarchicalVAE or "
+        "a pair of programs. Pass (model, guide)."
+    )
+
+
+def unpacked(model: Any, guide: Any, x_0: Any) -> tuple[Any, Any, Any]:
     """Model, guide and data, from what a reader was called with: those three, or a family and data."""
     if isinstance(model, Family) and (guide is None or isinstance(guide, Tensor)):
         return (*programs(model), guide if x_0 is None else x_0)

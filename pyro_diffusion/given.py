@@ -97,7 +97,10 @@ def as_real(x_0: Tensor | None) -> Tensor | None:
 
 def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
     """The state as a kernel of the model sees it: the gap's value where nothing was observed."""
-    return x_t if mask is None else torch.where(mask, x_t, gap)
+    if mask is None:
+        return x_t
+    assert gap is not None  # embed has refused a mask of states without a gap
+    return torch.where(mask, x_t, gap)
 
 
 class ObservedEntries(Messenger):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checks import described
 
-__all__ = ["ParamScope", "check_state", "free_name", "shared_copy", "snake_case"]
+__all__ = ["ParamScope", "check_state_dict", "free_name", "shared_copy", "snake_case"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -78,7 +78,7 @@ def shared_copy(module: ModuleT) -> ModuleT:
     return shared
 
 
-def check_state(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """Raise a ``ValueError`` if names or shapes in ``state_dict`` differ from those of the module."""
     own = module.state_dict()
     missing = [f"no {key!r}" for key in own if strict and key not in state_dict]
@@ -210,7 +210,7 @@ class ParamScope(nn.Module):
         """
         if "_extra_state" in state_dict:
             self.set_extra_state(state_dict["_extra_state"])
-        check_state(self, state_dict, strict)
+        check_state_dict(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, path: str | os.PathLike[str]) -> None:

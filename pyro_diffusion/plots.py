@@ -213,7 +213,7 @@ def plot_denoised(
     timesteps = _columns(diffusion, timesteps, 1)
     embedded = diffusion.embed(x_0)
     with evaluating(diffusion):
-        states = [diffusion.forward_marginal(embedded, t).sample() for t in timesteps]
+        states = [diffusion.process.marginal(embedded, t).sample() for t in timesteps]
         estimates = [
             diffusion.denoiser.x_0_hat(x_t, diffusion.schedule.log_snr(t))
             for x_t, t in zip(states, timesteps, strict=True)

@@ -150,7 +150,7 @@ def _look(
 
 def taken(x: Any, rows: Tensor) -> Any:
     """Particles of each datum, by row: of a tensor ``(K, N, …)``, or of all that was :class:`Denoised`."""
-    if isinstance(x, tuple):
-        return Denoised(*(None if part is None else taken(part, rows) for part in x))
+    if isinstance(x, Denoised):
+        return Denoised._make(None if part is None else taken(part, rows) for part in x)
     index = rows.reshape(rows.shape + (1,) * (x.dim() - 2))
     return x.gather(0, index.expand_as(x))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_diffusion import batches as module
-from pyro_diffusion.batches import OrderedBatches, ShuffledBatches, permuted
+from pyro_diffusion.training import batches as module
+from pyro_diffusion.training.batches import OrderedBatches, ShuffledBatches, permuted
 
 
 def as_rank(monkeypatch, rank, world_size):

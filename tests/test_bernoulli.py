@@ -24,6 +24,7 @@ from pyro_diffusion import (
     importance_evidence,
     ode_log_likelihood,
 )
+from pyro_diffusion.chains import Steps
 
 ALPHA = torch.tensor([0.9, 0.7, 0.4], dtype=torch.float64)
 STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=2)), dtype=torch.float64)
@@ -57,14 +58,14 @@ def test_kernels_against_bayes_rule_on_matrices(rate):
     for t in range(1, 4):
         for a, b in itertools.product((0, 1), repeat=2):
             x_a, x_b = (torch.full((1, 2), float(x), dtype=torch.float64) for x in (a, b))
-            log_q = diffusion.forward_transition(x_a, t).log_prob(x_b)
+            log_q = diffusion.process.transition(x_a, t).log_prob(x_b)
             torch.testing.assert_close(log_q.exp(), steps[t - 1][a, b].square()[None])
-            log_q = diffusion.forward_marginal(x_a, t).log_prob(x_b)
+            log_q = diffusion.process.marginal(x_a, t).log_prob(x_b)
             torch.testing.assert_close(log_q.exp(), upto[t][a, b].square()[None])
             if t == 1:
                 continue
             joint = upto[t - 1][a] * steps[t - 1][:, b]  # over x_{t-1}, given x_0 = a and x_t = b
-            posterior = diffusion.forward_posterior(x_b, x_a, t)
+            posterior = diffusion.process.posterior(x_b, x_a, t)
             torch.testing.assert_close(posterior.mean[0, 0], joint[1] / joint.sum())
 
 
@@ -93,7 +94,7 @@ def all_paths(diffusion, x_0):
     log_p = diffusion.prior().log_prob(x_3) + diffusion.denoiser(x_3, 3).log_prob(x_2)
     log_p = log_p + diffusion.denoiser(x_2, 2).log_prob(x_1) + diffusion.decode(x_1).log_prob(x_0)
     log_q = sum(
-        diffusion.forward_transition(a, t).log_prob(b)
+        diffusion.process.transition(a, t).log_prob(b)
         for t, a, b in ((1, x_0, x_1), (2, x_1, x_2), (3, x_2, x_3))
     )
     return log_p, log_q
@@ -123,12 +124,12 @@ def test_orders_agree_path_by_path():
     x_3, x_2, x_1 = torch.randint(2, (3, 50, 2)).double()
     x_0 = DATA[torch.randint(3, (50,))]
     forward = sum(
-        diffusion.forward_transition(a, t).log_prob(b)
+        diffusion.process.transition(a, t).log_prob(b)
         for t, a, b in ((1, x_0, x_1), (2, x_1, x_2), (3, x_2, x_3))
     )
-    backward = diffusion.terminal_marginal(x_0).log_prob(x_3)
-    backward = backward + diffusion.forward_posterior(x_3, x_0, 3).log_prob(x_2)
-    backward = backward + diffusion.forward_posterior(x_2, x_0, 2).log_prob(x_1)
+    backward = diffusion.process.marginal(x_0, diffusion.schedule.num_timesteps).log_prob(x_3)
+    backward = backward + diffusion.process.posterior(x_3, x_0, 3).log_prob(x_2)
+    backward = backward + diffusion.process.posterior(x_2, x_0, 2).log_prob(x_1)
     torch.testing.assert_close(forward, backward, rtol=0, atol=1e-12)
 
 
@@ -139,12 +140,16 @@ def enumerated_bound(diffusion, copies):
     ways = torch.tensor([float(math.comb(copies, k)) for k in range(copies + 1)])
     ways = ways[counts].prod(1).double()
     x_0 = torch.eye(5, dtype=torch.float64).repeat(1, copies)[0]
-    bound = -kl_divergence(diffusion.terminal_marginal(x_0), diffusion.prior()).item()
+    bound = -kl_divergence(
+        diffusion.process.marginal(x_0, diffusion.schedule.num_timesteps), diffusion.prior()
+    ).item()
     for t in range(1, diffusion.schedule.num_timesteps + 1):
-        share = ways * diffusion.forward_marginal(x_0, t).log_prob(states).exp()
+        share = ways * diffusion.process.marginal(x_0, t).log_prob(states).exp()
         torch.testing.assert_close(share.sum().item(), 1.0)
-        kernel, likelihood = diffusion.reverse(states, torch.tensor(t))
-        posterior = diffusion.forward_posterior(states, x_0, max(t, 2))
+        kernel, likelihood = Steps(diffusion.schedule.num_timesteps).pair(
+            diffusion, states, torch.tensor(t)
+        )
+        posterior = diffusion.process.posterior(states, x_0, max(t, 2))
         terms = likelihood.log_prob(x_0) if t == 1 else -kl_divergence(posterior, kernel)
         bound += (share * terms).sum().item()
     return bound
@@ -203,7 +208,7 @@ def test_float32_keeps_small_changes():
     )
     single, double = (
         kl_divergence(
-            d.forward_posterior(x_t.to(k), x_0.to(k), t), d.denoiser(x_t.to(k), t)
+            d.process.posterior(x_t.to(k), x_0.to(k), t), d.denoiser(x_t.to(k), t)
         ).double()
         for k, d in diffusions.items()
     )
@@ -245,7 +250,7 @@ def test_learned_schedules_are_refused_and_never_claimed_to_be_reparameterised()
     schedule.requires_grad_(False)
     diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(MLP((4,)), schedule, (4,)))
     schedule.requires_grad_(True)
-    assert not diffusion.forward_marginal(torch.zeros(1, 4), 3).has_rsample
+    assert not diffusion.process.marginal(torch.zeros(1, 4), 3).has_rsample
     pair = diffusion.continuous()
     with pytest.raises(ValueError, match="not reparameterised"):
         MinimumVarianceELBO([schedule.interior]).loss_and_grads(

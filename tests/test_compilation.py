@@ -604,6 +604,17 @@ def test_handlers_of_one_address_are_told_apart():
         torch.testing.assert_close(value, expected, check_dtype=False)
 
 
+def test_a_parameter_that_one_operation_takes_twice():
+    """Of w² the gradient is 2w times the slope, and not twice that: the leaf w is found once."""
+    w, x = nn.Parameter(torch.tensor(0.5)), torch.randn(10)
+    pair = pair_of(lambda x: w * w * x)
+    grads = []
+    for loss in (interpreted(*pair, Trace_ELBO()), Trace_ELBO()(*pair)):
+        torch.manual_seed(1)
+        grads += torch.autograd.grad(loss(x), w)
+    torch.testing.assert_close(*grads)
+
+
 def test_replaced_buffers_are_other_graphs_and_refused_inside():
     class Shift(nn.Module):
         def __init__(self, replaces):

@@ -35,7 +35,6 @@ from pyro_diffusion import (
     bound_by_datum,
     elbo_terms,
     evaluate_bound,
-    forward_increment,
     ode_log_likelihood,
     plot_denoised,
     plot_trajectory,
@@ -43,6 +42,7 @@ from pyro_diffusion import (
     summary,
     to_arviz,
 )
+from pyro_diffusion.processes import forward_increment
 
 MEAN = torch.tensor([0.3, -0.5], dtype=torch.float64)
 STD = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_what_has_no_limit_is_refused():
 
 
 def test_share_of_the_reconstruction():
-    law = StratifiedTimesteps(0.25)(math.inf, torch.device("cpu")).expand([4000])
+    law = StratifiedTimesteps(0.25).continuous(torch.device("cpu")).expand([4000])
     u = law.sample()
     assert (u == 0).sum() in range(999, 1002)
     assert ((u >= 0) & (u <= 1)).all()

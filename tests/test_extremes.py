@@ -34,7 +34,6 @@ from pyro_diffusion.likelihoods import (
     PoissonLikelihood,
 )
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.objectives import bound_by_datum
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     LogSNRSchedule,
@@ -42,6 +41,7 @@ from pyro_diffusion.schedules import (
     VarianceExploding,
 )
 from pyro_diffusion.scoring import log_density
+from pyro_diffusion.training.objectives import bound_by_datum
 from pyro_diffusion.transforms import Standardize
 
 

@@ -32,10 +32,10 @@ from pyro_diffusion import (
     NeuralDenoiser,
     PoissonLikelihood,
     Standardize,
-    TopDownEncoder,
     elbo_terms,
     importance_evidence,
 )
+from pyro_diffusion.encoders import TopDownEncoder
 
 # ---------------------------------------------------------------- pinned to a diffusion model
 
@@ -62,10 +62,10 @@ class ForwardPosterior(TopDownEncoder):
         return x
 
     def initial(self, c):
-        return self.kernels[0].terminal_marginal(c)
+        return self.kernels[0].process.marginal(c, self.kernels[0].schedule.num_timesteps)
 
     def transition(self, h, c, t, decoder):
-        return self.kernels[0].forward_posterior(h, c, t)
+        return self.kernels[0].process.posterior(h, c, t)
 
 
 def estimate(diffusion):
@@ -78,7 +78,7 @@ def pinned(diffusion, guide):
     """The hierarchical VAE whose layers are √α_t h, (1−α_t) I and the denoiser's reverse kernels."""
     num_timesteps = diffusion.schedule.num_timesteps
     if guide == "guide":
-        steps = [Step(diffusion.forward_transition, t + 1) for t in range(num_timesteps)]
+        steps = [Step(diffusion.process.transition, t + 1) for t in range(num_timesteps)]
         encoder = BottomUpEncoder.from_layers(steps)
     else:
         encoder = ForwardPosterior(diffusion)

@@ -9,10 +9,10 @@ from oracles import log_normal
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 
-from pyro_diffusion.batches import permuted
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import StratifiedTimesteps
-from pyro_diffusion.parallel import over_ranks, rank_and_size, share
+from pyro_diffusion.training.batches import permuted
+from pyro_diffusion.training.parallel import over_ranks, rank_and_size, share
 
 pytest.importorskip("lightning.pytorch")
 

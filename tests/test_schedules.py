@@ -12,12 +12,15 @@ from pyro.optim import Adam
 from torch import nn
 
 from pyro_diffusion import schedules
-from pyro_diffusion.bernoulli import BernoulliDiffusion, EnumeratedDenoiser
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import NeuralDenoiser, PosteriorVariance
-from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.denoisers import (
+    EnumeratedDenoiser,
+    LevelPrediction,
+    NeuralDenoiser,
+    PosteriorVariance,
+)
+from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
 from pyro_diffusion.networks import MLP
-from pyro_diffusion.parameterizations import LevelPrediction
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -320,7 +323,7 @@ def test_strided_bits():
     terms = elbo_terms(chain.model, chain.guide, data.double(), num_particles=2, analytic_kl=False)
     expected = torch.full((4,), 0.25, dtype=torch.float64).log()
     torch.testing.assert_close(terms.elbo, expected, rtol=0, atol=1e-5)
-    later, same = chain.forward_marginal(data, 2), diffusion.forward_marginal(data, 40)
+    later, same = chain.process.marginal(data, 2), diffusion.process.marginal(data, 40)
     torch.testing.assert_close(later.mean, same.mean)
 
 

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro_diffusion.sequential import _Target
 from torch import nn
 from torch.distributions import MultivariateNormal
 
@@ -29,7 +30,6 @@ from pyro_diffusion import (
     ode_log_likelihood,
     smc_evidence,
 )
-from pyro_diffusion.sequential import _Target
 
 
 def gaussian(num_timesteps, dimension=3):
@@ -211,7 +211,7 @@ def test_probability_of_a_state(t, explode):
     covariance = torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64)
     denoiser = GaussianDenoiser.from_covariance(mean, covariance, schedule)
     diffusion = DiffusionModel(denoiser)
-    x_t = diffusion.forward_marginal(denoiser.data_distribution.sample((6,)), t).sample()
+    x_t = diffusion.process.marginal(denoiser.data_distribution.sample((6,)), t).sample()
     signal, noise = schedule.signal(t), schedule.noise(t)
     law = MultivariateNormal(signal * mean, signal**2 * covariance + noise**2 * torch.eye(2))
     evidence = smc_evidence(diffusion, x_t, num_particles=30, state=t)

@@ -1,5 +1,3 @@
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -115,7 +113,7 @@ def joint(law, world_size, seed=3):
 
 
 @pytest.mark.parametrize(
-    "law", [StratifiedTimesteps()(50, CPU), StratifiedTimesteps()(math.inf, CPU)]
+    "law", [StratifiedTimesteps()(50, CPU), StratifiedTimesteps().continuous(CPU)]
 )
 def test_joint_strata_are_each_hit_once(law):
     handlers, shares = joint(law, 3)

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.chains import TimestepPlate
 from pyro_diffusion.denoisers import GaussianDenoiser, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import MLP
@@ -301,13 +300,6 @@ def test_bad_arguments_are_refused_in_words():
 
     with pytest.raises(ValueError, match="programs without parameters of their own"):
         SVIModule(nothing, nothing, Trace_ELBO(), ADAM)
-    parts = build()
-    alone = TimestepPlate(
-        parts.embed, parts.forward_marginal, parts.forward_posterior, parts.prior, parts.reverse,
-        num_timesteps=1, chain_length=8,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="'validation': got none"):
-        SVIModule(alone.model, alone.guide, TraceMeanField_ELBO(), ADAM)
     module = adapt(build())
     for batch, says in [
         ([torch.zeros(2, 2), torch.zeros(2)], "a list of 2"),

@@ -17,8 +17,6 @@ References:
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from pyro_diffusion.bounds.moments import TermMoments
 from pyro_diffusion.bounds.terms import ELBOTerms
 from pyro_diffusion.bounds.trajectories import trajectory_terms
@@ -30,8 +28,8 @@ __all__ = ["elbo_terms"]
 
 def elbo_terms(
     model: Family | Callable[..., Any],
-    guide: Callable[..., Any] | Tensor | None = None,
-    x_0: Tensor | None = None,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     num_particles: int = 8,
     analytic_kl: bool | None = None,

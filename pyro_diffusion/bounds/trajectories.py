@@ -12,6 +12,8 @@ A KL is legal where the guide runs in the model's order, for only then both cond
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -99,12 +101,10 @@ def trajectory_terms(
         reader = _Reader(model, guide, analytic_kl, keep, bar, num_chunks)
         for start in range(0, len(x_0), chunk_data):
             rows = slice(start, start + chunk_data)
-            data, parts = together(lambda x, rows=rows: x[rows], x_0, given)
+            data, parts = together(itemgetter(rows), x_0, given)
             for first in range(0, num_particles, chunk_particles):
                 times = min(chunk_particles, num_particles - first)
-                sites = reader.read(
-                    *together(lambda x, times=times: repeated(x, times), data, parts)
-                )
+                sites = reader.read(*together(partial(repeated, times=times), data, parts))
                 yield start, sites.by_particle((times, len(data)))
 
 

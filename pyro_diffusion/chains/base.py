@@ -99,6 +99,8 @@ class Program(nn.Module):
         below: Path below the owner to the parameters that this program trains.
     """
 
+    owner: Any
+
     def __init__(
         self, num_timesteps: Any, parts: dict[str, Any], owner: ParamScope | None, below: str = ""
     ) -> None:

@@ -159,7 +159,7 @@ class Denoiser(nn.Module, ABC):
             )
         return given
 
-    def check_state(self, x_t: Tensor) -> torch.Size:
+    def batch_shape(self, x_t: Tensor) -> torch.Size:
         """The batch shape of states, if they have the event shape."""
         batch_dim = x_t.dim() - self.event_dim
         if batch_dim < 0 or x_t.shape[batch_dim:] != self.event_shape:

@@ -60,7 +60,7 @@ class BernoulliDenoiser(Denoiser, ABC):
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
-        self.check_state(x_t)
+        self.batch_shape(x_t)
         logits = self.logits(x_t, log_snr, **Given(None, context, null).of_kernels())
         return Denoised(logits.sigmoid(), logits)
 
@@ -133,7 +133,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
             self.network,
             spins,
             log_snr,
-            self.check_state(x_t),
+            self.batch_shape(x_t),
             self.event_shape,
             needed_by="a chain of bits, one number for each,",
             context=context,

@@ -108,7 +108,7 @@ class GaussianDenoiser(Denoiser):
         return self._gaussian(self.mean, self.variance)
 
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
-        self.check_state(x_t)
+        self.batch_shape(x_t)
         signal, noise = (
             pad(s, self.missing_dim, torch.float64) for s in self.schedule.scales(log_snr)
         )
@@ -211,7 +211,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return self._mixture(self.log_weights, self.means, self.variances)
 
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
-        self.check_state(x_t)
+        self.batch_shape(x_t)
         log_r, x_0_hats = self._components(x_t, *self.schedule.scales(log_snr))
         r = pad(log_r.exp(), self.event_dim, x_t.dtype)
         return Denoised((r * x_0_hats).sum(-self.event_dim - 1))

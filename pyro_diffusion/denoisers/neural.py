@@ -76,7 +76,7 @@ class NeuralDenoiser(Denoiser):
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
-        batch_shape = self.check_state(x_t)
+        batch_shape = self.batch_shape(x_t)
         # The chain of unit variance with the same log-SNR: what the network sees, on any scale.
         signal, noise = self.schedule.scales(log_snr)
         scale = (signal**2 + noise**2).sqrt()

@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.bounds import ROWS
 from pyro_diffusion.checks import check_count, check_data
 from pyro_diffusion.diagnostics.recording import (
-    Pair,
     Record,
     as_numpy,
     joined,
-    programs,
-    repeated,
 )
+from pyro_diffusion.family import Pair, programs
+from pyro_diffusion.given import repeated
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.walk import ROWS
 
 __all__ = ["active_units", "randomized_pit", "simulation_based_calibration"]
 

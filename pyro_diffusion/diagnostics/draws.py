@@ -19,24 +19,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.bounds import ROWS, ELBOTerms, TermMoments, join_chunks, trajectory_terms
+from pyro_diffusion.bounds import ELBOTerms, TermMoments, join_chunks, trajectory_terms
 from pyro_diffusion.checks import check_count, check_timesteps
 from pyro_diffusion.diagnostics.recording import (
     DRAWS,
     Held,
-    Pair,
     Record,
     as_numpy,
     dataset,
     joined,
-    programs,
     states_dataset,
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
-from pyro_diffusion.family import Family
+from pyro_diffusion.family import Family, Pair, programs
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.walk import ROWS
 
 if TYPE_CHECKING:
     import xarray

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.family import Family
+from pyro_diffusion.given import repeated
 
 if TYPE_CHECKING:
     import xarray
@@ -21,29 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DRAWS",
     "Held",
-    "Pair",
     "Record",
     "as_numpy",
     "dataset",
     "joined",
-    "programs",
-    "repeated",
     "states_dataset",
 ]
-
-Pair = Family | tuple[Callable[..., Any], Callable[..., Any]]
-
-
-def programs(family: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Model and guide. A family's guide is the one in the model's order, if it has one."""
-    if isinstance(family, Family):
-        return family.model, getattr(family, "posterior_guide", family.guide)
-    if isinstance(family, tuple | list) and len(family) == 2 and all(map(callable, family)):
-        return family[0], family[1]
-    raise ValueError(
-        f"argument 'family': got a {type(family).__name__}; expected a DiffusionModel, a HierarchicalVAE or "
-        "a pair of programs. Pass (model, guide)."
-    )
 
 
 class Record(Messenger):
@@ -112,11 +95,6 @@ class Held(Messenger):
             value = self.states[msg["name"]]
             msg["value"] = value.movedim(0, value.dim() - msg["fn"].event_dim - 1)
             msg["done"] = True
-
-
-def repeated(x: Tensor, particles: int) -> Tensor:
-    """The rows of ``x`` once for each particle, shape ``(particles * N, …)``; particles change slowest."""
-    return x.repeat(particles, *(1,) * (x.dim() - 1))
 
 
 def joined(chunks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:

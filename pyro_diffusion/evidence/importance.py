@@ -36,8 +36,8 @@ __all__ = ["importance_evidence"]
 
 def importance_evidence(
     model: Family | Callable[..., Any],
-    guide: Callable[..., Any] | Tensor | None = None,
-    x_0: Tensor | None = None,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     num_particles: int,
     state: int = 0,
@@ -82,10 +82,10 @@ def importance_evidence(
         ... ).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
-    if state != 0 and isinstance(model, Family):
-        model, guide, x_0 = model.model, model.guide, guide if x_0 is None else x_0
+    family = model
     model, guide, x_0 = unpacked(model, guide, x_0)
     if state != 0:
+        guide = family.guide if isinstance(family, Family) else guide
         model, guide = _check_chains(model, guide, state, given)
         if state == model.num_timesteps:
             return at_the_end(model.prior(), x_0, num_particles)

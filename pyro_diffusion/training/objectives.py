@@ -1,9 +1,11 @@
 r"""What to train on besides the bound itself: KL warm-up, free bits, and the bound's own variance.
 
-Left alone, upper levels of a hierarchy tend to fall silent early in training, their KL at zero, and stay
-so. Two usual remedies change the *objective*, never the bound that is reported:
-:func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do. The interior of a learned
-schedule has no share in the bound of a long chain, and is trained for the variance of its estimator.
+The upper levels of a hierarchy often become inactive early in training: their KL falls to zero and stays
+there. Two usual remedies, KL warm-up and free bits, change the *objective*. They never change the bound that
+is reported, because :func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do.
+
+The bound of a long chain does not depend on the interior of a learned schedule. The interior is therefore
+trained to reduce the variance of the bound's estimate.
 
 References:
     Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.3. https://arxiv.org/abs/1602.02282
@@ -18,21 +20,23 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
+
+from pyro_diffusion.scoring import log_density, replayed, score
 
 __all__ = ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO", "bound_by_datum"]
+
+_WARMUP = "Pass min(1.0, step / num_steps) for a linear warm-up."
 
 
 class KLWarmup(Messenger):
     r"""Scale the terms of latent sites: :math:`E \log p(x_0 \mid x_1) - \sum_t \beta_t L_t`.
 
-    A handler, for any model and guide; it goes around a step of training, so that it holds for both
+    It is a handler for any model and guide. Put it around a step of training, so that it holds for both
     programs::
 
         for step in range(10_000):
@@ -40,24 +44,25 @@ class KLWarmup(Messenger):
                 svi.step(x_0)
 
     Args:
-        scale: :math:`\beta`, one for all latent sites, or one for each by name (a site that is not named
-            keeps its own); a zero leaves its term out.
+        scale: :math:`\beta`, one for all latent sites, or one for each by name. A site that is not named
+            keeps its own scale. A zero leaves the term out.
 
     Raises:
-        ValueError: A scale that is negative or not a number, the name of a site that is not there, or a
-            program that is traced once and for all, as a ``Jit…ELBO`` does: the scale would stay in it.
+        ValueError: A scale that is negative or not a number, or the name of a site that is not there. Also a
+            program that is traced once for all steps, as by a ``Jit…ELBO``: the scale would stay in it.
     """
 
     def __init__(self, scale: float | Mapping[str, float]) -> None:
         super().__init__()
-        if isinstance(scale, Mapping):
-            self.scale: Any = {site: _check_scale(value, site) for site, value in scale.items()}
-        else:
-            self.scale = _check_scale(scale, "every latent site")
+        self.scale: Any = (
+            {x: _at_least_zero("scale", beta, _WARMUP, f" for {x}") for x, beta in scale.items()}
+            if isinstance(scale, Mapping)
+            else _at_least_zero("scale", scale, _WARMUP, " for every latent site")
+        )
         self._seen: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
+        if not _is_latent(msg):
             return
         if torch._C._get_tracing_state():
             raise ValueError(
@@ -66,10 +71,9 @@ class KLWarmup(Messenger):
                 "TraceMeanField_ELBO."
             )
         self._seen.add(msg["name"])
-        scale = self.scale
-        if isinstance(scale, Mapping):
-            scale = scale.get(msg["name"], 1.0)
-        msg["scale"] = msg["scale"] * scale
+        msg["scale"] = msg["scale"] * (
+            self.scale.get(msg["name"], 1.0) if isinstance(self.scale, Mapping) else self.scale
+        )
 
     def __exit__(self, *exception: Any) -> Any:
         super().__exit__(*exception)
@@ -82,15 +86,14 @@ class KLWarmup(Messenger):
             )
 
 
-def _check_scale(value: Any, site: str) -> float:
+def _at_least_zero(argument: str, value: Any, remedy: str, where: str = "") -> float:
     try:
-        number = float(value) if not isinstance(value, str) else math.nan
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise ValueError(
-            f"argument 'scale': got {value!r} for {site}; expected a number of at least 0. Pass "
-            "min(1.0, step / num_steps) for a linear warm-up."
+            f"argument {argument!r}: got {value!r}{where}; expected a number of at least 0. {remedy}"
         )
     return number
 
@@ -102,32 +105,32 @@ class FreeBitsELBO(TraceMeanField_ELBO):
         E \log p(x_0 \mid x_1) - \sum_t \max\Big(\lambda,\;
             \frac1N \sum_{n=1}^N \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big)\Big),
 
-    the mean being over the batch (and over vectorised particles; of particles drawn in turn each has a
-    floor of its own). A level whose KL is below :math:`\lambda` is not pushed further down. A site in a
-    plate of its own inside that of the data has :math:`\lambda` for each entry of that plate.
+    where the mean is over the batch. Vectorised particles are part of the mean; particles that are drawn one
+    after another each have a floor of their own. A level whose KL is below :math:`\lambda` is not pushed
+    further down. A site in a plate of its own, inside the data plate, has :math:`\lambda` for each entry of
+    that plate.
 
     Args:
         free_nats: :math:`\lambda`, nats for each level and datum.
         arguments: Of ``TraceMeanField_ELBO``.
 
     Raises:
-        ValueError: A negative :math:`\lambda`; from a step, a site without an analytic KL, as those of a
-            bottom-up guide are.
+        ValueError: A negative :math:`\lambda`. From a step: a site without an analytic KL. The sites of a
+            bottom-up guide have none.
     """
 
     def __init__(self, free_nats: float, **arguments: Any) -> None:
         super().__init__(**arguments)
-        if not isinstance(free_nats, int | float) or not 0 <= free_nats < float("inf"):
-            raise ValueError(
-                f"argument 'free_nats': got {free_nats!r}; expected a number of at least 0, the nats of KL "
-                "that each level has for nothing. Multiply bits by ln 2."
-            )
-        self.free_nats = free_nats
+        self.free_nats = _at_least_zero(
+            "free_nats",
+            free_nats,
+            "It is the KL in nats that each level has without a cost: multiply bits by ln 2.",
+        )
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         for name, p in model_trace.nodes.items():
-            if p["type"] == "sample" and not p["is_observed"] and not site_is_subsample(p):
+            if _is_latent(p):
                 shortfall = self._shortfall(name, p["fn"], guide_trace.nodes[name])
                 surrogate = surrogate + shortfall
                 loss = loss + shortfall.item()
@@ -135,14 +138,13 @@ class FreeBitsELBO(TraceMeanField_ELBO):
 
     def _shortfall(self, name: str, p: Any, q: Any) -> Tensor:
         r""":math:`\max(\lambda, \mathrm{KL}) - \mathrm{KL}`, summed over the batch."""
-        try:
-            kl = kl_divergence(q["fn"], p)
-        except NotImplementedError as error:
+        kl = score(q["fn"], p).kl
+        if kl is None:
             raise ValueError(
                 f"site {name!r}: got no formula for the KL of {type(q['fn']).__name__} and "
-                f"{type(p).__name__}; expected one, for free bits are a floor under it. Use Gaussian layers, "
-                "or KLWarmup."
-            ) from error
+                f"{type(p).__name__}; expected one, because free bits are a floor under it. Use Gaussian "
+                "layers, or KLWarmup."
+            )
         floor = torch.full_like(kl, self.free_nats)
         kl, floor = (scale_and_mask(x, scale=q["scale"], mask=q["mask"]) for x in (kl, floor))
         return (floor.sum() - kl.sum()).clamp(min=0)
@@ -155,12 +157,14 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
         \theta \leftarrow \nabla_\theta\, E\, \hat L, \qquad
         \eta \leftarrow -\nabla_\eta\, \tfrac12 \log \frac1N \sum_{n=1}^N \hat L_n^2,
 
-    :math:`\hat L_n` one draw of the bound of a datum. The bound of a long chain does not depend on the
-    interior :math:`\eta` of its schedule, so that the mean of the squares falls as the variance does (the
-    logarithm is there for optimisers that mind the scale of a gradient). For a continuous pair, and in good
-    approximation for a long chain: of a short one the bound itself depends on :math:`\eta`. It is least where
-    :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, :math:`\ell` the bound's rate in the log-SNR. It takes
-    one more backward pass a step::
+    where :math:`\hat L_n` is one draw of the bound of a datum. The bound of a long chain does not depend on
+    the interior :math:`\eta` of its schedule, so the mean of the squares falls when the variance falls. This
+    is exact for a continuous pair and a good approximation for a long chain. It does not hold for a short
+    chain, whose bound depends on :math:`\eta`. The logarithm is there for optimisers that depend on the scale
+    of a gradient.
+
+    The variance is smallest where :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, with :math:`\ell` the
+    bound's rate in the log-SNR. A step takes one more backward pass::
 
         elbo = MinimumVarianceELBO([schedule.interior])
         svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-2}), elbo)
@@ -171,15 +175,18 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
         arguments: Of ``TraceMeanField_ELBO``.
 
     Raises:
-        ValueError: No parameters; from a step, sites outside a data plate at dim −1, or a parameter that the
+        ValueError: No parameters. From a step: sites outside a data plate at dim −1, a parameter that the
             bound does not depend on, or draws that are not reparameterised.
     """
 
     def __init__(self, parameters: Iterable[Tensor], **arguments: Any) -> None:
         super().__init__(**arguments)
-        # A tensor is an iterable, too, of its rows.
-        proper = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
-        self.parameters = list(parameters) if proper else []
+        # A tensor is an iterable too: of its rows.
+        self.parameters = (
+            list(parameters)
+            if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
+            else []
+        )
         if not self.parameters or not all(
             isinstance(p, Tensor) and p.is_leaf for p in self.parameters
         ):
@@ -189,7 +196,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
             )
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, minus the bound; gradients of it, and of the squares, are added to the parameters'."""
+        """The loss, minus the bound. Adds its gradients, and those of the squares, to the parameters'."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             _check_reparameterised(guide_trace)
@@ -216,10 +223,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
 def _check_reparameterised(guide_trace: Any) -> None:
     for name, site in guide_trace.nodes.items():
-        latent = (
-            site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-        )
-        if latent and not site["fn"].has_rsample:
+        if _is_latent(site) and not site["fn"].has_rsample:
             raise ValueError(
                 f"site {name!r}: got draws of a {type(site['fn']).__name__}, which are not reparameterised; "
                 "expected draws that have a gradient, of which that of the variance is made. Use a schedule "
@@ -227,12 +231,16 @@ def _check_reparameterised(guide_trace: Any) -> None:
             )
 
 
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
 def bound_by_datum(
     model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
 ) -> Tensor:
     r"""One draw of the bound of every datum, :math:`\hat L_n`: what ``TraceMeanField_ELBO`` adds up.
 
-    For any pair, a subsampled one included, with analytic KLs where there is a formula.
+    It takes any pair, a subsampled one included. KLs are analytic where they have a formula.
 
     Args:
         model: Program for :math:`p`, called as ``model(x_0)``.
@@ -241,13 +249,12 @@ def bound_by_datum(
         given: Other arguments of both programs.
 
     Returns:
-        Shape ``(N,)``, nats; a mean over data has the spread of these over :math:`\sqrt N` as its error.
+        Float64 nats, ``(N,)``. Their standard deviation over :math:`\sqrt N` is the error of their mean.
 
     Raises:
         ValueError: A site outside of a data plate at dim −1.
     """
-    drawn = poutine.trace(guide).get_trace(x_0, **given)
-    scored = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(x_0, **given)
+    drawn, scored = replayed(model, guide, x_0, **given)
     return _bound_of_data(scored, drawn)
 
 
@@ -258,13 +265,10 @@ def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
         if p["type"] != "sample" or site_is_subsample(p):
             continue
         if p["is_observed"]:
-            term = scale_and_mask(p["fn"].log_prob(p["value"]), p["scale"], p["mask"])
+            term = scale_and_mask(log_density(p["fn"], p["value"]), p["scale"], p["mask"])
         else:
             q = guide_trace.nodes[name]
-            try:
-                kl = kl_divergence(q["fn"], p["fn"])
-            except NotImplementedError:  # no formula
-                kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+            kl = score(q["fn"], p["fn"], q["value"]).term
             term = -scale_and_mask(kl, q["scale"], q["mask"])
         if not any(plate.vectorized and plate.dim == -1 for plate in p["cond_indep_stack"]):
             raise ValueError(

@@ -3,16 +3,16 @@ r"""Data that need not fit into memory, in batches: an array on disk, shared out
 An array is anything of rows that takes a numpy array of row numbers: ``np.load(path, mmap_mode="r")``,
 a ``np.memmap``, an array, a tensor. Only the rows of a batch are read. No list of row numbers is made: the
 order of a pass is a permutation :math:`\pi` of :math:`\{0, …, N - 1\}` that is *computed*, row number by
-row number, with a key from the seed and the number of the pass. It takes no memory at any :math:`N`, and
-where a run stands in the data is said by two numbers, whatever the number of processes.
+row number, with a key from the seed and the number of the pass. It takes no memory at any :math:`N`. Two
+numbers, the pass and the rows taken from it, say where a run stands, whatever the number of processes.
 
 The permutation is a Feistel network: a row number is cut into halves of :math:`b` bits, and each round
 
 .. math::
     (\ell, r) \leftarrow (r,\ \ell \oplus (h(r + k_i) \bmod 2^b))
 
-can be undone, whatever the hash :math:`h`. It permutes :math:`\{0, …, 4^b - 1\}`; a number that falls
-outside of :math:`\{0, …, N - 1\}` is sent through again, until it falls inside.
+can be undone, whatever the hash :math:`h`. The rounds together permute :math:`\{0, …, 4^b - 1\}`. A number
+that falls outside of :math:`\{0, …, N - 1\}` is sent through them again, until it falls inside.
 
 References:
     How to Construct Pseudorandom Permutations from Pseudorandom Functions (Luby and Rackoff, 1988).
@@ -29,39 +29,40 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from pyro_diffusion.parallel import rank_and_size, share
+from pyro_diffusion.checks import check_count
+from pyro_diffusion.training.parallel import common_length, rank_and_size, share
 
-__all__ = ["OrderedBatches", "ShuffledBatches", "permuted"]
+__all__ = ["OrderedBatches", "ShuffledBatches", "check_shares", "permuted", "split_batch"]
 
-_ROUNDS = 8  # four are pseudo-random in theory, for large halves; ten rows want more
+_ROUNDS = 8  # four suffice in theory, for large halves; an order of ten rows needs more
 
 
 class Batches(ABC):
-    """Batches of this rank's rows of an array, and how many there are; the same number on every rank.
+    """Batches of this rank's rows of an array. Every rank has the same number of batches.
 
     Args:
-        data: Array of ``N`` rows, or several of as many by the programs' arguments
+        data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
             (``{"x_0": …, "mask": …}``).
         batch_size: Rows in a batch, on each rank.
     """
 
     def __init__(self, data: Any, batch_size: int) -> None:
-        arrays = data if isinstance(data, Mapping) else {"x_0": data}
-        lengths = {len(array) for array in arrays.values()}
-        if len(lengths) != 1 or lengths == {0}:
-            got = " and ".join(map(str, sorted(lengths))) or "no"
-            raise ValueError(
-                f"argument 'data': got {got} rows; expected as many in each array, at least one. Pass an "
-                'array, or arrays by the names of the programs\' arguments, {"x_0": …, "mask": …}.'
-            )
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(
-                f"argument 'batch_size': got {batch_size!r}; expected a whole number of at least 1, the rows "
-                "that each process reads at a time. 256 suits small networks."
-            )
-        self.data, self.batch_size = data, int(batch_size)
-        self.num_data = lengths.pop()
+        arrays = list(data.values()) if isinstance(data, Mapping) else [data]
+        self.data = data
+        self.num_data = common_length(
+            [len(array) for array in arrays],
+            'Pass an array, or arrays by the names of the programs\' arguments, {"x_0": …, "mask": …}.',
+        )
+        self.batch_size = check_count(
+            "batch_size",
+            batch_size,
+            1,
+            "256 suits small networks.",
+            "the rows that each process reads at a time",
+        )
 
     @abstractmethod
     def __len__(self) -> int:
@@ -78,16 +79,16 @@ class Batches(ABC):
 
 
 class ShuffledBatches(Batches):
-    r"""Batches for training: every pass in another order, which the seed determines.
+    r"""Batches for training: every pass has another order, which the seed determines.
 
-    A batch of all :math:`W` ranks is the next :math:`W n` rows in the order of the pass, of which each rank
-    has :math:`n`; the last ``N mod W n`` rows of an order are left out. An iteration goes on where the last
-    one stood: it is the rest of a pass, or the next pass. Lightning takes the object as a training
-    dataloader, calls ``set_epoch``, and writes the position into its checkpoints: exactly the batches that
-    were trained on.
+    A batch of all :math:`W` ranks is the next :math:`W n` rows in the order of the pass, and each rank has
+    :math:`n` of them. The last ``N mod W n`` rows of an order are left out. An iteration continues where the
+    last one stopped: it is the rest of a pass, or the next pass. Lightning takes the object as a training
+    dataloader, calls ``set_epoch``, and writes the position into its checkpoints. A run that is resumed
+    therefore continues after exactly those batches that it was trained on.
 
     Args:
-        data: Array of ``N`` rows, or several of as many by the programs' arguments
+        data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
             (``{"x_0": …, "mask": …}``).
         batch_size: Rows in a batch :math:`n`, on each rank.
         seed: Seed of the orders, the same on every rank.
@@ -97,8 +98,8 @@ class ShuffledBatches(Batches):
         taken: Rows of the pass that were taken, by all ranks together.
 
     Raises:
-        ValueError: Arrays of different lengths, or fewer rows than a batch of all ranks has; from
-            ``load_state_dict``, a position in other data or in another order.
+        ValueError: Arrays of different lengths, or fewer rows than a batch of all ranks has. From
+            ``load_state_dict``: a position in other data or in another order.
 
     Example:
         >>> batches = ShuffledBatches(torch.arange(5.0), batch_size=2)
@@ -112,7 +113,7 @@ class ShuffledBatches(Batches):
 
     @property
     def sampler(self) -> Self:
-        """Whose ``set_epoch`` Lightning calls when an epoch begins."""
+        """The object itself: Lightning calls ``sampler.set_epoch`` when an epoch begins."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -121,7 +122,7 @@ class ShuffledBatches(Batches):
             self.epoch, self.taken = epoch, 0
 
     def rewind(self) -> None:
-        """Go to where a run begins."""
+        """Go to the first batch of the first pass."""
         self.epoch, self.taken = 0, 0
 
     def __len__(self) -> int:
@@ -149,14 +150,15 @@ class ShuffledBatches(Batches):
         return self.batch_size * rank_and_size()[1]
 
     def state_dict(self) -> dict[str, int]:
-        """The position, and what it is a position in."""
+        """The position, with the seed, the number of rows and the step that it depends on."""
         position = {name: getattr(self, name) for name in ("epoch", "taken", "seed", "num_data")}
         return position | {"step": self._step}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from a position in the same data, in steps of as many rows of all ranks together."""
+        """Continue from a position in the same data, with as many rows a step on all ranks together."""
         ours = self.state_dict()
-        for name in ("seed", "num_data", "step"):  # of another step, Lightning would count on amiss
+        # With another step, Lightning's count of batches would be wrong.
+        for name in ("seed", "num_data", "step"):
             if state_dict.get(name) != ours[name]:
                 raise ValueError(
                     f"argument 'state_dict': got a position in data with {name} {state_dict.get(name)}; "
@@ -169,12 +171,13 @@ class ShuffledBatches(Batches):
 class OrderedBatches(Batches):
     r"""Batches for validation, testing and evaluation: every row once, in order, on one rank alone.
 
-    Each rank has a contiguous share (:func:`~pyro_diffusion.parallel.share`). All ranks have as many
-    batches, so that none waits for another in vain: a batch can be a row short, or empty, and
-    :class:`~pyro_diffusion.training.SVIModule` passes over empty ones.
+    Each rank has a contiguous share (:func:`~pyro_diffusion.training.parallel.share`). All ranks have the
+    same number of batches, so that none waits for a batch that another does not have. A batch can therefore
+    be a row short, or empty. :class:`~pyro_diffusion.training.lightning_module.SVIModule` passes over empty
+    ones.
 
     Args:
-        data: Array of ``N`` rows, or several of as many by the programs' arguments
+        data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
             (``{"x_0": …, "mask": …}``).
         batch_size: Rows in a batch, at most, on each rank.
 
@@ -197,8 +200,38 @@ class OrderedBatches(Batches):
             yield self._read(slice(start, min(start + self.batch_size, rows.stop)))
 
 
+def split_batch(batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    """A batch of any loader as data, and the other arguments of the programs by name."""
+    if isinstance(batch, Mapping) and "x_0" in batch:
+        return batch["x_0"], {name: value for name, value in batch.items() if name != "x_0"}
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ValueError(
+            f"argument 'batch': got a {type(batch).__name__}{size}; expected a tensor of data, one tensor "
+            'in a list, or a dictionary with "x_0". Name further arguments: {"x_0": x_0, "mask": mask}.'
+        )
+    return batch, {}
+
+
+def check_shares(stage: str, loaders: Any) -> None:
+    """Raise a ``ValueError`` if several ranks would read the same data."""
+    world_size = rank_and_size()[1]
+    loaders = [x for x in pytree.tree_leaves(loaders) if isinstance(x, DataLoader)]
+    for loader in loaders if world_size > 1 else []:
+        sampler, num_data = loader.sampler, len(loader.dataset)
+        padded = isinstance(sampler, DistributedSampler) and sampler.total_size > num_data
+        if padded or isinstance(sampler, SequentialSampler | RandomSampler):
+            raise ValueError(
+                f"{stage} data: got a DataLoader with a {type(sampler).__name__}, which reads some of "
+                f"{num_data} data more than once on {world_size} ranks; expected each of them once, on one "
+                "rank. Pass OrderedBatches(data, batch_size) as the dataloader."
+            )
+
+
 def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
-    r"""What stands at some places of a random order of :math:`\{0, …, N - 1\}`.
+    r"""The row numbers at some places of a random order of :math:`\{0, …, N - 1\}`.
 
     Args:
         places: Places in the order, whole numbers in {0 … N − 1}.
@@ -233,7 +266,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 
 def _rows_of(array: Any, rows: np.ndarray | slice) -> Tensor:
-    """Rows as a tensor of their own, of which nothing stays on disk."""
+    """Rows as a tensor in memory of its own."""
     if isinstance(array, Tensor):
         return array[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
     return torch.from_numpy(np.array(array[rows]))

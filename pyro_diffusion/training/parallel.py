@@ -1,14 +1,14 @@
-r"""Work shared out among processes: each rank has a contiguous share of the data, all get the whole result.
+r"""Work shared out among processes: each rank has a share of the data, and all ranks get the whole result.
 
 Of :math:`N` data and :math:`W` ranks, rank :math:`r` works on the rows
 
 .. math::
     \lfloor r N / W \rfloor, …, \lfloor (r + 1) N / W \rfloor - 1,
 
-and the results are joined in the order of ranks, which is that of the data: every datum once, whether
-or not :math:`W` divides :math:`N`. The processes are those of ``torch.distributed``, however they were
-started (``torchrun``, Lightning's Trainer); where it was not initialised there is one, and all is as if
-this module was not there.
+and the results are joined in the order of ranks, which is the order of the data. Every datum counts once,
+whether or not :math:`W` divides :math:`N`. The processes are those of ``torch.distributed``, whatever
+started them (``torchrun``, Lightning's Trainer). Where it was not initialised there is one process, which is
+rank 0 of one and has all the data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["agreed_seed", "gather", "over_ranks", "rank_and_size", "share"]
+__all__ = ["agreed_seed", "common_length", "gather", "over_ranks", "rank_and_size", "share"]
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -36,7 +36,7 @@ def share(count: int) -> slice:
 
 
 def gather(thing: Any) -> list[Any]:
-    """What every rank has, in the order of ranks, on every rank; all of them must call it.
+    """The things of all ranks, in the order of ranks. Every rank must call it, and gets the same list.
 
     Tensors travel through CPU memory, whatever the backend, and stay there.
     """
@@ -49,26 +49,36 @@ def gather(thing: Any) -> list[Any]:
 
 
 def agreed_seed() -> int:
-    """A number from the torch generator of rank 0, the same on every rank; all of them must call it."""
+    """A number from the torch generator of rank 0, the same on every rank. Every rank must call it."""
     return gather(int(torch.randint(2**62, ())))[0]
+
+
+def common_length(lengths: Sequence[int], remedy: str) -> int:
+    """The number of rows of several arrays, if it is the same for all and positive."""
+    if not lengths or len(set(lengths)) > 1 or lengths[0] < 1:
+        raise ValueError(
+            f"argument 'data': got {' and '.join(map(str, lengths)) or 'no'} rows; expected as many in "
+            f"each, at least one. {remedy}"
+        )
+    return lengths[0]
 
 
 def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
     """Call a function on this rank's share of the data, and join the results of all ranks.
 
     Every rank calls it with the same data and gets the same result. On one process it is
-    ``function(*data)``. On several each rank draws its own noise, seeded by a number from rank 0's
-    generator, and the generators go on from where they were.
+    ``function(*data)``. On several, each rank draws its own noise, seeded by a number from rank 0's
+    generator. Afterwards the generators continue from where they were.
 
     Args:
-        function: Called with this rank's rows of each, or with its part of a count. Returns a
-            tensor of one row for each datum; or a named tuple whose tensors have the data in their last
-            dimension: :class:`~pyro_diffusion.bounds.ELBOTerms` and
-            :class:`~pyro_diffusion.evidence.Evidence` are.
-        data: Tensors or arrays (on disk, too) of ``N`` rows each, or the number ``N`` of data to draw.
+        function: Called with this rank's rows of each, or with its part of a count. It returns a tensor
+            with one row for each datum, or a named tuple whose tensors have the data in their last
+            dimension, such as :class:`~pyro_diffusion.bounds.ELBOTerms` and
+            :class:`~pyro_diffusion.evidence.Evidence`.
+        data: Tensors or arrays (also on disk) of ``N`` rows each, or the number ``N`` of data to draw.
 
     Returns:
-        What ``function`` returns, for all ``N``: on this rank's device, in the order of the data. Under
+        What ``function`` returns, for all ``N``, on this rank's device and in the order of the data. Under
         a mask ``event_size`` is averaged over data.
 
     Raises:
@@ -84,7 +94,8 @@ def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
         >>> over_ranks(diffusion.sample, 16).shape
         torch.Size([16, 2])
     """
-    count = _count(data)
+    remedy = "Pass tensors with the data in front, or how many data to draw."
+    count = common_length([x if isinstance(x, int) else len(x) for x in data], remedy)
     if rank_and_size()[1] == 1:
         return function(*data)
     rows = share(count)
@@ -107,23 +118,13 @@ def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
     return _joined(values, sizes, devices[0])
 
 
-def _count(data: Sequence[Any]) -> int:
-    counts = [x if isinstance(x, int) else len(x) for x in data]
-    if not counts or len(set(counts)) > 1 or counts[0] < 1:
-        raise ValueError(
-            f"argument 'data': got {' and '.join(map(str, counts)) or 'no'} rows; expected as many in "
-            "each, at least one. Pass tensors with the data in front, or how many data to draw."
-        )
-    return counts[0]
-
-
 def _part(x: Any, rows: slice) -> Any:
     return rows.stop - rows.start if isinstance(x, int) else x[rows]
 
 
 @contextmanager
 def _noise_of_its_own() -> Iterator[None]:
-    """Draw other numbers on every rank, and let the generators go on from where they were."""
+    """Draw different numbers on every rank, and leave the generators where they were."""
     seed = agreed_seed()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
@@ -131,17 +132,14 @@ def _noise_of_its_own() -> Iterator[None]:
         yield
 
 
-def _fields(value: Any) -> tuple[Any, ...]:
-    """A tensor alone, or the fields of a named tuple."""
-    return value if isinstance(value, tuple) else (value,)
-
-
 def _device_type(value: Any) -> str:
-    return next((x.device.type for x in _fields(value) if isinstance(x, Tensor)), "cpu")
+    """The device of a tensor, or of the first tensor in a named tuple."""
+    fields = value if isinstance(value, tuple) else (value,)
+    return next((x.device.type for x in fields if isinstance(x, Tensor)), "cpu")
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy to be sent: of a view the rows, and not the whole storage."""
+    """A copy to be sent. Of a view it has the rows only, and not the whole storage."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return type(value)(*map(_on_cpu, value)) if hasattr(value, "_fields") else value
@@ -159,12 +157,16 @@ def _joined(values: Sequence[Any], sizes: Sequence[int], device: str) -> Any:
             "expected a tensor with a row for each datum, or a named tuple such as ELBOTerms. Return what is "
             "known of each datum, and take means of the joined result."
         )
-    fields = zip(first._fields, zip(*values, strict=True), strict=True)
-    return type(first)(*(_joined_field(name, field, sizes, device) for name, field in fields))
+    return type(first)(
+        *(
+            _joined_field(name, parts, sizes, device)
+            for name, parts in zip(first._fields, zip(*values, strict=True), strict=True)
+        )
+    )
 
 
 def _joined_field(name: str, parts: Sequence[Any], sizes: Sequence[int], device: str) -> Any:
-    """Tensors with the data in the last dimension; words; a number that is the same, or a mean over data."""
+    """Join tensors along the data; keep what is the same on all ranks; average ``event_size`` over data."""
     first = parts[0]
     if isinstance(first, Tensor):
         if _lengths(parts, -1) == list(sizes):

@@ -1,0 +1,87 @@
+r"""Names of version 0.1 that have moved: they work for one more version, with a warning that says where to.
+
+Modules that are no more are put beside the package's own by :func:`keep_modules`, as modules that forward.
+A package asks :func:`forwarded` for the names that have left it.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+__all__ = ["forwarded", "keep_modules"]
+
+PACKAGE = "pyro_diffusion"
+
+#: Modules of version 0.1, and the rooms where their names are now.
+MODULES: Mapping[str, Sequence[str]] = {
+    "batches": ("training.batches",),
+    "bernoulli": ("denoisers", "diffusion", "distributions", "processes.bernoulli"),
+    "compilation": ("training.compilation",),
+    "draws": ("diagnostics.draws", "diagnostics.recording", "family"),
+    "evaluation": ("bounds",),
+    "families": ("family",),
+    "flow": ("evidence",),
+    "kernels": ("processes", "processes.gaussian", "processes.base", "distributions"),
+    "objectives": ("training.objectives",),
+    "observations": ("checks", "given"),
+    "parallel": ("training.parallel",),
+    "parameterizations": ("denoisers", "likelihoods", "checks"),
+    "report": ("evidence",),
+    "sequential": ("evidence",),
+    "store": ("params", "networks"),
+    "timesteps": ("chains", "distributions"),
+    "variances": ("denoisers", "denoisers.variances"),
+}
+
+
+class _Moved(ModuleType):
+    """A module that is no more: its names are looked up in the rooms where they are now."""
+
+    def __init__(self, name: str, rooms: Sequence[str]) -> None:
+        super().__init__(f"{PACKAGE}.{name}", f"Moved in version 0.2 to {', '.join(rooms)}.")
+        self.__dict__["_rooms"] = rooms
+
+    def __getattr__(self, name: str) -> Any:
+        return _found(self.__name__, name, self.__dict__["_rooms"], 3)
+
+
+def keep_modules() -> None:
+    """Let ``import pyro_diffusion.kernels`` and its like find a module that forwards."""
+    for name, rooms in MODULES.items():
+        sys.modules.setdefault(f"{PACKAGE}.{name}", _Moved(name, rooms))
+
+
+def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` for names that have left it.
+
+    Args:
+        module: The module's name.
+        names: The room of each name.
+    """
+
+    def get(name: str) -> Any:
+        """A name that has left, from where it is now."""
+        if name not in names:
+            if module == PACKAGE and name in MODULES:
+                return sys.modules[f"{PACKAGE}.{name}"]
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return _found(module, name, (names[name],), 3)
+
+    return get
+
+
+def _found(module: str, name: str, rooms: Sequence[str], depth: int) -> Any:
+    if not name.startswith("__"):
+        for room in rooms:
+            value = getattr(import_module(f"{PACKAGE}.{room}"), name, None)
+            if value is not None:
+                warnings.warn(
+                    f"{module}.{name} has moved to {PACKAGE}.{room}; the old name goes with version 0.3",
+                    DeprecationWarning,
+                    stacklevel=depth,
+                )
+                return value
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

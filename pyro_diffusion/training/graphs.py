@@ -1,0 +1,212 @@
+r"""A step of training as a graph: the operations that a function runs, recorded once and compared with it.
+
+A step is a function of tensors, :math:`x_0 \mapsto (\widehat{\mathcal L}, \nabla \widehat{\mathcal L})`. A
+trace runs it once and records every tensor operation, the random draws included. Three things can go wrong:
+
+- Python's control flow depends on a tensor's values. The recording stops with an error that says so.
+- A value leaves the tensors in silence, through ``tolist()`` or NumPy. These calls are refused.
+- The step does something else at every call. The graph and the step are therefore run once more from the
+  same seed, and their losses and gradients must agree.
+
+References:
+    torch.fx: Practical Program Capture and Transformation for Deep Learning in Python (Reed et al., 2022).
+    https://arxiv.org/abs/2112.08429
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from pyro_diffusion.checks import unchecked
+
+__all__ = [
+    "CompiledGraph",
+    "GraphLoss",
+    "Step",
+    "leaves_of",
+    "modules_called",
+    "restore_buffers",
+    "trace_step",
+]
+
+#: The loss of some tensors, and its gradients.
+Step = Callable[..., tuple[Tensor, list[Tensor]]]
+Buffers = dict[nn.Module, dict[str, tuple[Tensor, Tensor]]]
+
+
+def trace_step(step: Step, tensors: list[Tensor]) -> GraphModule:
+    """The operations of a step as a graph that gives the same numbers.
+
+    The graph reads parameters and buffers from the tensors that the step reads, and draws new noise at
+    every call.
+
+    Args:
+        step: Called as ``step(*tensors)``.
+        tensors: Arguments of the step. The graph is good for others of the same shapes and dtypes.
+
+    Raises:
+        ValueError: Control flow or shapes that depend on values, values that leave the tensors, a result
+            that is not finite, or a graph that gives other numbers than the step.
+    """
+    graph = _recorded(step, tensors)
+    _check_shapes(graph)
+    _check_agreement(step, graph, tensors)
+    return graph
+
+
+def leaves_of(loss: Any) -> list[Tensor]:
+    """Every tensor that a backward pass through ``loss`` accumulates gradients for."""
+    nodes: list[Any] = [loss.grad_fn] if getattr(loss, "grad_fn", None) else []
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        # One operation can take a tensor twice, as w * w does: each parent once.
+        new = dict.fromkeys(p for p, _ in node.next_functions if p is not None and p not in seen)
+        seen.update(new)
+        nodes.extend(new)
+    return leaves[::-1]
+
+
+@contextmanager
+def modules_called() -> Iterator[Buffers]:
+    """The modules that the body calls, each with its buffers and a copy of what was in them before."""
+    called: Buffers = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        """Look at a module before it runs for the first time."""
+        if module not in called:
+            buffers = module.named_buffers(recurse=False)
+            called[module] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def restore_buffers(called: Buffers) -> None:
+    """Put back what was in the buffers, such as running means, before the modules were called.
+
+    Raises:
+        ValueError: A module that put another tensor in a buffer's place.
+    """
+    for module, buffers in called.items():
+        for name, (buffer, before) in buffers.items():
+            if getattr(module, name) is not buffer:
+                raise ValueError(
+                    f"buffer {name!r} of a {type(module).__name__}: got another tensor in a call; expected "
+                    "it to be changed in place, which a graph can do. Write self.x.copy_(…), not self.x = …"
+                )
+            with torch.no_grad():
+                buffer.copy_(before)
+
+
+class CompiledGraph(NamedTuple):
+    """A compiled loss: ``compiled(*tensors)`` gives it, and its gradients by ``leaves``."""
+
+    compiled: Step
+    leaves: Sequence[Tensor]
+    autocast: tuple[str, torch.dtype] | None
+    held: list[Tensor]  # the key has their ids: while they live, no other object takes one of these
+
+    def run(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradients. The graph contains the casts of mixed precision already."""
+        no_casts = torch.autocast(self.autocast[0], enabled=False) if self.autocast else None
+        with torch.no_grad(), no_casts or nullcontext():
+            return self.compiled(*tensors)
+
+
+class GraphLoss(torch.autograd.Function):
+    """A loss whose gradients were computed along with it: ``GraphLoss.apply(run, tensors, *leaves)``."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Step, tensors: list[Tensor], *leaves: Tensor) -> Tensor:
+        """The loss. Its gradients by the leaves are kept for the backward pass."""
+        loss, ctx.grads = run(*tensors)
+        return loss.clone()  # the next run of a CUDA graph writes to the same memory
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradients that were kept, times that of the loss."""
+        return None, None, *torch._foreach_mul(ctx.grads, grad)
+
+
+class _Recording(TorchFunctionMode):
+    """Keep the numbers of ``item()`` as tensors; refuse calls that would copy values out of the trace."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.item:
+            return args[0].detach()
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise ValueError(_refusal(f"a call of Tensor.{func.__name__}"))
+        return func(*args, **(kwargs or {}))
+
+
+def _recorded(step: Step, tensors: list[Tensor]) -> GraphModule:
+    try:
+        with pyro.validation_enabled(False), unchecked(), _Recording():
+            return make_fx(step)(*tensors)
+    except RuntimeError as error:
+        if "get value out of a tracing tensor" not in str(error):
+            raise
+        raise ValueError(_refusal("control flow that depends on a tensor's values")) from error
+
+
+def _check_shapes(graph: GraphModule) -> None:
+    """Refuse operations whose result has a shape that depends on values. Indexing by numbers is allowed."""
+    for node in graph.graph.nodes:
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) and (
+            node.target is not torch.ops.aten.index.Tensor or _has_mask(node, graph)
+        ):
+            raise ValueError(_refusal(f"{node.target}, whose shape depends on a tensor's values"))
+
+
+def _has_mask(index: torch.fx.Node, graph: GraphModule) -> bool:
+    """Whether a tensor is indexed by booleans, in which case their values say how many entries there are."""
+    values = (
+        getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("tensor_meta")
+        for node in cast(Any, index.args[1])
+        if node is not None
+    )
+    return any(getattr(value, "dtype", None) == torch.bool for value in values)
+
+
+def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> None:
+    """Compare the graph with the step at new noise: gradients closely, sums of float32 less so."""
+    results = []
+    for run in (step, graph):
+        torch.manual_seed(0)
+        loss, grads = run(*tensors)
+        results.append((loss.item(), torch.cat([g.detach().double().flatten() for g in grads])))
+    (ours, our_grads), (theirs, their_grads) = results
+    if not math.isfinite(ours) or not our_grads.isfinite().all():
+        raise ValueError(
+            f"first call of a compiled ELBO: got a loss of {ours:g}, or gradients that are not finite; "
+            "expected finite numbers, by which the graph is checked. Check data and parameters."
+        )
+    atol = 1e-5 * our_grads.abs().max().item()
+    alike = torch.allclose(our_grads, their_grads, rtol=1e-5, atol=atol)
+    if not alike or not math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-3):
+        raise ValueError(_refusal(f"a graph that gives a loss of {theirs:g} for {ours:g}"))
+
+
+def _refusal(got: str) -> str:
+    return (
+        f"arguments 'model' and 'guide': got {got}; expected programs of the same operations at every call, "
+        "which can be traced once. Write choices as torch.where, or take the ELBO as it is."
+    )
