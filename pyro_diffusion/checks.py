@@ -181,7 +181,7 @@ def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
     if not holds(values.isfinite()):
         count = int((~values.isfinite()).sum())
         raise ValueError(
-            f"{what}: got NaN or infinite values ({count} of {values.numel()}); expected finite numbers. "
+            f"{what}: got {count} NaN or infinite values of {values.numel()}; expected finite numbers. "
             f"{remedy}"
         )
     return values

@@ -231,7 +231,7 @@ def test_what_it_cannot_take_is_refused_in_words():
         EnumeratedDenoiser(torch.ones(3), schedule)
     with pytest.raises(ValueError, match="argument 'mask'"):
         diffusion.guide(torch.zeros(2, 4), mask=torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="BernoulliDiffusion"):
+    with pytest.raises(ValueError, match="chain of bits, which has no score"):
         ode_log_likelihood(diffusion, torch.zeros(2, 4), state=2)
     with pytest.raises(ValueError, match="no score"):
         diffusion.denoiser.score(torch.zeros(1, 4), torch.tensor(0.0))
@@ -271,6 +271,7 @@ def test_networks_of_half_precision_leave_the_chain_as_exact_as_it_is(dtype):
 
     denoiser = NeuralBernoulliDenoiser(Zeros(), LinearDecaySchedule(50_000), (20,))
     assert denoiser.dtype == torch.float32
+    pyro.set_rng_seed(0)  # rows with rare large terms: another seed may want ten times as many
     x_0 = torch.randint(2, (50, 20)).float()
     result = evaluate_bound(BernoulliDiffusion(denoiser), x_0, standard_error=0.02)
     assert abs(result.mean().value + 20 * math.log(2)) < 4 * result.monte_carlo_error + 1e-3

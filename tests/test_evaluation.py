@@ -26,6 +26,7 @@ from pyro_diffusion import (
     evaluate_bound,
     summary,
 )
+from pyro_diffusion.likelihoods import GaussianLikelihood
 
 
 class Zeros(torch.nn.Module):
@@ -239,9 +240,9 @@ def test_programs_and_denoisers_of_another_kind_are_refused():
         with pytest.raises(ValueError, match="argument 'diffusion'"):
             OptimalVariance.from_data(wrong, x_0)
     bits = EnumeratedDenoiser(torch.eye(3, dtype=torch.long), LinearDecaySchedule(5))
-    with pytest.raises(ValueError, match="whose states are bits"):
-        DiffusionModel(bits)
-    with pytest.raises(ValueError, match="whose kernels have a variance"):
+    with pytest.raises(ValueError, match="a chain of bits, which has no score"):
+        DiffusionModel(bits, likelihood=GaussianLikelihood())
+    with pytest.raises(ValueError, match="a chain of bits, which has no score"):
         OptimalVariance.from_data(BernoulliDiffusion(bits), torch.eye(3))
     with pytest.raises(ValueError, match=r"data of shape \(5, 3\)"):
         summary(diffusion, torch.zeros(5, 3, dtype=torch.float64))

@@ -6,7 +6,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro_diffusion.sequential import _Target
 from torch import nn
 from torch.distributions import MultivariateNormal
 
@@ -30,6 +29,7 @@ from pyro_diffusion import (
     ode_log_likelihood,
     smc_evidence,
 )
+from pyro_diffusion.walk import ReverseWalk
 
 
 def gaussian(num_timesteps, dimension=3):
@@ -241,9 +241,9 @@ def test_look_ahead_to_a_state_is_its_conditional_mean(explode):
     denoiser = GaussianDenoiser(
         torch.tensor([0.3]).double(), torch.tensor([0.5]).double(), schedule
     )
-    target, x_t = _Target(DiffusionModel(denoiser), 5), torch.randn(7, 1).double()
+    target, x_t = ReverseWalk(DiffusionModel(denoiser), 5), torch.randn(7, 1).double()
     signal, noise = schedule.signal(torch.tensor([5, 12])), schedule.noise(torch.tensor([5, 12]))
     of_state, of_x_t = (signal * 0.5).square() + noise.square()
     ratio = signal[1] / signal[0]
     expected = signal[0] * 0.3 + ratio * of_state / of_x_t * (x_t - signal[1] * 0.3)
-    torch.testing.assert_close(target.estimate(x_t, 7, target.denoise(x_t, 7)), expected)
+    torch.testing.assert_close(target.estimate(x_t, 7, target.look(x_t, 7)), expected)

@@ -78,13 +78,13 @@ class SubsampledProgram(Program):
         self, diffusion: Any, time: Time, law: Timesteps, num_draws: int, below: str = ""
     ) -> None:
         super().__init__(time.num_timesteps, {}, diffusion, below)
-        self.time, self.timestep_law, self.num_draws = time, law, num_draws
+        self.time, self.law, self.num_draws = time, law, num_draws
 
     @contextmanager
     def over_timesteps(self, state: Tensor, prefix: str) -> Iterator[Drawn]:
         """Open the plate of the draws and sample site ``t``, on the device of ``state`` and in its dtype."""
         with pyro.plate(joined(prefix, "timesteps"), self.num_draws, dim=-2):
-            law = self.time.law(self.timestep_law, state.device).to(state.dtype)
+            law = self.time.law(self.law, state.device).to(state.dtype)
             with poutine.mask(mask=False):
                 t = pyro.sample("t", law)
             weight = (-law.log_prob(t)).exp() / self.num_draws
@@ -94,6 +94,7 @@ class SubsampledProgram(Program):
 class _SubsampledModel(SubsampledProgram):
     def __init__(self, diffusion: Any, time: Time, law: Timesteps, num_draws: int) -> None:
         super().__init__(diffusion, time, law, num_draws)
+        self.prior = Kernel(diffusion.prior)
         self.reverse = Kernel(partial(time.pair, diffusion), time.step_site)
 
     def forward(
@@ -104,15 +105,14 @@ class _SubsampledModel(SubsampledProgram):
         with self.over_data(
             x_0, given, num_data=num_data, num_samples=num_samples, plate=plate, prefix=prefix
         ) as run:
-            prior = self.owner.prior()
-            x_T = pyro.sample(f"x_{self.num_timesteps}", prior, infer=STATE)
+            x_T = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
             with self.over_timesteps(x_T, prefix) as drawn:
-                x_t = pyro.sample("x_t", CarriedSite(prior))
+                x_t = pyro.sample("x_t", CarriedSite(self.prior()))
                 step, likelihood = self.reverse(run.seen(x_t), drawn.t, **run.context)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
                     pyro.sample(self.time.step_site, step, infer=STATE)
-                likelihood = check_event_shape(likelihood, x_0)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=drawn.is_first):
+                    likelihood = check_event_shape(likelihood, x_0)
                     pyro.sample("x_0", likelihood, obs=as_real(x_0), infer=STATE)
             self._complete_volume(x_0, run.given.get("mask"), drawn)
 

@@ -176,9 +176,9 @@ def call_network(
     state: Tensor,
     log_snr: Tensor,
     batch_shape: torch.Size,
-    output_shape: torch.Size,
     *,
     needed_by: str,
+    count: int = 1,
     context: Any = None,
     null: Tensor | None = None,
 ) -> Tensor:
@@ -190,13 +190,13 @@ def call_network(
         state: What the network sees, ``batch_shape`` + its shape.
         log_snr: Log-SNR, broadcastable to ``batch_shape``.
         batch_shape: Batch shape of the states.
-        output_shape: What the network returns for one state.
-        needed_by: Who needs it, for the error.
+        needed_by: Who needs the output, for the error.
+        count: Numbers for each entry of a state; several are a last axis of the output.
         context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
         null: Rows without a context, ``(N,)``.
 
     Returns:
-        The output in the state's dtype, ``batch_shape + output_shape``.
+        The output in the state's dtype, of the state's shape, ``+ (count,)`` for several numbers.
 
     Raises:
         ValueError: An output of another shape, or one that is not finite.
@@ -205,12 +205,13 @@ def call_network(
     flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
     extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
     output = network(flat, log_snr.expand(batch_shape).reshape(-1).to(dtype), *extra)
-    expected = (len(flat), *output_shape)
-    if output.shape != expected:
+    per_entry = (count,) if count > 1 else ()
+    if output.shape != flat.shape + per_entry:
         raise ValueError(
-            f"argument 'network': got an output of shape {tuple(output.shape)}; expected {expected}, as "
-            f"{needed_by} needs. Keep the batch axis in front; MLP takes num_outputs=…."
+            f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
+            f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the states it was given, "
+            f"as {needed_by} needs. Keep the batch axis in front; MLP takes num_outputs={count}."
         )
     remedy = "Lower the learning rate or clip gradients, and check the data's scale."
     check_finite("argument 'network'", output, remedy)
-    return output.reshape(batch_shape + output_shape).to(state.dtype)
+    return output.reshape(state.shape + per_entry).to(state.dtype)

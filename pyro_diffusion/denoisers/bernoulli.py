@@ -134,8 +134,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
             spins,
             log_snr,
             self.batch_shape(x_t),
-            self.event_shape,
-            needed_by="a chain of bits, one number for each,",
+            needed_by="a chain of bits",
             context=context,
             null=null,
         )

@@ -89,8 +89,8 @@ class NeuralDenoiser(Denoiser):
             state,
             self._level(log_snr),
             batch_shape,
-            self.event_shape + ((count,) if count > 1 else ()),
-            needed_by=f"{self.prediction} with {self.variance}, {count} number(s) for each entry,",
+            needed_by=f"{self.prediction} with {self.variance}",
+            count=count,
             context=context,
             null=null,
         )

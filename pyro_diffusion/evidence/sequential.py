@@ -86,12 +86,9 @@ def smc_evidence(
         >>> smc_evidence(DiffusionModel(denoiser), torch.zeros(3, 2), num_particles=10).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
-    for name, number, least in (
-        ("num_particles", num_particles, 2), ("num_runs", num_runs, 2), ("num_pilot", num_pilot, 25)
-    ):  # fmt: skip
-        check_count(
-            name, number, least, "Leave out what you do not need, and pass num_particles=1024, say."
-        )
+    check_count("num_particles", num_particles, 2, "Pass num_particles=1024, say.")
+    check_count("num_runs", num_runs, 2, "Leave it out: four runs have a spread.")
+    check_count("num_pilot", num_pilot, 25, "Leave it out.")
     state = check_state(state, check_diffusion(diffusion).schedule.num_timesteps)
     diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
     if state == diffusion.schedule.num_timesteps:

@@ -29,34 +29,29 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_diffusion.checks import check_count, check_finite
-from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.networks import evaluating, network_dtype
-from pyro_diffusion.processes.base import pad
+from pyro_diffusion.networks import evaluating
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
-from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.samplers.steps import (
+    Update,
+    combine,
+    downwards,
+    fused_step,
+    is_plain,
+    linear_map,
+    rows_of,
+)
 from pyro_diffusion.walk import ReverseWalk
 
-__all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler", "Update"]
-
-
-class Update(NamedTuple):
-    r"""Coefficients of the steps to :math:`x_{t-1}`, :math:`t = T … 2`, a row for each; float64.
-
-    Shapes are ``(T − 1,)`` + the schedule's event shape. What is ``None`` does not enter.
-    """
-
-    of_x_t: Tensor  #: :math:`A_t`
-    of_x_0: Tensor  #: :math:`B_t`, of :math:`\hat x_0(x_t)`
-    noise: Tensor | None = None  #: :math:`C_t`
-    of_previous: Tensor | None = None  #: :math:`E_t`, of :math:`\hat x_0(x_{t+1})`
+__all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler"]
 
 
 class Sampler(ABC):
@@ -79,7 +74,7 @@ class Sampler(ABC):
         if self.needs_score:
             remedy = f"{type(self).__name__} adds states up: use AncestralSampler."
             diffusion.process.check_has_score("diffusion", remedy)
-        self._step: Callable[..., tuple[Tensor, Tensor | None]] = _step
+        self._step: Callable[..., tuple[Tensor, Tensor | None]] = fused_step
         self._network: Any = None  # compiled
         _ = self.model  # to refuse timesteps before anything is drawn
 
@@ -136,19 +131,19 @@ class Sampler(ABC):
                 f"argument 'diffusion': got a {type(self.diffusion.denoiser).__name__}, which has no network "
                 "to compile; expected the model of a NeuralDenoiser. Sample without compile()."
             )
-        self._step = torch.compile(_step, **settings)
+        self._step = torch.compile(fused_step, **settings)
         self._network = torch.compile(network, **settings)
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
         r""":math:`x_1` from :math:`x_T`."""
-        update, linear = self.update(model), _linear(model.denoiser)
-        denoiser, rows = self._denoiser(model), _rows(update, model.denoiser, linear)
+        update, linear = self.update(model), linear_map(model.denoiser)
+        denoiser, rows = self._denoiser(model), rows_of(update, model.denoiser, linear)
         previous = None if update.of_previous is None else torch.zeros_like(x_t)  # without weight
         for row in _bar(rows, progress):
             z = None if row.noise is None else torch.randn_like(x_t)
             if linear is None:
                 x_0_hat = denoiser.x_0_hat(x_t, row.log_snr)
-                x_t, previous = _combine(x_0_hat, x_t, previous, z, row)
+                x_t, previous = combine(x_0_hat, x_t, previous, z, row)
             else:
                 x_t, previous = self._step(model.denoiser.network, x_t, previous, z, row)
         return x_t
@@ -203,7 +198,7 @@ class AncestralSampler(Sampler):
     needs_score: ClassVar[bool] = False
 
     def update(self, model: DiffusionModel) -> Update:
-        step = chain_step(_downwards(model.schedule), model.schedule)
+        step = chain_step(downwards(model.schedule), model.schedule)
         zero, one = torch.zeros_like(step.signal), torch.ones_like(step.signal)
         denoiser: Any = model.denoiser
         return Update(
@@ -214,7 +209,7 @@ class AncestralSampler(Sampler):
 
     def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
         denoiser: Any = model.denoiser
-        if _is_plain(denoiser) and not denoiser.variance.num_outputs:
+        if is_plain(denoiser) and not denoiser.variance.num_outputs:
             return super()._chain(model, x_t, progress)
         walk = ReverseWalk(model)
         walk.denoiser = self._denoiser(model)
@@ -310,7 +305,7 @@ class ODESampler(_ImplicitSampler):
     """
 
     def update(self, model: DiffusionModel) -> Update:
-        update, t = _implicit_update(model, self.eta), _downwards(model.schedule)
+        update, t = _implicit_update(model, self.eta), downwards(model.schedule)
         h = (model.schedule.log_snr(t - 1) - model.schedule.log_snr(t)) / 2
         half_ratio = torch.cat((torch.zeros_like(h[:1]), 0.5 * h[1:] / h[:-1]))  # 1 / 2r
         return update._replace(
@@ -321,119 +316,10 @@ class ODESampler(_ImplicitSampler):
 def _implicit_update(model: DiffusionModel, eta: float) -> Update:
     r"""DDIM's step. With :math:`s = t - 1`, :math:`\sigma_s^2 - \eta^2 \tilde\beta_t = \sigma_s^2 (1 - \eta^2
     \mathrm{share})`."""
-    step = chain_step(_downwards(model.schedule), model.schedule)
+    step = chain_step(downwards(model.schedule), model.schedule)
     of_x_t = step.noise_prev * (1 - eta**2 * step.share).sqrt() / step.noise
     noise = eta * step.noise_prev * step.share.sqrt() if eta else None
     return Update(of_x_t, step.signal_prev - of_x_t * step.signal, noise)
-
-
-class _Linear(NamedTuple):
-    r""":math:`\hat x_0 = p\, o + q\, x_t` for a network's output :math:`o`; float64, ``(T − 1,)`` each."""
-
-    of_output: Tensor  #: :math:`p`
-    of_x_t: Tensor  #: :math:`q`
-    scale: Tensor  #: what the network's state is divided by
-
-
-def _is_plain(denoiser: Denoiser) -> bool:
-    """Whether estimate and kernel are those of :class:`NeuralDenoiser`, known before the first step."""
-    kind = type(denoiser)
-    return isinstance(denoiser, NeuralDenoiser) and (kind.denoise, kind.reverse_kernel) == (
-        NeuralDenoiser.denoise,
-        NeuralDenoiser.reverse_kernel,
-    )
-
-
-def _linear(denoiser: Any) -> _Linear | None:
-    """How the estimate follows from the network's output, if linearly and with one number for each entry."""
-    if not _is_plain(denoiser) or denoiser.schedule.event_dim:
-        return None
-    if denoiser.prediction.num_outputs > 1 or denoiser.variance.num_outputs:
-        return None
-    schedule, prediction = denoiser.schedule, denoiser.prediction
-    signal, noise = schedule.scales(schedule.log_snr(_downwards(schedule)))
-    scale = (signal**2 + noise**2).sqrt()
-
-    def x_0_hat(output: float, state: float) -> Tensor:
-        numbers = torch.full_like(scale, output), torch.full_like(scale, state)
-        return prediction.estimate(*numbers, signal / scale, noise / scale)[0]
-
-    p, q = x_0_hat(1.0, 0.0), x_0_hat(0.0, 1.0)
-    # Somebody's own parameterization may clip or bend.
-    if all(torch.allclose(x_0_hat(o, x), o * p + x * q) for o, x in ((-9.0, 4.0), (99.0, -40.0))):
-        return _Linear(p, q / scale, scale)
-    return None
-
-
-class _Row(NamedTuple):
-    """What one step needs; tensors, so that a compiled step is one for all."""
-
-    log_snr: Tensor
-    scale: Tensor | None
-    of_x_t: Tensor
-    of_output: Tensor
-    noise: Tensor | None
-    of_previous: Tensor | None
-    estimate_of_x_t: Tensor
-    estimate_of_output: Tensor
-
-
-def _rows(update: Update, denoiser: Any, linear: _Linear | None) -> list[_Row]:
-    """The steps in terms of the network's output, or of the estimate where that is not linear in it."""
-    one = torch.ones_like(update.of_x_t)
-    p, q, scale = linear or (one, 0 * one, one)
-    log_snr = denoiser.schedule.log_snr(_downwards(denoiser.schedule))
-    columns: list[Tensor | None] = [
-        None if torch.allclose(scale, one, rtol=1e-12) else scale,
-        update.of_x_t + update.of_x_0 * q,
-        update.of_x_0 * p,
-        update.noise,
-        update.of_previous,
-        q,
-        p,
-    ]
-    cast = [
-        [None] * len(one) if c is None else pad(c, denoiser.missing_dim, denoiser.dtype).unbind()
-        for c in columns
-    ]
-    levels = log_snr if linear is None else log_snr.to(network_dtype(denoiser.network))
-    return [_Row(*row) for row in zip(levels.unbind(), *cast, strict=True)]
-
-
-def _step(
-    network: Callable[..., Tensor],
-    x_t: Tensor,
-    previous: Tensor | None,
-    z: Tensor | None,
-    row: _Row,
-) -> tuple[Tensor, Tensor | None]:
-    """The network's call and the update: what is compiled."""
-    state = x_t if row.scale is None else x_t / row.scale
-    output = network(state.to(row.log_snr.dtype), row.log_snr.expand(len(x_t))).to(x_t.dtype)
-    if output.shape != x_t.shape:
-        raise ValueError(
-            f"argument 'network': got an output of shape {tuple(output.shape)}; expected that of the states, "
-            f"{tuple(x_t.shape)}. Keep the batch axis in front, and return one number for each entry."
-        )
-    return _combine(output, x_t, previous, z, row)
-
-
-def _combine(
-    output: Tensor, x_t: Tensor, previous: Tensor | None, z: Tensor | None, row: _Row
-) -> tuple[Tensor, Tensor | None]:
-    r""":math:`x_{t-1}`, and :math:`\hat x_0(x_t)` where the next step wants it."""
-    x_s = (row.of_x_t * x_t).addcmul_(row.of_output, output)
-    if row.noise is not None and z is not None:
-        x_s.addcmul_(row.noise, z)
-    if row.of_previous is None or previous is None:
-        return x_s, None
-    x_s.addcmul_(row.of_previous, previous)
-    return x_s, (row.estimate_of_x_t * x_t).addcmul_(row.estimate_of_output, output)
-
-
-def _downwards(schedule: NoiseSchedule) -> Tensor:
-    """Timesteps ``T … 2``, which a step leads from to another state."""
-    return torch.arange(schedule.num_timesteps, 1, -1, device=schedule.device)
 
 
 def _bar(steps: Iterable[Any], progress: bool) -> Iterator[Any]:

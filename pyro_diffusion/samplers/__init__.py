@@ -1,0 +1,6 @@
+"""Samplers: draws from a trained model by fewer or cheaper steps than the program's."""
+
+from pyro_diffusion.samplers.samplers import AncestralSampler, DDIMSampler, ODESampler, Sampler
+from pyro_diffusion.samplers.steps import Update
+
+__all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler", "Update"]
