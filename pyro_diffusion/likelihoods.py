@@ -19,7 +19,7 @@ levels, from logits         ``LevelLikelihood``               :math:`2k/(K-1) - 
 
 The noise of :math:`x_1` should be about as large as the resolution of the data. Choose ``log_snr_max`` of the
 schedule accordingly: 2 to 4 for bits, categories and a few grey levels. For those data,
-:class:`~pyro_diffusion.parameterizations.LevelPrediction` needs no likelihood and usually has a better bound.
+:class:`~pyro_diffusion.denoisers.LevelPrediction` needs no likelihood and usually has a better bound.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 13. https://arxiv.org/abs/2006.11239
@@ -267,7 +267,7 @@ class LevelLikelihood(Likelihood):
 
     for each entry. The levels embed on :math:`[-1, 1]`. A diffusion model does not take this likelihood,
     because :math:`\hat x_0` has no logits; there, use
-    :class:`~pyro_diffusion.parameterizations.LevelPrediction`.
+    :class:`~pyro_diffusion.denoisers.LevelPrediction`.
 
     Args:
         num_levels: Number of levels :math:`K \ge 2`.

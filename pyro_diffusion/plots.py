@@ -47,7 +47,7 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
         errorbar: Passed on to ``Axes.errorbar``, or to ``Axes.bar`` where there are bars.
 
     Returns:
-        The axes: timestep against nats per datum. Error bars show one Monte Carlo error, the band shows one
+        The axes, timestep against nats per datum. Error bars show one Monte Carlo error, the band shows one
         sampling error.
     """
     ax = _new_axes()[0, 0] if ax is None else ax
@@ -205,7 +205,7 @@ def plot_denoised(
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
-        The axes: states on top, estimates below.
+        The axes, with states on top, estimates below.
 
     Raises:
         ValueError: A timestep outside ``1 … T``.
@@ -238,7 +238,7 @@ def plot_training(
         num_blocks: Number of blocks into which the timesteps :math:`1 … T-1` are divided.
 
     Returns:
-        The axes: step against nats per datum. Terms are stacked. A reconstruction loss that is negative
+        The axes, step against nats per datum. Terms are stacked. A reconstruction loss that is negative
         somewhere (data with a density) is drawn as a line instead.
 
     Raises:
@@ -279,7 +279,7 @@ def plot_khat(evidence: Evidence, ax: "Axes | None" = None) -> Any:
         ax: Axes to draw into, before ArviZ 1.0.
 
     Returns:
-        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+        What ArviZ returns, which is the axes and from 1.0 on a ``PlotCollection``.
 
     Raises:
         ValueError: No datum with weights that vary.
@@ -295,7 +295,7 @@ def plot_compare(table: Any, ax: "Axes | None" = None) -> Any:
         ax: Axes to draw into, before ArviZ 1.0.
 
     Returns:
-        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+        What ArviZ returns, which is the axes and from 1.0 on a ``PlotCollection``.
     """
     return arviz_bridge.plot_compare(table, ax)
 
@@ -309,7 +309,7 @@ def plot_pit(pit: Tensor, ax: "Axes | None" = None, *, envelope: float = 0.99) -
         envelope: Probability that uniform values stay inside the band everywhere.
 
     Returns:
-        What ArviZ returns: the axes, from 1.0 on a ``PlotCollection``.
+        What ArviZ returns, which is the axes and from 1.0 on a ``PlotCollection``.
     """
     return arviz_bridge.plot_pit(pit.cpu().numpy(), ax, envelope)
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -64,5 +65,10 @@ def test_readme_names_what_exists():
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([a-z_]+/[\w./]+)\)", readme):
         assert (ROOT / target).exists(), target
-    for module, name in re.findall(r"\[`(\w+)\.(\w+)`\]\(pyro_diffusion", readme):
-        assert hasattr(importlib.import_module(f"pyro_diffusion.{module}"), name), (module, name)
+    links = re.findall(r"\[`(\w+)\.([\w.]+)`\]\((pyro_diffusion/[\w/.]+)\)", readme)
+    assert links
+    for module, name, file in links:
+        found = importlib.import_module(f"pyro_diffusion.{module}")
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert ROOT / file == Path(inspect.getsourcefile(found)), (module, name)  # in one hop

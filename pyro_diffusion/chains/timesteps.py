@@ -55,9 +55,10 @@ class JointStrata(Messenger):
     entry alone has law :math:`\pi`, and where all have as many draws, all together hit each stratum once.
     (Laws that each process learns for itself differ; the bound is unbiased all the same.)
 
-    Inside the handler, in guide and model alike, sites drawn from a :class:`TimestepDistribution` get
-    their share of it; independent ones stay as they are. Between steps call :meth:`advance`, which
-    writes the new shift where the old one stood: in a captured graph too.
+    Inside the handler, in guide and model alike, sites drawn from a
+    :class:`~pyro_diffusion.distributions.TimestepDistribution` get their share of it; independent ones stay
+    as they are. Between steps call :meth:`advance`, which writes the new shift where the old one stood: in a
+    captured graph too.
 
     Args:
         rank: :math:`r`, in {0 … W − 1}.

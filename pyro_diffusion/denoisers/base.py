@@ -80,9 +80,10 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
-        r"""All that the denoiser says of :math:`x_0`; see :meth:`x_0_hat` for the arguments.
+        r"""All that the denoiser says of :math:`x_0`.
 
-        A denoiser of conditional data takes ``context=`` and ``null=`` besides.
+        The arguments are those of :meth:`~pyro_diffusion.denoisers.Denoiser.x_0_hat`. A denoiser of
+        conditional data takes ``context=`` and ``null=`` besides.
         """
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:

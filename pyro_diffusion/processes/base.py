@@ -32,7 +32,8 @@ class Denoised(NamedTuple):
     logits: Tensor | None = (
         None  #: of each value, ``batch_shape + event_shape + (K,)``; of bits of a one
     )
-    variance: Tensor | None = None  #: the output that :class:`LearnedVariance` interpolates by
+    #: the output that :class:`~pyro_diffusion.denoisers.LearnedVariance` interpolates by
+    variance: Tensor | None = None
 
 
 class ForwardProcess(ABC):

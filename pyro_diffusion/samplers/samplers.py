@@ -247,7 +247,7 @@ class DDIMSampler(_ImplicitSampler):
 
     With :math:`\eta = 0` it is a map of :math:`x_T`, the probability flow's as the steps become small, and
     ends with the mean :math:`\hat x_0(x_1)` where data are real numbers, with a draw where they are levels or
-    counts. With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.variances.PosteriorVariance`.
+    counts. With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.denoisers.PosteriorVariance`.
 
     Args:
         diffusion: The model. It is read at each call: training may go on.

@@ -6,7 +6,7 @@ its ``Trainer``. Plain ``SVI`` in a script needs none of this.
 
 Lightning also starts the processes (``Trainer(strategy="ddp", devices=…, num_nodes=…)``). On several ranks
 the module adds four things. Each rank draws noise of its own. The timesteps of all ranks together are
-stratified (:class:`~pyro_diffusion.timesteps.JointStrata`). Validation counts each datum once. A checkpoint
+stratified (:class:`~pyro_diffusion.chains.JointStrata`). Validation counts each datum once. A checkpoint
 holds the state of every rank's generators, so that a run that was killed and is resumed on as many processes
 takes the same steps as one that was not.
 
