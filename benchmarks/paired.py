@@ -1,10 +1,10 @@
 r"""Is one commit slower than another? ``speed.py`` of two checkouts in turn, in pairs.
 
 A pair is a run of ``speed.py`` in either checkout, on one thread, one after the other. Every row of
-``speed.py`` is a ratio of our work to a yardstick in the same process (a step by hand, bare network calls), so
-that a machine that is slow for a minute slows both. The script divides the later commit's ratio by the earlier
-one's, pair by pair, and prints the median over pairs with an interval: that of the sign test, at 95 % or, of
-few pairs, the range. A row is slower if its interval lies wholly above 1.03.
+``speed.py`` is a ratio of our work to a yardstick in the same process (a step by hand, bare network calls),
+so that a machine that is slow for a minute slows both. The script divides the later commit's ratio by the
+earlier one's, pair by pair, and prints the median over pairs with an interval: that of the sign test, at 95 %
+or, of few pairs, the range. A row is slower if its interval lies wholly above 1.03.
 
     git worktree add /tmp/before <commit>
     python benchmarks/paired.py --before /tmp/before [--pairs 9] [--only step,sampling,bound] [--smoke]

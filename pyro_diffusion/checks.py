@@ -199,7 +199,7 @@ def check_values(what: str, values: Tensor, valid: Tensor, expected: str, remedy
 # Data.
 
 
-def check_data(x_0: Tensor, mask: Tensor | None = None) -> Tensor:
+def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
     """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
 
     Unobserved entries may be NaN. Each becomes the first value that was observed of the same entry (of

@@ -86,17 +86,18 @@ class Family(ParamScope, ABC):
         r""":math:`q(x_{1:T} \mid x_0)` as a Pyro program."""
 
     @torch.no_grad()
-    def sample(self, num_samples: int = 1) -> Tensor:
+    def sample(self, num_samples: int = 1, context: Any = None) -> Tensor:
         """Draw data by running the model without any; layers such as dropout are switched off.
 
         Args:
             num_samples: Number of data ``n``.
+            context: Context of conditional data, a row for each of them.
 
         Returns:
             Data in the user's units, shape ``(n,)`` + the datum's shape.
         """
         with evaluating(self):
-            return self.model(num_samples=num_samples)
+            return self.model(context=context, num_samples=num_samples)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """A family is not a program, and says so where it is called as one."""

@@ -20,21 +20,24 @@ MODULES: Mapping[str, Sequence[str]] = {
     "batches": ("training.batches",),
     "bernoulli": ("denoisers", "diffusion", "distributions", "processes.bernoulli"),
     "compilation": ("training.compilation",),
-    "draws": ("diagnostics.draws", "diagnostics.recording", "family"),
+    "draws": ("family", "diagnostics.draws", "diagnostics.recording"),
     "evaluation": ("bounds",),
     "families": ("family",),
     "flow": ("evidence",),
-    "kernels": ("processes", "processes.gaussian", "processes.base", "distributions"),
+    "kernels": ("processes.gaussian", "processes.base", "distributions"),
     "objectives": ("training.objectives",),
     "observations": ("checks", "given"),
     "parallel": ("training.parallel",),
-    "parameterizations": ("denoisers", "likelihoods", "checks"),
+    "parameterizations": ("denoisers", "checks", "likelihoods"),
     "report": ("evidence",),
     "sequential": ("evidence",),
     "store": ("params", "networks"),
     "timesteps": ("chains", "distributions"),
     "variances": ("denoisers", "denoisers.variances"),
 }
+
+#: Names that changed besides.
+RENAMED = {("store", "check_state"): "check_state_dict", ("observations", "zeroed"): "seen"}
 
 
 class _Moved(ModuleType):
@@ -76,10 +79,11 @@ def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 def _found(module: str, name: str, rooms: Sequence[str], depth: int) -> Any:
     if not name.startswith("__"):
         for room in rooms:
-            value = getattr(import_module(f"{PACKAGE}.{room}"), name, None)
+            new = RENAMED.get((module.removeprefix(f"{PACKAGE}."), name), name)
+            value = getattr(import_module(f"{PACKAGE}.{room}"), new, None)
             if value is not None:
                 warnings.warn(
-                    f"{module}.{name} has moved to {PACKAGE}.{room}; the old name goes with version 0.3",
+                    f"{module}.{name} has moved to {PACKAGE}.{room}.{new}; the old name goes in 0.3",
                     DeprecationWarning,
                     stacklevel=depth,
                 )

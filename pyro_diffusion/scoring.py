@@ -86,8 +86,12 @@ def replayed(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """A trace of the guide, and one of the model with the guide's draws."""
-    drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-    return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+    # As blocks and not around the functions: a handler of Pyro takes no argument named context.
+    with poutine.trace() as drawn:
+        guide(*args, **kwargs)
+    with poutine.trace() as scored, poutine.replay(trace=drawn.trace):
+        model(*args, **kwargs)
+    return drawn.trace, scored.trace
 
 
 def measure_of(distribution: Any) -> str:

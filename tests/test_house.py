@@ -13,6 +13,7 @@ import pyro_diffusion
 PACKAGE = Path(pyro_diffusion.__file__).parent
 #: Bottom-up: a module, or a folder of modules, imports only from those before it and from itself.
 ORDER = [
+    "moved",
     "checks",
     "distributions",
     "scoring",
@@ -37,7 +38,6 @@ ORDER = [
     "training",
     "diagnostics",
     "plots",
-    "moved",
     "__init__",
 ]
 

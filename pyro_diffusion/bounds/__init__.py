@@ -9,6 +9,7 @@ from pyro_diffusion.bounds.evaluation import BoundEvaluation, evaluate_bound
 from pyro_diffusion.bounds.moments import TermMoments, join_chunks
 from pyro_diffusion.bounds.terms import ELBOTerms, Estimate, snr_weight
 from pyro_diffusion.bounds.trajectories import trajectory_terms
+from pyro_diffusion.moved import forwarded
 
 __all__ = [
     "BoundEvaluation",
@@ -21,3 +22,7 @@ __all__ = [
     "snr_weight",
     "trajectory_terms",
 ]
+
+__getattr__ = forwarded(
+    "pyro_diffusion.bounds", {"ROWS": "walk", "log_density": "scoring", "measure_of": "scoring"}
+)

@@ -16,6 +16,7 @@ from pyro_diffusion.chains.timesteps import (
     Timesteps,
     UniformTimesteps,
 )
+from pyro_diffusion.moved import forwarded
 
 __all__ = [
     "BottomUpGuide",
@@ -34,3 +35,12 @@ __all__ = [
     "TopDownGuide",
     "UniformTimesteps",
 ]
+
+__getattr__ = forwarded(
+    "pyro_diffusion.chains",
+    {
+        "WrappedSite": "distributions",
+        "CarriedSite": "distributions",
+        "BottomUpSite": "distributions",
+    },
+)

@@ -14,11 +14,11 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_count
+from pyro_diffusion.checks import check_count, check_data, check_observed
 from pyro_diffusion.given import Given, ObservedEntries, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
-__all__ = ["Kernel", "Program", "ProgramPair", "Run"]
+__all__ = ["GenerativeProgram", "Kernel", "Program", "ProgramPair", "Run"]
 
 
 class ProgramPair(NamedTuple):
@@ -65,7 +65,8 @@ class Kernel:
 class Run(NamedTuple):
     """What an equation needs of the run that it is part of."""
 
-    given: dict[str, Any]  #: what goes with the data
+    x_0: Tensor | None  #: data, checked; ``None`` where they are drawn
+    given: dict[str, Any]  #: what goes with them
     context: dict[str, Any]  #: what kernels are told of it
     of_state: Tensor | None  #: observed entries of a latent state
     gap: float | None  #: what stands in the others
@@ -118,7 +119,7 @@ class Program(nn.Module):
     def over_data(
         self,
         x_0: Tensor | None,
-        given: dict[str, Any],
+        given: Given,
         *,
         num_data: int | None,
         num_samples: int = 1,
@@ -128,15 +129,15 @@ class Program(nn.Module):
         """Open what is around an equation: parameters, scale, plate, and the handlers of mask and prefix.
 
         Args:
-            x_0: Data that were checked, or ``None``.
+            x_0: Data; ``None`` for a model that draws them.
             given: What goes with them.
             num_data: Size of the data set of which they are a batch.
             num_samples: Number of data to draw when there are none.
             plate: Whether the program has a plate of its own, scaled to ``num_data``.
             prefix: Put in front of the sites' names, with a dot.
         """
-        what = Given(**given)
-        of_state = None if what.mask is None else self._state_mask(what.mask)
+        x_0 = self._checked(x_0, given)
+        of_state = None if given.mask is None else self._state_mask(given.mask)
         size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
@@ -146,23 +147,31 @@ class Program(nn.Module):
                 stack.enter_context(pyro.plate(joined(prefix, "data"), size, dim=-1))
             if prefix:
                 stack.enter_context(_Prefix(prefix))
-            if what.mask is not None:
-                stack.enter_context(ObservedEntries(what.mask, of_state))
+            if given.mask is not None:
+                stack.enter_context(ObservedEntries(given.mask, of_state))
             gap = getattr(self.owner, "gap", None)
-            yield Run(what.arguments(), what.of_kernels(), of_state, gap)
+            yield Run(x_0, given.arguments(), given.of_kernels(), of_state, gap)
+
+    def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
+        """Data, if they can be taken: a guide needs some, and a context a kernel that takes it."""
+        return check_data(x_0, given.mask)
 
     def _state_mask(self, mask: Tensor) -> Tensor | None:
         state_mask = getattr(self.owner, "state_mask", None)
         return None if state_mask is None else state_mask(mask)
 
 
-def check_context(kernels: tuple[Kernel, ...], context: Any) -> None:
-    """Raise a ``ValueError`` if there is a context that no kernel of a model takes."""
-    if context is not None and not any(kernel.hears("context") for kernel in kernels):
-        raise ValueError(
-            "argument 'context': got one for a model whose kernels take none; expected data alone. Leave "
-            "it out, or build the model with a denoiser, or layers, that take a context."
-        )
+class GenerativeProgram(Program):
+    """A program of a model, which can be run without data."""
+
+    def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
+        kernels = [part for part in vars(self).values() if isinstance(part, Kernel)]
+        if given.context is not None and not any(k.hears("context") for k in kernels):
+            raise ValueError(
+                "argument 'context': got one for a model whose kernels take none; expected data alone. Leave "
+                "it out, or build the model with a denoiser, or layers, that take a context."
+            )
+        return check_observed(x_0, given.mask)
 
 
 def joined(prefix: str, name: str) -> str:

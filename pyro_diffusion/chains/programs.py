@@ -12,9 +12,10 @@ The kernels return Pyro distributions: fixed linear-Gaussian ones make a diffusi
 hierarchical VAE. The term :math:`L_t` of the bound lives at site ``x_t``, t = 0 … T, and the *order* of the
 guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
 
-All programs take data, what goes with them (``mask=``, ``context=``), and ``num_data=``. They own the plate
-``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's plate
-instead, unscaled: a chain inside a bigger program.
+All programs take data, their context if they have one, ``mask=`` and ``num_data=``. Under ``SVI`` a context is
+the second argument, ``svi.step(x_0, c)``, because Pyro's handlers have a ``context`` of their own. Programs own
+the plate ``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's
+plate instead, unscaled: a chain inside a bigger program.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), sections 3 and 4.
@@ -28,10 +29,10 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_diffusion.chains.base import Kernel, Program, check_context
-from pyro_diffusion.checks import check_data, check_event_shape, check_observed
+from pyro_diffusion.chains.base import GenerativeProgram, Kernel, Program
+from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import BottomUpSite
-from pyro_diffusion.given import STATE, as_real
+from pyro_diffusion.given import STATE, Given, as_real
 from pyro_diffusion.params import ParamScope
 
 __all__ = ["BottomUpGuide", "GenerativeChain", "TopDownGuide"]
@@ -39,7 +40,7 @@ __all__ = ["BottomUpGuide", "GenerativeChain", "TopDownGuide"]
 Function = Callable[..., Any]
 
 
-class GenerativeChain(Program):
+class GenerativeChain(GenerativeProgram):
     r"""The generative program, :math:`p(x_{0:T}) = p(x_T) \prod_{t=1}^T p(x_{t-1} \mid x_t)` (E7).
 
     Run without data it is the reference sampler.
@@ -62,21 +63,20 @@ class GenerativeChain(Program):
         self.transition, self.likelihood = Kernel(transition, "x_", -1), Kernel(likelihood, "x_0")
 
     def forward(
-        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1,
-        plate: bool = True, prefix: str = "", **given: Any,
+        self, x_0: Tensor | None = None, context: Any = None, *, num_data: int | None = None,
+        num_samples: int = 1, plate: bool = True, prefix: str = "", **given: Any,
     ) -> Tensor:  # fmt: skip
         """Sample sites ``x_T … x_1`` and observe ``x_0``, or draw ``num_samples`` of it; returns ``x_0``."""
-        x_0 = check_observed(x_0, given.get("mask"))
-        check_context((self.transition, self.likelihood), given.get("context"))
         with self.over_data(
-            x_0, given, num_data=num_data, num_samples=num_samples, plate=plate, prefix=prefix
-        ) as run:
+            x_0, Given(context=context, **given), num_data=num_data, num_samples=num_samples,
+            plate=plate, prefix=prefix,
+        ) as run:  # fmt: skip
             x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
             for t in range(self.num_timesteps, 1, -1):
                 kernel = self.transition(run.seen(x_t), t, **run.context)
                 x_t = pyro.sample(f"x_{t - 1}", kernel, infer=STATE)
-            kernel = check_event_shape(self.likelihood(run.seen(x_t), **run.context), x_0)
-            return pyro.sample("x_0", kernel, obs=as_real(x_0), infer=STATE)
+            kernel = check_event_shape(self.likelihood(run.seen(x_t), **run.context), run.x_0)
+            return pyro.sample("x_0", kernel, obs=as_real(run.x_0), infer=STATE)
 
     def from_state(self, x_t: Tensor, t: int) -> "GenerativeChain":
         r"""The rest of the chain, :math:`p(x_{0:t-1} \mid x_t)`: a program of ``t`` steps.
@@ -129,15 +129,16 @@ class BottomUpGuide(Program):
         self.transition, self.embed = Kernel(transition, "x_", 0), Kernel(embed)
 
     def forward(
-        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
-        **given: Any,
+        self, x_0: Tensor, context: Any = None, *, num_data: int | None = None, plate: bool = True,
+        prefix: str = "", **given: Any,
     ) -> None:  # fmt: skip
         """Sample sites ``x_1 … x_T`` for data of shape ``(N,) + event_shape``."""
-        x_0 = check_data(x_0, given.get("mask"))
         # A single site has no order.
         site = BottomUpSite if self.num_timesteps > 1 else _identity
-        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
-            x_t = self.embed(x_0, **run.given)
+        with self.over_data(
+            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+        ) as run:
+            x_t = self.embed(run.x_0, **run.given)
             for t in range(1, self.num_timesteps + 1):
                 kernel = site(self.transition(x_t, t, **run.context))
                 x_t = pyro.sample(f"x_{t}", kernel, infer=STATE)
@@ -179,13 +180,14 @@ class TopDownGuide(Program):
         self.transition = Kernel(transition, "x_", -1)
 
     def forward(
-        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
-        **given: Any,
+        self, x_0: Tensor, context: Any = None, *, num_data: int | None = None, plate: bool = True,
+        prefix: str = "", **given: Any,
     ) -> None:  # fmt: skip
         """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
-        x_0 = check_data(x_0, given.get("mask"))
-        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
-            c = self.encode(x_0, **run.given)
+        with self.over_data(
+            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+        ) as run:
+            c = self.encode(run.x_0, **run.given)
             x_t = pyro.sample(f"x_{self.num_timesteps}", self.initial(c), infer=STATE)
             for t in range(self.num_timesteps, 1, -1):
                 kernel = self.transition(x_t, c, t, **run.context)

@@ -25,12 +25,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_diffusion.chains.base import Kernel, Program, joined
+from pyro_diffusion.chains.base import GenerativeProgram, Kernel, Program, joined
 from pyro_diffusion.chains.time import Time
 from pyro_diffusion.chains.timesteps import StratifiedTimesteps, Timesteps
-from pyro_diffusion.checks import check_data, check_event_shape, check_observed
+from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import CarriedSite
-from pyro_diffusion.given import STATE, as_real
+from pyro_diffusion.given import STATE, Given, as_real
 
 __all__ = ["SubsampledProgram", "TimestepPlate"]
 
@@ -91,20 +91,20 @@ class SubsampledProgram(Program):
             yield Drawn(t, weight, t == self.time.first)
 
 
-class _SubsampledModel(SubsampledProgram):
+class _SubsampledModel(SubsampledProgram, GenerativeProgram):
     def __init__(self, diffusion: Any, time: Time, law: Timesteps, num_draws: int) -> None:
         super().__init__(diffusion, time, law, num_draws)
         self.prior = Kernel(diffusion.prior)
         self.reverse = Kernel(partial(time.pair, diffusion), time.step_site)
 
     def forward(
-        self, x_0: Tensor | None = None, *, num_data: int | None = None, num_samples: int = 1,
-        plate: bool = True, prefix: str = "", **given: Any,
+        self, x_0: Tensor | None = None, context: Any = None, *, num_data: int | None = None,
+        num_samples: int = 1, plate: bool = True, prefix: str = "", **given: Any,
     ) -> None:  # fmt: skip
-        x_0 = check_observed(x_0, given.get("mask"))
         with self.over_data(
-            x_0, given, num_data=num_data, num_samples=num_samples, plate=plate, prefix=prefix
-        ) as run:
+            x_0, Given(context=context, **given), num_data=num_data, num_samples=num_samples,
+            plate=plate, prefix=prefix,
+        ) as run:  # fmt: skip
             x_T = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
             with self.over_timesteps(x_T, prefix) as drawn:
                 x_t = pyro.sample("x_t", CarriedSite(self.prior()))
@@ -112,9 +112,9 @@ class _SubsampledModel(SubsampledProgram):
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
                     pyro.sample(self.time.step_site, step, infer=STATE)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=drawn.is_first):
-                    likelihood = check_event_shape(likelihood, x_0)
-                    pyro.sample("x_0", likelihood, obs=as_real(x_0), infer=STATE)
-            self._complete_volume(x_0, run.given.get("mask"), drawn)
+                    likelihood = check_event_shape(likelihood, run.x_0)
+                    pyro.sample("x_0", likelihood, obs=as_real(run.x_0), infer=STATE)
+            self._complete_volume(run.x_0, run.given.get("mask"), drawn)
 
     def _complete_volume(self, x_0: Tensor | None, mask: Tensor | None, drawn: Drawn) -> None:
         """State the part of a transform's log-Jacobian that the drawn timesteps do not have."""
@@ -129,12 +129,14 @@ class _SubsampledGuide(SubsampledProgram):
         self.embed = Kernel(diffusion.embed)
 
     def forward(
-        self, x_0: Tensor, *, num_data: int | None = None, plate: bool = True, prefix: str = "",
-        **given: Any,
+        self, x_0: Tensor, context: Any = None, *, num_data: int | None = None, plate: bool = True,
+        prefix: str = "", **given: Any,
     ) -> None:  # fmt: skip
-        x_0, time, process = check_data(x_0, given.get("mask")), self.time, self.owner.process
-        with self.over_data(x_0, given, num_data=num_data, plate=plate, prefix=prefix) as run:
-            c = self.embed(x_0, **run.given)
+        time, process = self.time, self.owner.process
+        with self.over_data(
+            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+        ) as run:
+            c = self.embed(run.x_0, **run.given)
             last = torch.as_tensor(time.last, device=c.device)
             x_T = time.marginal(process, c, last)
             pyro.sample(f"x_{self.num_timesteps}", x_T, infer=STATE)

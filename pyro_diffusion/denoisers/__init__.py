@@ -29,6 +29,7 @@ from pyro_diffusion.denoisers.variances import (
     PosteriorVariance,
     ReverseVariance,
 )
+from pyro_diffusion.moved import forwarded
 
 __all__ = [
     "BernoulliDenoiser",
@@ -51,3 +52,7 @@ __all__ = [
     "ScorePrediction",
     "VelocityPrediction",
 ]
+
+__getattr__ = forwarded(
+    "pyro_diffusion.denoisers", {"check_argument": "checks", "network_dtype": "networks"}
+)

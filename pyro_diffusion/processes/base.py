@@ -13,6 +13,7 @@ the steps become small. Shapes are ``batch_shape + event_shape``. A timestep is 
 that broadcasts to ``batch_shape``; a time :math:`u \in [0, 1]` of the continuous chain is a tensor alike.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, Self
 
@@ -115,7 +116,9 @@ class ForwardProcess(ABC):
 
     def tail(self, t: int) -> Self:
         r"""The process of :math:`q(x_{t+1:T} \mid x_t)`, which starts from a state."""
-        return type(self)(self.schedule.tail(t), self.event_shape)
+        process = copy.copy(self)
+        process.schedule = self.schedule.tail(t)
+        return process
 
     def check_states(self, x_0: Tensor) -> Tensor:
         """Embedded data, if the process can take them."""

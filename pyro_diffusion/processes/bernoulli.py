@@ -89,9 +89,6 @@ class BernoulliProcess(ForwardProcess):
         """The same, averaged over the two bits that the datum may have."""
         return self._changes(_expected(self.change_rate(u, x_u), x_u, denoised))
 
-    def tail(self, t: int) -> "BernoulliProcess":
-        return BernoulliProcess(self.schedule.tail(t), self.event_shape, self.rate)
-
     def change(self, t: int | Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`q(x_{t-1,i} \ne x_{t,i} \mid x_t, x_0)` if :math:`x_{0,i}` is the same bit, and if not."""
         t = self.schedule.check_timestep(t, at_least=1)
