@@ -11,7 +11,7 @@ from oracles import GaussianReverseChain, log_normal
 from pyro import poutine
 
 from pyro_diffusion.bounds import elbo_terms
-from pyro_diffusion.denoisers import GaussianDenoiser, GaussianMixtureDenoiser
+from pyro_diffusion.denoisers import EnumeratedDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint, importance_evidence
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
@@ -248,3 +248,17 @@ def test_states_that_have_no_probability_here():
         importance_evidence(
             diffusion.model, diffusion.posterior_guide, x_t, num_particles=5, state=2
         )
+
+
+@pytest.mark.parametrize("kind", ["numbers", "bits"])
+def test_states_may_be_whole_numbers(kind):
+    """Their evidence is that of the same states as floating numbers, draw by draw."""
+    denoiser = GaussianDenoiser(torch.zeros(3), torch.ones(3), AlphaSchedule(ALPHA))
+    if kind == "bits":
+        denoiser = EnumeratedDenoiser(torch.eye(3), AlphaSchedule(ALPHA))
+    diffusion, states = DiffusionModel(denoiser), torch.eye(3).long()
+    evidence = []
+    for x_t in (states, states.float()):
+        torch.manual_seed(0)
+        evidence.append(importance_evidence(diffusion, x_t, num_particles=20, state=2))
+    torch.testing.assert_close(evidence[0].log_evidence, evidence[1].log_evidence)

@@ -12,9 +12,9 @@ The kernels return Pyro distributions: fixed linear-Gaussian ones make a diffusi
 hierarchical VAE. The term :math:`L_t` of the bound lives at site ``x_t``, t = 0 … T, and the *order* of the
 guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
 
-All programs take data, their context if they have one, ``mask=`` and ``num_data=``. Under ``SVI`` a context is
-the second argument, ``svi.step(x_0, c)``, because Pyro's handlers have a ``context`` of their own. Programs own
-the plate ``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's
+All programs take data, their context if they have one, ``mask=`` and ``num_data=``. Under ``SVI`` a context
+is the second argument, ``svi.step(x_0, c)``: Pyro's handlers have a ``context`` of their own. They own the
+plate ``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's
 plate instead, unscaled: a chain inside a bigger program.
 
 References:
@@ -152,7 +152,7 @@ class BottomUpGuide(Program):
         kernel, steps = self.transition.function, self.num_timesteps - t
         return BottomUpGuide(
             lambda x_s, s: kernel(x_s, s + t),
-            num_timesteps=steps, owner=self.owner, below=self.below,
+            num_timesteps=steps, embed=as_real, owner=self.owner, below=self.below,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pyro_diffusion.denoisers.bernoulli import (
     EnumeratedDenoiser,
     NeuralBernoulliDenoiser,
 )
+from pyro_diffusion.denoisers.categorical import NeuralCategoricalDenoiser
 from pyro_diffusion.denoisers.exact import GaussianDenoiser, GaussianMixtureDenoiser
 from pyro_diffusion.denoisers.neural import NeuralDenoiser
 from pyro_diffusion.denoisers.parameterizations import (
@@ -43,6 +44,7 @@ __all__ = [
     "LearnedVariance",
     "LevelPrediction",
     "NeuralBernoulliDenoiser",
+    "NeuralCategoricalDenoiser",
     "NeuralDenoiser",
     "NoisePrediction",
     "OptimalVariance",

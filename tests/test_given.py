@@ -1,0 +1,319 @@
+"""What goes with the data: contexts, prefixes, families where programs are taken, and one way to split it."""
+
+import importlib
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_diffusion
+from pyro_diffusion import (
+    DataPrediction,
+    DiffusionModel,
+    GaussianDenoiser,
+    HierarchicalVAE,
+    LadderEncoder,
+    LogSNRSchedule,
+    NeuralDenoiser,
+    bound_by_datum,
+    compile_elbo,
+    elbo_terms,
+    importance_evidence,
+)
+from pyro_diffusion.chains import GenerativeChain, Steps
+from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.moved import MODULES, RENAMED
+
+
+class Shift(nn.Module):
+    """x̂_0 of x_0 ~ N(c, s²): exact for a datum whose mean is its context."""
+
+    def __init__(self, schedule, std):
+        super().__init__()
+        self.schedule, self.std = schedule, std
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x_t, log_snr, context):
+        signal, noise = (c[:, None] for c in self.schedule.scales(log_snr))
+        mean = context["mean"]
+        gain = signal * self.std**2 / (signal**2 * self.std**2 + noise**2)
+        return self.scale * (mean + gain * (x_t - signal * mean))
+
+
+def conditional(num_timesteps=5, std=0.5):
+    schedule = LogSNRSchedule(num_timesteps, log_snr_max=6.0, log_snr_min=-60.0)
+    exact = GaussianDenoiser(torch.zeros(2).double(), torch.full((2,), std).double(), schedule)
+
+    class Kernel(NeuralDenoiser):
+        def reverse_kernel(self, x_t, t, denoised):
+            mean = super().reverse_kernel(x_t, t, denoised).mean
+            scale = exact(x_t, t).variance.sqrt()
+            return dist.Normal(mean, scale).to_event(1)
+
+    network = Shift(schedule, std)
+    return DiffusionModel(Kernel(network, schedule, (2,), prediction=DataPrediction()))
+
+
+def data(n=6):
+    context = {"mean": torch.randn(n, 2).double()}
+    return context["mean"] + 0.5 * torch.randn(n, 2).double(), context
+
+
+def log_p(x_0, context):
+    return dist.Normal(context["mean"], 0.5).to_event(1).log_prob(x_0)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 5])
+def test_the_zero_variance_identity_holds_given_a_context(num_timesteps):
+    """log p(x∣c) on every path, through chunks and particles: the context goes with its rows."""
+    diffusion = conditional(num_timesteps)
+    x_0, context = data()
+    for guide in (diffusion.guide, diffusion.posterior_guide):
+        evidence = importance_evidence(
+            diffusion.model, guide, x_0, num_particles=3, batch_size=4, context=context
+        )
+        torch.testing.assert_close(evidence.log_evidence, log_p(x_0, context), rtol=1e-8, atol=1e-8)
+        assert evidence.standard_error.max() < 1e-8
+    wrong = {"mean": context["mean"].flip(0)}
+    other = importance_evidence(diffusion, x_0, num_particles=3, context=wrong).log_evidence
+    torch.testing.assert_close(other, log_p(x_0, wrong), rtol=1e-8, atol=1e-8)
+
+
+def test_a_context_reaches_every_way_to_run_a_program():
+    """SVI takes it as the second argument: Pyro's handlers have an argument of that name themselves."""
+    diffusion = conditional()
+    x_0, context = data()
+    expected = -log_p(x_0, context).sum().item()
+    loss = SVI(diffusion.model, diffusion.guide, Adam({"lr": 0.0}), Trace_ELBO()).step(x_0, context)
+    assert abs(loss - expected) < 1e-8
+    pair = diffusion.subsampled()
+    for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
+        SVI(pair.model, pair.guide, Adam({"lr": 1e-4}), elbo).step(x_0, context)
+    for pair in (diffusion.subsampled(), diffusion.continuous()):
+        assert bound_by_datum(pair.model, pair.guide, x_0, context=context).shape == (6,)
+    loss = compile_elbo(pair.model, pair.guide, TraceMeanField_ELBO(), backend=None)
+    assert loss(x_0, context).isfinite()
+    drawn = diffusion.sample(4000, {"mean": torch.full((4000, 2), 3.0).double()})
+    assert (drawn.mean(0) - 3.0).abs().max() < 5 * 0.5 / 4000**0.5 + 0.02
+
+
+def test_rows_without_a_context_are_told_to_the_network():
+    class Notes(nn.Module):
+        def forward(self, x_t, log_snr, context, null):
+            self.seen = null
+            return torch.where(null[:, None], 0.0, context)
+
+    network = Notes()
+    diffusion = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(3), (2,)))
+    null = torch.tensor([True, False, True])
+    terms = elbo_terms(
+        diffusion, torch.randn(3, 2), num_particles=2, context=torch.ones(3, 2), null=null
+    )
+    assert network.seen.tolist() == [True, False, True] * 2
+    assert terms.elbo.shape == (3,)
+
+
+def test_a_context_that_nobody_takes_is_refused_in_words():
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(3))
+    diffusion, x_0 = DiffusionModel(denoiser), torch.zeros(4, 2)
+    for run in (
+        lambda: elbo_terms(diffusion, x_0, context=torch.zeros(4, 1)),
+        lambda: diffusion.sample(4, torch.zeros(4, 1)),
+        lambda: diffusion.subsampled().model(x_0, torch.zeros(4, 1)),
+        lambda: Steps(3).pair(diffusion, x_0, torch.tensor(2), context=torch.zeros(4, 1)),
+        lambda: HierarchicalVAE((2,), (3,)).model(x_0, torch.zeros(4, 1)),
+    ):
+        with pytest.raises(
+            ValueError, match="argument 'context': got one for a .*expected data alone"
+        ):
+            run()
+
+
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_a_chain_inside_a_bigger_program(subsampled):
+    """In the caller's plate, under a prefix, unscaled; the bound is that of the chain alone."""
+    denoiser = GaussianDenoiser(torch.zeros(2).double(), torch.ones(2).double(), LogSNRSchedule(4))
+    diffusion, x_0 = DiffusionModel(denoiser), torch.randn(5, 2).double()
+    pair = diffusion.subsampled() if subsampled else diffusion
+    guide = pair.guide if subsampled else diffusion.posterior_guide
+
+    def model(y):
+        with poutine.scale(scale=3.0), pyro.plate("rows", 5, dim=-1):
+            shift = pyro.sample("shift", dist.Normal(torch.zeros(5).double(), 1.0))
+            pair.model(x_0, plate=False, prefix="prior")
+            pyro.sample("y", dist.Normal(shift, 1.0), obs=y)
+
+    def bigger_guide(y):
+        with poutine.scale(scale=3.0), pyro.plate("rows", 5, dim=-1):
+            pyro.sample("shift", dist.Normal(torch.zeros(5).double(), 1.0))
+            guide(x_0, plate=False, prefix="prior")
+
+    y = torch.zeros(5).double()
+    trace = poutine.trace(model).get_trace(y)
+    names = [n for n, site in trace.nodes.items() if site["type"] == "sample" and "." in n]
+    assert names[0] == "prior.x_4"
+    assert "prior.x_0" in names
+    assert "data" not in trace.nodes
+    plates = {frame.name for n in names for frame in trace.nodes[n]["cond_indep_stack"]}
+    assert plates == ({"rows", "prior.timesteps"} if subsampled else {"rows"})
+    torch.manual_seed(0)
+    both = Trace_ELBO().loss(model, bigger_guide, y)
+    torch.manual_seed(0)
+    rest = Trace_ELBO().loss(
+        poutine.block(model, hide_fn=lambda site: site["name"].startswith("prior")),
+        poutine.block(bigger_guide, hide_fn=lambda site: site["name"].startswith("prior")),
+        y,
+    )
+    torch.manual_seed(0)
+    torch.randn(5, dtype=torch.float64)  # what the guide drew for the shift
+    alone = Trace_ELBO().loss(pair.model, guide, x_0)
+    assert abs(both - rest - 3 * alone) < 1e-9 or subsampled
+
+
+def test_two_chains_in_one_program_do_not_meet():
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(3))
+    diffusion = DiffusionModel(denoiser)
+
+    def both():
+        with pyro.plate("rows", 4, dim=-1):
+            first = diffusion.model(plate=False, prefix="first")
+            return first, diffusion.model(plate=False, prefix="second")
+
+    nodes = poutine.trace(both).get_trace().nodes
+    assert {"first.x_3", "second.x_3", "first.x_0", "second.x_0"} <= set(nodes)
+    assert nodes["first.x_0"]["value"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_readers_take_a_family(ladder):
+    encoder = LadderEncoder((2,), (3, 2)) if ladder else None
+    for family in (
+        DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(3))),
+        HierarchicalVAE((2,), (3, 2), encoder=encoder),
+    ):
+        x_0 = torch.randn(4, 2)
+        guide = getattr(family, "posterior_guide", family.guide)
+        for reader in (elbo_terms, lambda *a, **k: importance_evidence(*a, num_particles=4, **k)):
+            results = []
+            for arguments in ((family.model, guide, x_0), (family, x_0)):
+                torch.manual_seed(0)
+                results.append(reader(*arguments).elbo)
+            torch.testing.assert_close(*results)
+        with pytest.raises(ValueError, match="argument 'guide': got a|argument 'model': got a"):
+            elbo_terms(family.model, family, x_0)
+
+
+def test_data_and_what_goes_with_them_move_together():
+    x_0 = torch.arange(3)
+    given = Given(mask=x_0 > 1, context=(x_0 * 10, {"a": x_0 * 100}), null=None)
+    rows, what = together(lambda x: repeated(x, 2)[1:5], x_0, given)
+    assert rows.tolist() == [1, 2, 0, 1]
+    assert what.mask.tolist() == (rows > 1).tolist()
+    assert what.context[0].tolist() == (rows * 10).tolist()
+    assert what.context[1]["a"].tolist() == (rows * 100).tolist()
+    assert what.null is None
+
+
+def test_a_chain_of_ones_own_kernels_may_take_a_context():
+    def transition(x_t, t, context):
+        return dist.Normal(x_t + context, 1.0).to_event(1)
+
+    model = GenerativeChain(
+        lambda: dist.Normal(torch.zeros(2), 1.0).to_event(1),
+        transition,
+        lambda x_1: dist.Normal(x_1, 1e-6).to_event(1),
+        num_timesteps=3,
+    )
+    drawn = model(context=torch.full((2000, 1), 5.0), num_samples=2000)
+    assert (drawn.mean() - 10.0).abs() < 5 * (3 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_that_moved_forward_their_names(module):
+    """By both ways to import, with a warning that names the new place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        old = importlib.import_module(f"pyro_diffusion.{module}")
+    assert getattr(pyro_diffusion, module) is old
+    names = OLD_NAMES[module]
+    for name in names:
+        with pytest.warns(
+            DeprecationWarning, match=rf"{module}.{name} has moved to pyro_diffusion"
+        ):
+            value = getattr(old, name)
+        assert value.__name__ == RENAMED.get((module, name), name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = old.nothing
+
+
+#: What the modules of version 0.1 exported.
+OLD_NAMES = {
+    "batches": ["OrderedBatches", "ShuffledBatches", "permuted"],
+    "bernoulli": ["BernoulliDenoiser", "BernoulliDiffusion", "EnumeratedDenoiser", "Noise"],
+    "compilation": ["CompiledELBO", "compile_elbo"],
+    "draws": ["Record", "as_numpy", "programs", "to_arviz"],
+    "evaluation": ["BoundEvaluation", "evaluate_bound"],
+    "families": ["Family"],
+    "flow": ["ode_log_likelihood"],
+    "kernels": [
+        "forward_increment", "forward_marginal", "forward_posterior", "forward_transition",
+        "terminal_prior", "gaussian", "chain_step", "pad",
+    ],
+    "objectives": ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO", "bound_by_datum"],
+    "observations": ["as_real", "check_data", "check_mask", "holds", "observed_part", "zeroed"],
+    "parallel": ["agreed_seed", "gather", "over_ranks", "rank_and_size", "share"],
+    "parameterizations": ["DataPrediction", "LevelPrediction", "embed_levels", "check_num_levels"],
+    "report": ["Summary", "SummaryRow", "summary"],
+    "sequential": ["smc_evidence"],
+    "store": ["ParamScope", "check_state", "evaluating", "free_name", "snake_case"],
+    "timesteps": ["ImportanceTimesteps", "JointStrata", "TimestepDistribution", "Timesteps"],
+    "variances": ["LearnedVariance", "OptimalVariance", "PosteriorVariance", "exact_variance"],
+}  # fmt: skip
+
+
+def test_names_that_left_the_top_level_or_a_room_are_forwarded():
+    for module, name in (
+        ("pyro_diffusion", "Denoiser"), ("pyro_diffusion", "TimestepPlate"),
+        ("pyro_diffusion.bounds", "log_density"), ("pyro_diffusion.denoisers", "check_argument"),
+        ("pyro_diffusion.chains", "BottomUpSite"),
+    ):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=f"{name} has moved to pyro_diffusion"):
+            assert getattr(importlib.import_module(module), name).__name__ == name
+    with pytest.raises(AttributeError):
+        _ = pyro_diffusion.nothing
+
+
+def test_kernels_that_were_methods_of_the_model_are_forwarded():
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(3))
+    diffusion, x, t = DiffusionModel(denoiser), torch.ones(4, 2), torch.tensor(2)
+    u = torch.tensor(0.5)
+    for old, new in (
+        (lambda: diffusion.forward_transition(x, 2), diffusion.process.transition(x, 2)),
+        (lambda: diffusion.forward_marginal(x, 2), diffusion.process.marginal(x, 2)),
+        (lambda: diffusion.terminal_marginal(x), diffusion.process.marginal(x, 3)),
+        (lambda: diffusion.forward_posterior(x, x, 2), diffusion.process.posterior(x, x, 2)),
+        (lambda: diffusion.marginal_at(x, u), diffusion.process.marginal_at(x, u)),
+        (lambda: diffusion.increment(x, x, u), diffusion.process.increment(x, x, u)),
+        (lambda: diffusion.reverse(x, t)[0], diffusion.denoiser(x, t)),
+        (
+            lambda: diffusion.reverse_increment(x, u)[0],
+            diffusion.process.increment(
+                x, diffusion.denoiser.x_0_hat(x, diffusion.schedule.log_snr_at(u)), u
+            ),
+        ),
+        (
+            lambda: diffusion.decode_denoised(
+                x, denoiser.denoise(x, diffusion.schedule.log_snr(1))
+            ),
+            diffusion.decode(x),
+        ),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"has moved to .*goes with version 0\.3"):
+            kernel = old()
+        torch.testing.assert_close(kernel.log_prob(x), new.log_prob(x))
