@@ -122,7 +122,7 @@ def configuration(seed):
     return c
 
 
-def make_legal(c, draw):
+def make_legal(c, draw):  # noqa: C901 (a list of what does not go together, one line each)
     """Take back what does not go together."""
     if c.family == "bits":
         c.prediction, c.variance, c.num_levels, c.exploding = "probability", "none", 2, False

@@ -40,6 +40,7 @@ __all__ = [
     "described",
     "holds",
     "looking",
+    "require",
     "unchecked",
 ]
 
@@ -75,6 +76,15 @@ def data_checked() -> Iterator[None]:
         yield
     finally:
         _data_due.reset(token)
+
+
+def require(condition: bool, what: str, got: str, expected: str, remedy: str) -> None:
+    """Raise a ``ValueError`` in four beats unless a condition holds.
+
+    The words are made whether or not they are needed: for arguments, which come once, and not for states.
+    """
+    if not condition:
+        raise ValueError(f"{what}: got {got}; expected {expected}. {remedy}")
 
 
 # Arguments.

@@ -34,6 +34,7 @@ BENCHMARKS = {
     "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "memory_map.py": ["anonymous, MB", "rows/s", "MB more than"],
+    "paired.py": ["after / before", "rows are slower"],
     "parity.py": ["kernels of q", "bound by paths", "samples: DDIM", "losses: compiled, bits"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],
 }

@@ -350,7 +350,7 @@ def test_other_bad_transforms():
         flow_model(Standardize(torch.zeros(3), 1.0)).guide(torch.randn(4, 2))
     with pytest.raises(ValueError, match="'scale': got the value 0; expected positive"):
         Standardize(0.0, torch.tensor([1.0, 0.0]))
-    with pytest.raises(ValueError, match="'loc': got NaN .*; expected finite"):
+    with pytest.raises(ValueError, match="'loc': got 1 NaN .*; expected finite"):
         Standardize(torch.tensor([1.0, torch.nan]), 1.0)
     levels = DiffusionModel(denoiser, DiscretizedGaussianLikelihood(5), AffineTransform(0.0, 2.0))
     with pytest.raises(ValueError, match="'transform'.*a mass has no Jacobian"):
