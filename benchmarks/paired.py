@@ -42,6 +42,7 @@ def rows_of(tree, args):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "benchmarks/speed.py"), "--output", folder]
         command += ["--only", args.only, "--device", args.device, "--repeats", str(args.repeats)]
+        command += ["--num-timesteps", str(args.num_timesteps), "--num-data", str(args.num_data)]
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         subprocess.run(
             command + ["--smoke"] * args.smoke, env=environment, check=True, capture_output=True
@@ -101,6 +102,8 @@ def parse_arguments():
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="step,sampling,bound")
+    parser.add_argument("--num-timesteps", type=int, default=200, help="of bounds and samplers")
+    parser.add_argument("--num-data", type=int, default=64, help="of bounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--smoke", action="store_true", help="this checkout beside itself, in seconds"
@@ -108,7 +111,7 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
     if args.smoke:
-        args.before, args.pairs, args.repeats, args.only = ROOT, 1, 1, "step"
+        args.before, args.pairs, args.repeats, args.only = ROOT, 1, 1, "bound"
     if args.before is None:
         parser.error(
             "--before: got nothing; expected a checkout. Run git worktree add /tmp/before <commit>."

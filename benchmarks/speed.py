@@ -471,6 +471,8 @@ def parse_arguments():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, by comma")
+    parser.add_argument("--num-timesteps", type=int, help="of bounds and samplers; 1000 by default")
+    parser.add_argument("--num-data", type=int, help="of bounds; 512 by default")
     parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="minutes of work in seconds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
@@ -478,7 +480,11 @@ def parse_arguments():
     args.only = args.only.split(",")
     args.seconds = 0.01 if args.smoke else 1.0  # of a work in a repeat
     args.repeats = 1 if args.smoke else args.repeats
-    args.num_timesteps, args.num_data = (20, 16) if args.smoke else (1000, 512)
+    size = (20, 16) if args.smoke else (1000, 512)
+    args.num_timesteps, args.num_data = (
+        given or usual
+        for given, usual in zip((args.num_timesteps, args.num_data), size, strict=True)
+    )
     return args
 
 

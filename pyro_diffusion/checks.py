@@ -264,8 +264,8 @@ def check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDis
     """The kernel of a site, if data that are observed there have its event shape."""
     if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
         raise ValueError(
-            f"got data of shape {tuple(x_0.shape)}; expected (N,) + {tuple(kernel.event_shape)}. Reshape "
-            "the data, or build the model with their event shape."
+            f"site 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
+            f"{tuple(kernel.event_shape)}. Reshape the data, or build the model with their event shape."
         )
     return kernel
 

@@ -99,7 +99,12 @@ def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
     """The state as a kernel of the model sees it: the gap's value where nothing was observed."""
     if mask is None:
         return x_t
-    assert gap is not None  # embed has refused a mask of states without a gap
+    if gap is None:
+        raise ValueError(
+            "argument 'mask': got one for a chain of bits or of categories; expected none, because what "
+            "stands for a gap would be a state as well. Leave out data with gaps, or use a DiffusionModel "
+            "with LevelPrediction(K)."
+        )
     return torch.where(mask, x_t, gap)
 
 

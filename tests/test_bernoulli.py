@@ -54,6 +54,9 @@ def exact(rate=0.5):
 @pytest.mark.parametrize("rate", [0.5, 0.2])
 def test_kernels_against_bayes_rule_on_matrices(rate):
     diffusion = exact(rate)
+    assert diffusion.process.rates(DATA)[0].unique().tolist() == sorted(
+        {rate, 1 - rate}
+    )  # in float64
     steps, upto = matrices(rate)
     for t in range(1, 4):
         for a, b in itertools.product((0, 1), repeat=2):
@@ -229,8 +232,9 @@ def test_what_it_cannot_take_is_refused_in_words():
         EnumeratedDenoiser(torch.eye(3), schedule, torch.ones(2))
     with pytest.raises(ValueError, match="arguments 'data' and 'weights'"):
         EnumeratedDenoiser(torch.ones(3), schedule)
-    with pytest.raises(ValueError, match="argument 'mask'"):
-        diffusion.guide(torch.zeros(2, 4), mask=torch.ones(2, 4, dtype=torch.bool))
+    for program in (diffusion.guide, diffusion.model, diffusion.subsampled().model):
+        with pytest.raises(ValueError, match="argument 'mask': got one for a chain of bits"):
+            program(torch.zeros(2, 4), mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="chain of bits, which has no score"):
         ode_log_likelihood(diffusion, torch.zeros(2, 4), state=2)
     with pytest.raises(ValueError, match="no score"):

@@ -14,11 +14,14 @@ from torch import nn
 
 import pyro_diffusion
 from pyro_diffusion import (
+    MLP,
     DataPrediction,
     DiffusionModel,
+    EnumeratedDenoiser,
     GaussianDenoiser,
     HierarchicalVAE,
     LadderEncoder,
+    LinearDecaySchedule,
     LogSNRSchedule,
     NeuralDenoiser,
     bound_by_datum,
@@ -135,6 +138,46 @@ def test_a_context_that_nobody_takes_is_refused_in_words():
             run()
 
 
+def test_networks_and_oracles_without_a_context_refuse_one_in_words():
+    """The signature decides: of the network, and of the logits of a denoiser of bits."""
+    network = MLP((2,))
+    neural = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(3), (2,)))
+    bits = DiffusionModel(EnumeratedDenoiser(torch.eye(2), LinearDecaySchedule(3)))
+    context, says = (
+        torch.zeros(2, 1),
+        r"site 'x_2': argument 'network': got MLP, .*\(x_t, log_snr, ",
+    )
+    with pytest.raises(ValueError, match=rf"{says}context\): too many"):
+        neural.model(torch.zeros(2, 2), context)
+    with pytest.raises(
+        ValueError, match="site 'x_2': argument 'context': got one for a Enumerated"
+    ):
+        bits.model(torch.eye(2), context)
+    network.forward = lambda x_t, log_snr, context: x_t
+    with pytest.raises(
+        ValueError, match=r"\(x_t, log_snr\): missing a required argument: 'context'"
+    ):
+        neural.model(torch.zeros(2, 2))
+    network.forward = lambda x_t, log_snr: x_t + None  # an error of the network's own
+    with pytest.raises(TypeError, match="unsupported operand"):
+        neural.model(torch.zeros(2, 2))
+
+
+def test_an_error_names_the_site_of_its_kernel():
+    """By position or by name of the timestep; also where data have another shape than the last kernel."""
+    denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(3))
+    diffusion = DiffusionModel(denoiser)
+    for call in (
+        lambda: diffusion.model.transition(torch.zeros(1, 2), 9),
+        lambda: diffusion.model.transition(torch.zeros(1, 2), t=9),
+    ):
+        with pytest.raises(ValueError, match="^site 'x_8': argument 't': got 9"):
+            call()
+    for model in (diffusion.model, diffusion.subsampled().model):
+        with pytest.raises(ValueError, match=r"^site 'x_0': got data of shape \(4, 3\)"):
+            model(torch.zeros(4, 3))
+
+
 @pytest.mark.parametrize("subsampled", [False, True])
 def test_a_chain_inside_a_bigger_program(subsampled):
     """In the caller's plate, under a prefix, unscaled; the bound is that of the chain alone."""
@@ -160,6 +203,7 @@ def test_a_chain_inside_a_bigger_program(subsampled):
     assert names[0] == "prior.x_4"
     assert "prior.x_0" in names
     assert "data" not in trace.nodes
+    assert ("prior.timesteps" in names) == subsampled
     plates = {frame.name for n in names for frame in trace.nodes[n]["cond_indep_stack"]}
     assert plates == ({"rows", "prior.timesteps"} if subsampled else {"rows"})
     torch.manual_seed(0)

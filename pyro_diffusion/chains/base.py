@@ -45,14 +45,13 @@ class Kernel:
 
     def __call__(self, *states: Any, **given: Any) -> Any:
         """The site's distribution, from the states before it."""
-        if given:
-            given = {name: value for name, value in given.items() if self.hears(name)}
+        given = {name: value for name, value in given.items() if self.hears(name)}
         try:
             return self.function(*states, **given)
         except ValueError as error:
             if self.site is None:
                 raise
-            number = "" if self.shift is None else states[-1] + self.shift
+            number = "" if self.shift is None else given.get("t", states[-1]) + self.shift
             raise ValueError(f"site '{self.site}{number}': {error}") from error
 
     def hears(self, argument: str) -> bool:
@@ -84,7 +83,8 @@ class _Prefix(Messenger):
         self.prefix = prefix
 
     def _pyro_sample(self, msg: Any) -> None:
-        msg["name"] = f"{self.prefix}.{msg['name']}"
+        if not msg["name"].startswith(f"{self.prefix}."):  # a plate of the program has it already
+            msg["name"] = f"{self.prefix}.{msg['name']}"
 
 
 class Program(nn.Module):

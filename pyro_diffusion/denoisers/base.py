@@ -13,6 +13,7 @@ References:
     https://arxiv.org/abs/2006.11239
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -200,12 +201,18 @@ def call_network(
         The output in the state's dtype, of the state's shape, ``+ (count,)`` for several numbers.
 
     Raises:
-        ValueError: An output of another shape, or one that is not finite.
+        ValueError: A network that does not take these arguments; an output of another shape, or one that is
+            not finite.
     """
     dtype = network_dtype(network)
     flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
     extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
-    output = network(flat, log_snr.expand(batch_shape).reshape(-1).to(dtype), *extra)
+    level = log_snr.expand(batch_shape).reshape(-1).to(dtype)
+    try:
+        output = network(flat, level, *extra)
+    except TypeError:
+        _check_signature(network, ("x_t", "log_snr", "context", "null")[: 2 + len(extra)])
+        raise
     per_entry = (count,) if count > 1 else ()
     if output.shape != flat.shape + per_entry:
         raise ValueError(
@@ -216,3 +223,15 @@ def call_network(
     remedy = "Lower the learning rate or clip gradients, and check the data's scale."
     check_finite("argument 'network'", output, remedy)
     return output.reshape(state.shape + per_entry).to(state.dtype)
+
+
+def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
+    """Raise a ``ValueError`` if a network cannot be called with these arguments."""
+    try:
+        inspect.signature(network.forward).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"argument 'network': got {type(network).__name__}, whose forward does not take "
+            f"({', '.join(arguments)}): {error}; expected one that does. Give a context to a network that "
+            "has this argument, and to no other."
+        ) from error

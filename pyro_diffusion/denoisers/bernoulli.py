@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
 from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
-from pyro_diffusion.given import Given
 from pyro_diffusion.networks import state_dtype
 from pyro_diffusion.processes.base import check_fixed_curve
 from pyro_diffusion.processes.bernoulli import BernoulliProcess
@@ -57,11 +56,9 @@ class BernoulliDenoiser(Denoiser, ABC):
     def process(self) -> BernoulliProcess:
         return BernoulliProcess(self.schedule, self.event_shape, self.rate)
 
-    def denoise(
-        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
-    ) -> Denoised:
+    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
         self.batch_shape(x_t)
-        logits = self.logits(x_t, log_snr, **Given(None, context, null).of_kernels())
+        logits = self.logits(x_t, log_snr)
         return Denoised(logits.sigmoid(), logits)
 
     def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
@@ -124,6 +121,12 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
     def dtype(self) -> torch.dtype:
         """Dtype of the network's first parameter; float32 for a network of half precision."""
         return state_dtype(self.network)
+
+    def denoise(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Denoised:
+        logits = self.logits(x_t, log_snr, context, null)
+        return Denoised(logits.sigmoid(), logits)
 
     def logits(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None

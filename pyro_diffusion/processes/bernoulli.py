@@ -116,7 +116,7 @@ class BernoulliProcess(ForwardProcess):
 
     def rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """How often noise has the bits of ``x``, and how often the others."""
-        one = torch.where(x == 1, self.rate, 1 - self.rate).to(x.dtype)
+        one = torch.where(x == 1, torch.full_like(x, self.rate), 1 - self.rate)
         return one, 1 - one
 
     def log_noise_ratio(self, x_t: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
