@@ -12,13 +12,13 @@ class                                is
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, MultivariateNormal, constraints
 from torch.distributions.kl import register_kl
 from torch.nn.functional import softplus
 from torch.special import log_ndtr
@@ -43,7 +43,7 @@ __all__ = [
 # Kernels of a chain.
 
 
-def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> TorchDistribution:
+def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
     """A Normal with independent entries. It is not validated, because a schedule's scales are positive."""
     return ChainNormal(mean, scale, validate_args=False).to_event(event_dim)
 
@@ -70,15 +70,21 @@ def unexpanded(scale: Tensor) -> Tensor:
     return scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
 
-class Noise(dist.Bernoulli):
-    """Bits of a chain. Where nothing about them is learned, their draws need no score-function term."""
+class Unscored:
+    """A discrete law whose draws need no score-function term where nothing about it is learned."""
+
+    sample: Callable[..., Tensor]
 
     @property
     def has_rsample(self) -> bool:
-        return not self._param.requires_grad
+        return not any(x.requires_grad for x in vars(self).values() if isinstance(x, Tensor))
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return self.sample(sample_shape)
+
+
+class Noise(Unscored, dist.Bernoulli):
+    """Bits of a chain."""
 
 
 @register_kl(Noise, Noise)
@@ -88,15 +94,8 @@ def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
     return ones + (-q.logits).sigmoid() * (softplus(p.logits) - softplus(q.logits))
 
 
-class Changes(dist.Poisson):
-    """Counts of a continuous chain; see :class:`Noise`."""
-
-    @property
-    def has_rsample(self) -> bool:
-        return not self.rate.requires_grad
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return self.sample(sample_shape)
+class Changes(Unscored, dist.Poisson):
+    """Counts of changes in a continuous chain."""
 
 
 # Laws of data.
@@ -112,7 +111,7 @@ class Counts(dist.Poisson):
         return (count.xlogy(rate) - rate - (count + 1).lgamma()).to(self.rate.dtype)
 
 
-class DiscretizedGaussian(TorchDistribution):
+class DiscretizedGaussian(dist.TorchDistribution):
     r"""A Gaussian in :math:`[-1, 1]`'s space, rounded to :math:`K` levels and clipped to them.
 
     Sampling is literally that, so the probabilities of the levels sum to one.
@@ -205,42 +204,14 @@ def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
 # Sites of a program whose KLs have rules of their own.
 
 
-class WrappedSite(TorchDistribution):
-    """The distribution of a site under another name."""
+class WrappedSite(dist.Independent):
+    """The distribution of a site under another name: torch's ``Independent``, with no dimension moved."""
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-
-    def __init__(self, base_dist: TorchDistribution) -> None:
-        self.base_dist = base_dist
-        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
-
-    @property
-    def has_rsample(self) -> bool:
-        return self.base_dist.has_rsample
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return self.base_dist.support
-
-    @property
-    def mean(self) -> Tensor:
-        return self.base_dist.mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self.base_dist.variance
+    def __init__(self, base_dist: dist.TorchDistribution) -> None:
+        super().__init__(base_dist, 0, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         return type(self)(self.base_dist.expand(torch.Size(batch_shape)))
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.sample(sample_shape)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.rsample(sample_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.base_dist.log_prob(value)
 
 
 class CarriedSite(WrappedSite):
@@ -261,6 +232,8 @@ class BottomUpSite(WrappedSite):
 
 
 @register_kl(BottomUpSite, Distribution)
+@register_kl(BottomUpSite, Independent)
+@register_kl(BottomUpSite, MultivariateNormal)
 def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
     raise ValueError(
         "sites of a bottom-up guide: got a request for their analytic KL (TraceMeanField_ELBO or "
@@ -280,7 +253,7 @@ class Share(NamedTuple):
     of: int = 1  #: among how many the strata are shared out
 
 
-class TimestepDistribution(TorchDistribution):
+class TimestepDistribution(dist.TorchDistribution):
     r"""A law :math:`\pi` over timesteps whose joint draw is stratified.
 
     A draw of batch shape ``B`` cuts [0, 1] into as many equal strata as ``B`` has entries, puts one

@@ -30,7 +30,6 @@ from abc import ABC, abstractmethod
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -88,7 +87,7 @@ class Likelihood(nn.Module, ABC):
         """Data of shape ``batch_shape + …`` as points of the chain, ``batch_shape + event_shape``."""
 
     @abstractmethod
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         """The distribution over the user's data, given ``x_0_hat`` in embedded space."""
 
 
@@ -136,7 +135,7 @@ class GaussianLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return x_0
 
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         return dist.Normal(x_0_hat, self.scale.to(x_0_hat.dtype))
 
 
@@ -182,7 +181,7 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, self.num_levels)
 
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         return DiscretizedGaussian(x_0_hat, self.scale.to(x_0_hat.dtype), self.num_levels)
 
     def extra_repr(self) -> str:
@@ -213,7 +212,7 @@ class BernoulliLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, 2)
 
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
 
 
@@ -252,7 +251,7 @@ class CategoricalLikelihood(_ScaledLikelihood):
         dtype = embed_levels(x_0, self.num_categories).dtype  # and no other numbers are taken
         return 2 * one_hot(x_0.long(), self.num_categories).to(dtype) - 1
 
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         return dist.Categorical(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
 
     def extra_repr(self) -> str:
@@ -289,7 +288,7 @@ class LevelLikelihood(Likelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, self.num_outputs)
 
-    def forward(self, logits: Tensor) -> TorchDistribution:
+    def forward(self, logits: Tensor) -> dist.TorchDistribution:
         _check_logits(logits, self.num_outputs)
         return dist.Categorical(logits=logits)
 
@@ -343,7 +342,7 @@ class PoissonLikelihood(Likelihood):
         counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", _RAW_COUNTS)
         return 2 * (counts / self.max_count).sqrt() - 1
 
-    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         root = math.sqrt(self.max_count) * (x_0_hat + 1) / 2
         return Counts((2 * (8 * root).asinh()).exp() / 256)
 

@@ -18,8 +18,6 @@ from pyro_diffusion.checks import check_count, check_data, check_observed
 from pyro_diffusion.given import Given, ObservedEntries, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
-__all__ = ["GenerativeProgram", "Kernel", "Program", "ProgramPair", "Run"]
-
 
 class ProgramPair(NamedTuple):
     """A model and the guide that goes with it."""

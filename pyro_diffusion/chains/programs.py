@@ -35,8 +35,6 @@ from pyro_diffusion.distributions import BottomUpSite
 from pyro_diffusion.given import STATE, Given, as_real
 from pyro_diffusion.params import ParamScope
 
-__all__ = ["BottomUpGuide", "GenerativeChain", "TopDownGuide"]
-
 Function = Callable[..., Any]
 
 

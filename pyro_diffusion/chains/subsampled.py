@@ -32,8 +32,6 @@ from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import CarriedSite
 from pyro_diffusion.given import STATE, Given, as_real
 
-__all__ = ["SubsampledProgram", "TimestepPlate"]
-
 
 class TimestepPlate:
     r"""A (model, guide) pair that draws ``k`` timesteps for each datum.

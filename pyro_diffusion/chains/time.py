@@ -22,8 +22,6 @@ from pyro_diffusion.distributions import TimestepDistribution
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["Continuum", "Steps", "Time"]
-
 
 class Time(ABC):
     """What a timestep is, and what the bound has there."""

@@ -33,14 +33,6 @@ from pyro_diffusion.distributions import (
 )
 from pyro_diffusion.scoring import log_density, replayed, score
 
-__all__ = [
-    "ImportanceTimesteps",
-    "JointStrata",
-    "StratifiedTimesteps",
-    "Timesteps",
-    "UniformTimesteps",
-]
-
 
 class JointStrata(Messenger):
     r"""An effect handler that stratifies timesteps over the batches of all processes together.

@@ -6,7 +6,7 @@ r"""Denoisers: the reverse kernels :math:`p_\theta(x_{t-1} \mid x_t)` of a diffu
 :mod:`~pyro_diffusion.denoisers.variances`.
 """
 
-from pyro_diffusion.denoisers.base import Denoised, Denoiser
+from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.denoisers.bernoulli import (
     BernoulliDenoiser,
     EnumeratedDenoiser,
@@ -31,6 +31,7 @@ from pyro_diffusion.denoisers.variances import (
     ReverseVariance,
 )
 from pyro_diffusion.moved import forwarded
+from pyro_diffusion.processes import Denoised
 
 __all__ = [
     "BernoulliDenoiser",

@@ -25,11 +25,8 @@ from pyro_diffusion.checks import check_argument, check_finite
 from pyro_diffusion.given import flattened, takes
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
-from pyro_diffusion.processes import Denoised, ForwardProcess, GaussianProcess
-from pyro_diffusion.processes.base import pad
+from pyro_diffusion.processes import Denoised, ForwardProcess, GaussianProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
-
-__all__ = ["Denoised", "Denoiser", "call_network"]
 
 
 class Denoiser(nn.Module, ABC):

@@ -10,17 +10,13 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
-from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
+from pyro_diffusion.denoisers.base import Denoiser, call_network
 from pyro_diffusion.networks import state_dtype
-from pyro_diffusion.processes.base import check_fixed_curve
-from pyro_diffusion.processes.bernoulli import BernoulliProcess
+from pyro_diffusion.processes import BernoulliProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
-
-__all__ = ["BernoulliDenoiser", "EnumeratedDenoiser", "NeuralBernoulliDenoiser"]
 
 
 class BernoulliDenoiser(Denoiser, ABC):
@@ -61,7 +57,7 @@ class BernoulliDenoiser(Denoiser, ABC):
         logits = self.logits(x_t, log_snr)
         return Denoised(logits.sigmoid(), logits)
 
-    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+    def decode(self, x_1: Tensor, denoised: Denoised) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=denoised.logits).to_event(self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:

@@ -7,18 +7,14 @@ Of :math:`\pi_k(x_t)`, the probability that an entry of :math:`x_0` is category 
 from typing import Any
 
 import torch
-from pyro.distributions import Categorical
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_count, check_values
-from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
+from pyro_diffusion.denoisers.base import Denoiser, call_network
 from pyro_diffusion.networks import state_dtype
-from pyro_diffusion.processes.base import check_fixed_curve
-from pyro_diffusion.processes.categorical import CategoricalProcess
+from pyro_diffusion.processes import CategoricalProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
-
-__all__ = ["NeuralCategoricalDenoiser"]
 
 
 class NeuralCategoricalDenoiser(Denoiser):

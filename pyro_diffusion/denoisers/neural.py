@@ -3,20 +3,16 @@ r"""The denoiser that one trains: reverse kernels from a network's output."""
 from typing import Any
 
 import torch
-from pyro.distributions import Categorical
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
-from pyro_diffusion.denoisers.base import Denoised, Denoiser, call_network
+from pyro_diffusion.denoisers.base import Denoiser, call_network
 from pyro_diffusion.denoisers.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.denoisers.variances import ForwardVariance, ReverseVariance
 from pyro_diffusion.networks import state_dtype
-from pyro_diffusion.processes.base import pad
-from pyro_diffusion.processes.gaussian import ChainStep, GaussianProcess
+from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
-
-__all__ = ["NeuralDenoiser"]
 
 
 class NeuralDenoiser(Denoiser):

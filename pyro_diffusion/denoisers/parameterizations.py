@@ -29,15 +29,6 @@ from torch import Tensor
 from pyro_diffusion.checks import check_num_levels
 from pyro_diffusion.likelihoods import embed_levels
 
-__all__ = [
-    "DataPrediction",
-    "LevelPrediction",
-    "NoisePrediction",
-    "Parameterization",
-    "ScorePrediction",
-    "VelocityPrediction",
-]
-
 
 class Parameterization(ABC):
     """The meaning of a network's output."""

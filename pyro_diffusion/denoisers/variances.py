@@ -27,16 +27,7 @@ from torch import Tensor, nn
 from pyro_diffusion.checks import check_argument, check_data
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.networks import evaluating
-from pyro_diffusion.processes.gaussian import ChainStep, posterior_variance
-
-__all__ = [
-    "ForwardVariance",
-    "LearnedVariance",
-    "OptimalVariance",
-    "PosteriorVariance",
-    "ReverseVariance",
-    "exact_variance",
-]
+from pyro_diffusion.processes import ChainStep, posterior_variance
 
 
 class Embedding(Protocol):

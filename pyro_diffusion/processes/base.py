@@ -23,8 +23,6 @@ from torch import Tensor
 
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["Denoised", "ForwardProcess", "pad"]
-
 
 class Denoised(NamedTuple):
     r"""What a denoiser says of :math:`x_0` when it sees a state; one call of the network."""

@@ -36,8 +36,6 @@ from pyro_diffusion.distributions import Changes, Noise
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["BernoulliProcess", "signed_logits"]
-
 
 class BernoulliProcess(ForwardProcess):
     r"""Bits that are drawn anew at a rate.

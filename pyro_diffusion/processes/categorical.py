@@ -39,14 +39,12 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
-from pyro_diffusion.distributions import Changes
+from pyro_diffusion.distributions import Changes, Unscored
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["CategoricalNoise", "CategoricalProcess"]
 
-
-class CategoricalNoise(TorchDistribution):
+class CategoricalNoise(Unscored, TorchDistribution):
     r"""Categories of a chain, from log-probabilities that are normalised already.
 
     A draw is a whole number in the dtype of the log-probabilities. Where nothing about these is learned, a
@@ -65,10 +63,6 @@ class CategoricalNoise(TorchDistribution):
     def __init__(self, log_probs: Tensor, *, validate_args: bool | None = None) -> None:
         self.log_probs = log_probs
         super().__init__(log_probs.shape[:-1], validate_args=validate_args)
-
-    @property
-    def has_rsample(self) -> bool:
-        return not self.log_probs.requires_grad
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:

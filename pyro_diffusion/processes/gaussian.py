@@ -35,19 +35,6 @@ from pyro_diffusion.distributions import gaussian
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = [
-    "ChainStep",
-    "GaussianProcess",
-    "chain_step",
-    "forward_increment",
-    "forward_marginal",
-    "forward_posterior",
-    "forward_transition",
-    "posterior_mean",
-    "posterior_variance",
-    "terminal_prior",
-]
-
 
 class ChainStep(NamedTuple):
     r"""What the step between :math:`x_{t-1}` and :math:`x_t` is made of; float64, of ``t``'s shape."""
