@@ -142,21 +142,20 @@ def check_positive(argument: str, number: Any, remedy: str, meaning: str = "") -
 
 def check_shape(argument: str, shape: Any, remedy: str) -> torch.Size:
     """``shape`` as a ``torch.Size``, if it is a tuple of whole numbers of at least 1."""
-    if not isinstance(shape, tuple):
-        raise ValueError(f"argument {argument!r}: got {shape!r}; expected a tuple. {remedy}")
+    require(isinstance(shape, tuple), f"argument {argument!r}", repr(shape), "a tuple", remedy)
     return torch.Size([check_count(argument, size, 1, remedy, "in every entry") for size in shape])
 
 
 def check_state(state: Any, num_timesteps: int) -> int:
     """``state``, if it is a timestep in ``0 … T``."""
-    if (
-        not isinstance(state, Integral)
-        or isinstance(state, bool)
-        or not 0 <= int(state) <= num_timesteps
-    ):
-        raise ValueError(
-            f"argument 'state': got {state!r}; expected a timestep in 0 … {num_timesteps}. Pass 0 for data."
-        )
+    whole = isinstance(state, Integral) and not isinstance(state, bool)
+    require(
+        whole and 0 <= int(state) <= num_timesteps,
+        "argument 'state'",
+        repr(state),
+        f"a timestep in 0 … {num_timesteps}",
+        "Pass 0 for data.",
+    )
     return int(state)
 
 
@@ -169,11 +168,8 @@ def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str
         for t in steps
         if isinstance(t, bool) or not isinstance(t, Integral) or not first <= int(t) <= last
     ]
-    if wrong or not len(steps):
-        raise ValueError(
-            f"argument 'timesteps': got {wrong[0] if wrong else timesteps!r}; expected whole numbers in "
-            f"{first} … {last}. {remedy}"
-        )
+    got, expected = repr(wrong[0] if wrong else timesteps), f"whole numbers in {first} … {last}"
+    require(len(steps) > 0 and not wrong, "argument 'timesteps'", got, expected, remedy)
     return [int(t) for t in steps]
 
 
@@ -240,9 +236,8 @@ def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
 def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
     """``mask``, if it is boolean and has the data's shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x_0.shape:
-        got = type(mask).__name__
-        if isinstance(mask, Tensor):
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        is_tensor = isinstance(mask, Tensor)
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}" if is_tensor else type(mask).__name__
         raise ValueError(
             f"argument 'mask': got {got}; expected torch.bool of the data's shape {tuple(x_0.shape)}, "
             "true where an entry was observed. Pass mask.bool(), expanded to the data's shape."

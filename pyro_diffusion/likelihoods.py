@@ -48,21 +48,19 @@ __all__ = [
 ]
 
 
-_FITTED = "Pass learnable=True to have it fitted."
-_RAW_LEVELS = (
-    "Pass raw levels, which the model rescales itself, and give it as many levels as the data have."
-)
-_RAW_COUNTS = "Pass raw counts: subtract no background and divide by no exposure."
-
-
 def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
     """Levels ``0 … K − 1`` as points of [-1, 1], equally spaced.
 
     Raises:
         ValueError: Data that are not whole numbers in ``0 … K − 1``.
     """
-    expected = f"whole numbers in 0 … {num_levels - 1}, the levels of this model"
-    return _whole(x_0, num_levels - 1, expected, _RAW_LEVELS) * (2 / (num_levels - 1)) - 1
+    levels = _whole(
+        x_0,
+        num_levels - 1,
+        f"whole numbers in 0 … {num_levels - 1}, the levels of this model",
+        "Pass raw levels, which the model rescales itself, and give it as many levels as the data have.",
+    )
+    return levels * (2 / (num_levels - 1)) - 1
 
 
 def _whole(x_0: Tensor, largest: float, expected: str, remedy: str) -> Tensor:
@@ -99,7 +97,10 @@ class _ScaledLikelihood(Likelihood):
     def __init__(self, scale: float, learnable: bool) -> None:
         super().__init__()
         scale = check_positive(
-            "scale", scale, _FITTED, "the standard deviation around the estimate"
+            "scale",
+            scale,
+            "Pass learnable=True to have it fitted.",
+            "the standard deviation around the estimate",
         )
         log_scale = torch.tensor(math.log(scale), dtype=torch.float64)
         if learnable:
@@ -289,7 +290,12 @@ class LevelLikelihood(Likelihood):
         return embed_levels(x_0, self.num_outputs)
 
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
-        _check_logits(logits, self.num_outputs)
+        if logits.dim() == 0 or logits.shape[-1] != self.num_outputs:
+            raise ValueError(
+                f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
+                f"each of {self.num_outputs} levels on a last axis. Let the decoder's first layer return "
+                "them."
+            )
         return dist.Categorical(logits=logits)
 
     def extra_repr(self) -> str:
@@ -339,7 +345,8 @@ class PoissonLikelihood(Likelihood):
         )
 
     def embed(self, x_0: Tensor) -> Tensor:
-        counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", _RAW_COUNTS)
+        remedy = "Pass raw counts: subtract no background and divide by no exposure."
+        counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", remedy)
         return 2 * (counts / self.max_count).sqrt() - 1
 
     def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
@@ -348,11 +355,3 @@ class PoissonLikelihood(Likelihood):
 
     def extra_repr(self) -> str:
         return f"max_count={self.max_count:g}"
-
-
-def _check_logits(logits: Tensor, num_levels: int) -> None:
-    if logits.dim() == 0 or logits.shape[-1] != num_levels:
-        raise ValueError(
-            f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
-            f"each of {num_levels} levels on a last axis. Let the decoder's first layer return them."
-        )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_count, check_shape
+from pyro_diffusion.checks import check_count, check_shape, require
 
 __all__ = [
     "MLP",
@@ -131,7 +131,8 @@ class MLP(nn.Module):
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
         _check_input("x_t", x_t, 1, self.event_shape, "Build MLP with the denoiser's event shape.")
         x = x_t.reshape(len(x_t), -1)
-        waves = [wave(2**n * math.pi * x) for n in self.fourier_frequencies for wave in _WAVES]
+        angles = [2**n * math.pi * x for n in self.fourier_frequencies]
+        waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
         h = self.encode(torch.cat([x, *waves], dim=-1))
         conditions = self.condition(log_snr).chunk(2 * len(self.blocks), dim=-1)
         for block, gain, shift in zip(self.blocks, conditions[::2], conditions[1::2], strict=True):
@@ -299,19 +300,22 @@ def _check_image(
     event_shape: torch.Size, channels: tuple[int, ...], attention: tuple[int, ...]
 ) -> None:
     """Refuse sides that the levels cannot halve, and attention at levels that do not exist."""
-    proper = isinstance(channels, tuple) and len(channels) > 0
-    if not proper or not set(attention) <= set(range(len(channels))):
-        raise ValueError(
-            f"arguments 'channels' and 'attention': got {channels!r} and {attention!r}; expected channels "
-            "for one level or more, and levels among them, counted from 0. Pass attention=() for none."
-        )
-    halvings = 2 ** (len(channels) - 1)
-    if len(event_shape) not in (2, 3) or any(side % halvings for side in event_shape[-2:]):
-        raise ValueError(
-            f"argument 'event_shape': got {tuple(event_shape)}; expected (C, H, W) or (H, W) with sides that "
-            f"{len(channels)} levels can halve, multiples of {halvings}. Pad the images, or give fewer "
-            "channels=(…)."
-        )
+    levels = range(len(channels)) if isinstance(channels, tuple) else range(0)
+    require(
+        len(levels) > 0 and set(attention) <= set(levels),
+        "arguments 'channels' and 'attention'",
+        f"{channels!r} and {attention!r}",
+        "channels for one level or more, and levels among them, counted from 0",
+        "Pass attention=() for none.",
+    )
+    halvings = 2 ** (len(levels) - 1)
+    require(
+        len(event_shape) in (2, 3) and not any(side % halvings for side in event_shape[-2:]),
+        "argument 'event_shape'",
+        f"{tuple(event_shape)}",
+        f"(C, H, W) or (H, W) with sides that {len(levels)} levels can halve, multiples of {halvings}",
+        "Pad the images, or give fewer channels=(…).",
+    )
 
 
 def _counts(**counts: int) -> list[int]:
@@ -324,9 +328,6 @@ def _check_input(argument: str, x: Tensor, batch_dim: int, shape: torch.Size, re
         raise ValueError(
             f"argument {argument!r}: got shape {tuple(x.shape)}; expected {batch} + {tuple(shape)}. {remedy}"
         )
-
-
-_WAVES = (torch.sin, torch.cos)
 
 
 def _normalise(h: Tensor) -> Tensor:

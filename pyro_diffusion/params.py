@@ -33,7 +33,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import described
+from pyro_diffusion.checks import described, require
 
 __all__ = ["ParamScope", "check_state_dict", "free_name", "shared_copy", "snake_case"]
 
@@ -101,11 +101,6 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: b
         )
 
 
-def _brief(state: Any) -> str:
-    keys = ", ".join(map(repr, list(state)[:4])) if isinstance(state, dict) else ""
-    return f"a dictionary of {keys or 'nothing'}" if isinstance(state, dict) else described(state)
-
-
 class ParamScope(nn.Module):
     """A module whose parameters, with those of its submodules, have one prefix in Pyro's param store.
 
@@ -120,12 +115,14 @@ class ParamScope(nn.Module):
         super().__init__()
         if name is None:
             name = free_name(snake_case(type(self).__name__))
-        elif _in_store(name):
-            raise ValueError(
-                f"argument 'name': got {name!r}, under which Pyro's param store already holds "
-                "parameters of another model; expected a name of its own. Leave name=None, choose "
-                "another, or call pyro.clear_param_store() if the other model is done with."
-            )
+        require(
+            not _in_store(name),
+            "argument 'name'",
+            f"{name!r}, under which Pyro's param store already holds parameters of another model",
+            "a name of its own",
+            "Leave name=None, choose another, or call pyro.clear_param_store() if the other model is done "
+            "with.",
+        )
         _used_names.add(name)
         self.name = name
 
@@ -245,12 +242,17 @@ class ParamScope(nn.Module):
                 "expected a whole file written by save() or torch.save(model.state_dict()). It was cut "
                 "short, or is something else: use another copy."
             ) from error
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(
-                f"argument 'path': got {str(path)!r}, which holds {_brief(state)}; expected the "
-                "numbers of a model, by name. A checkpoint of Lightning's goes into an SVIModule around this "
-                "model: module.load_state_dict(torch.load(path)['state_dict'])."
-            )
+        is_dict = isinstance(state, dict)
+        keys = ", ".join(map(repr, list(state)[:4])) if is_dict else ""
+        held = f"a dictionary of {keys or 'nothing'}" if is_dict else described(state)
+        require(
+            is_dict and all(isinstance(value, Tensor) for value in state.values()),
+            "argument 'path'",
+            f"{str(path)!r}, which holds {held}",
+            "the numbers of a model, by name",
+            "A checkpoint of Lightning's goes into an SVIModule around this model: "
+            "module.load_state_dict(torch.load(path)['state_dict']).",
+        )
         self.load_state_dict(state)
         return self
 

@@ -23,11 +23,10 @@ from pyro_diffusion.checks import (
     check_mask,
     check_values,
     holds,
+    require,
 )
 
 __all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
-
-_CONSTANT = "Drop entries that are constant in the data, or give them a scale of one."
 
 
 class Standardize(TransformModule):
@@ -60,10 +59,13 @@ class Standardize(TransformModule):
         for name, value in (("loc", loc), ("scale", scale)):
             dtype = None if isinstance(value, Tensor) else torch.float64
             self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
-        proper = self.scale.isfinite() & (self.scale > 0)
         check_finite("argument 'loc'", self.loc, "Drop entries that have no mean.")
         check_values(
-            "argument 'scale'", self.scale, proper, "positive standard deviations", _CONSTANT
+            "argument 'scale'",
+            self.scale,
+            self.scale.isfinite() & (self.scale > 0),
+            "positive standard deviations",
+            "Drop entries that are constant in the data, or give them a scale of one.",
         )
 
     @classmethod
@@ -90,7 +92,20 @@ class Standardize(TransformModule):
         mean = values.sum(0) / count
         squares = (values - mean).square().where(observed, 0.0).sum(0)
         scale = (squares / (count - 1)).sqrt()
-        _check_columns(count, scale, values.abs().amax(0))
+        require(
+            bool((count >= 2).all()),
+            "argument 'x_0'",
+            f"an entry that was observed {int(count.min())} time(s)",
+            "each at least twice, to have a standard deviation",
+            "Drop it, or give Standardize its own loc and scale.",
+        )
+        require(
+            bool((scale > 1e-12 * values.abs().amax(0)).all()),  # constant but for rounding
+            "argument 'x_0'",
+            f"an entry that is constant in the data (standard deviation {scale.min().item():g})",
+            "entries that vary",
+            "Drop it: it has no density.",
+        )
         return cls(mean.to(x_0.dtype), scale.to(x_0.dtype))
 
     def _call(self, x: Tensor) -> Tensor:
@@ -107,12 +122,13 @@ class Standardize(TransformModule):
 def check_transform(transform: Transform | None) -> Transform | None:
     """``transform``, if it is a bijective torch transform, or ``None``."""
     check_argument("transform", transform, Transform | None, "Standardize.from_data(x_0)")
-    if transform is not None and not transform.bijective:
-        raise ValueError(
-            f"argument 'transform': got {transform}, which is not a bijection; expected one, because "
-            "its log-Jacobian enters the bound. Apply it to the data beforehand if it only prepares "
-            "them."
-        )
+    require(
+        transform is None or transform.bijective,
+        "argument 'transform'",
+        f"{transform}, which is not a bijection",
+        "one, because its log-Jacobian enters the bound",
+        "Apply it to the data beforehand if it only prepares them.",
+    )
     return transform
 
 
@@ -179,18 +195,3 @@ def forget(transform: Transform | None) -> None:
     for part in parts(transform):
         for name in [name for name in vars(part) if name.startswith("_cached_")]:
             setattr(part, name, (None, None) if name == "_cached_x_y" else None)
-
-
-def _check_columns(count: Tensor, scale: Tensor, largest: Tensor) -> None:
-    """Refuse entries that were observed less than twice, or that are constant but for rounding."""
-    if (count < 2).any():
-        raise ValueError(
-            f"argument 'x_0': got an entry that was observed {int(count.min())} time(s); expected "
-            "each at least twice, to have a standard deviation. Drop it, or give Standardize its own "
-            "loc and scale."
-        )
-    if (scale <= 1e-12 * largest).any():
-        raise ValueError(
-            f"argument 'x_0': got an entry that is constant in the data (standard deviation "
-            f"{scale.min().item():g}); expected entries that vary. Drop it: it has no density."
-        )

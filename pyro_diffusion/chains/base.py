@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_count, check_data, check_observed
+from pyro_diffusion.checks import check_count, check_data, check_observed, require
 from pyro_diffusion.given import Given, ObservedEntries, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
@@ -105,8 +105,13 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
-        self.owner = _stand_alone(type(self), parts) if owner is None else owner
-        self.below = below
+        if owner is None:  # one that holds the modules that the parts are, or belong to
+            owner = ParamScope(free_name(snake_case(type(self).__name__)))
+            for name, part in parts.items():
+                module = getattr(part, "__self__", part)
+                if isinstance(module, nn.Module):
+                    owner.add_module(name, module)
+        self.owner, self.below = owner, below
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -135,7 +140,8 @@ class Program(nn.Module):
             prefix: Put in front of the sites' names, with a dot.
         """
         x_0 = self._checked(x_0, given)
-        of_state = None if given.mask is None else self._state_mask(given.mask)
+        state_mask = getattr(self.owner, "state_mask", None)
+        of_state = state_mask(given.mask) if state_mask and given.mask is not None else None
         size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
@@ -154,37 +160,25 @@ class Program(nn.Module):
         """Data, if they can be taken: a guide needs some, and a context a kernel that takes it."""
         return check_data(x_0, given.mask)
 
-    def _state_mask(self, mask: Tensor) -> Tensor | None:
-        state_mask = getattr(self.owner, "state_mask", None)
-        return None if state_mask is None else state_mask(mask)
-
 
 class GenerativeProgram(Program):
     """A program of a model, which can be run without data."""
 
     def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
         kernels = [part for part in vars(self).values() if isinstance(part, Kernel)]
-        if given.context is not None and not any(k.hears("context") for k in kernels):
-            raise ValueError(
-                "argument 'context': got one for a model whose kernels take none; expected data alone. Leave "
-                "it out, or build the model with a denoiser, or layers, that take a context."
-            )
+        require(
+            given.context is None or any(kernel.hears("context") for kernel in kernels),
+            "argument 'context'",
+            "one for a model whose kernels take none",
+            "data alone",
+            "Leave it out, or build the model with a denoiser, or layers, that take a context.",
+        )
         return check_observed(x_0, given.mask)
 
 
 def joined(prefix: str, name: str) -> str:
     """A name with a prefix in front, if there is one."""
     return f"{prefix}.{name}" if prefix else name
-
-
-def _stand_alone(program: type, parts: dict[str, Any]) -> ParamScope:
-    """An owner for a program without a model: it holds the modules that the parts are, or belong to."""
-    owner = ParamScope(free_name(snake_case(program.__name__)))
-    for name, part in parts.items():
-        module = getattr(part, "__self__", part)
-        if isinstance(module, nn.Module):
-            owner.add_module(name, module)
-    return owner
 
 
 _COUNTS = "num_samples is how many data to draw, num_data how many the whole data set has."

@@ -24,7 +24,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_diffusion.checks import looking
+from pyro_diffusion.checks import looking, require
 from pyro_diffusion.distributions import (
     ContinuousTimestepDistribution,
     IndependentTimestepDistribution,
@@ -116,11 +116,13 @@ class StratifiedTimesteps(Timesteps):
     """
 
     def __init__(self, reconstruction_share: float = 0.1) -> None:
-        if not 0 < reconstruction_share < 1:
-            raise ValueError(
-                f"argument 'reconstruction_share': got {reconstruction_share}; expected a number in "
-                "(0, 1), the share of the draws that go to t = 1. 0.1 suits most likelihoods."
-            )
+        require(
+            0 < reconstruction_share < 1,
+            "argument 'reconstruction_share'",
+            f"{reconstruction_share}",
+            "a number in (0, 1), the share of the draws that go to t = 1",
+            "0.1 suits most likelihoods.",
+        )
         self.reconstruction_share = reconstruction_share
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
@@ -183,16 +185,20 @@ class ImportanceTimesteps(Timesteps):
     def __init__(
         self, decay: float = 0.9, uniform_share: float = 0.1, reconstruction_share: float = 0.1
     ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(
-                f"argument 'decay': got {decay}; expected a number in [0, 1), the share of a moment that an "
-                "observation leaves. 0.9 remembers about ten."
-            )
-        if not 0 < uniform_share <= 1:
-            raise ValueError(
-                f"argument 'uniform_share': got {uniform_share}; expected a number in (0, 1], the share of "
-                "the draws that go by the stratified law. 0.1 bounds every weight."
-            )
+        require(
+            0 <= decay < 1,
+            "argument 'decay'",
+            f"{decay}",
+            "a number in [0, 1), the share of a moment that an observation leaves",
+            "0.9 remembers about ten.",
+        )
+        require(
+            0 < uniform_share <= 1,
+            "argument 'uniform_share'",
+            f"{uniform_share}",
+            "a number in (0, 1], the share of the draws that go by the stratified law",
+            "0.1 bounds every weight.",
+        )
         self.start = StratifiedTimesteps(reconstruction_share)
         self.decay, self.uniform_share = decay, uniform_share
         self.moments: dict[int, float] = {}
@@ -237,11 +243,13 @@ class ImportanceTimesteps(Timesteps):
         """Take in the terms of one draw of a subsampled pair."""
         drawn, scored = replayed(model, guide, x_0, **given)
         q, p = drawn.nodes, scored.nodes
-        if "t" not in q or "x_{t-1}" not in p:
-            raise ValueError(
-                f"arguments 'model' and 'guide': got programs with the sites {', '.join(map(repr, q))}; "
-                "expected a subsampled pair, which draws timesteps. Pass diffusion.subsampled(timesteps=…)."
-            )
+        require(
+            "t" in q and "x_{t-1}" in p,
+            "arguments 'model' and 'guide'",
+            f"programs with the sites {', '.join(map(repr, q))}",
+            "a subsampled pair, which draws timesteps",
+            "Pass diffusion.subsampled(timesteps=…).",
+        )
         step, t = p["x_{t-1}"], q["t"]["value"]
         kl = score(q["x_{t-1}"]["fn"], step["fn"], step["value"]).term
         reconstruction = log_density(p["x_0"]["fn"], p["x_0"]["value"])

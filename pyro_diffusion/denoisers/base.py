@@ -21,7 +21,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_finite
+from pyro_diffusion.checks import check_argument, check_finite, require
 from pyro_diffusion.given import flattened, takes
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
@@ -39,16 +39,17 @@ class Denoiser(nn.Module, ABC):
 
     def __init__(self, schedule: NoiseSchedule, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
-        check_argument("event_shape", event_shape, tuple, "(64,)")
-        if schedule.event_shape not in (torch.Size(), torch.Size(event_shape)):
-            raise ValueError(
-                f"argument 'schedule': got curves for data of shape {tuple(schedule.event_shape)}; expected "
-                f"{tuple(event_shape)}, one for each entry, or a single curve. Build the schedule with the "
-                "event shape of your data."
-            )
-        self.schedule = schedule
-        self.event_shape = torch.Size(event_shape)
+        self.schedule: NoiseSchedule = check_argument(
+            "schedule", schedule, NoiseSchedule, "LinearSchedule(1000)"
+        )
+        self.event_shape = torch.Size(check_argument("event_shape", event_shape, tuple, "(64,)"))
+        require(
+            schedule.event_shape in (torch.Size(), self.event_shape),
+            "argument 'schedule'",
+            f"curves for data of shape {tuple(schedule.event_shape)}",
+            f"{event_shape}, one for each entry, or a single curve",
+            "Build the schedule with the event shape of your data.",
+        )
 
     @property
     def process(self) -> ForwardProcess:

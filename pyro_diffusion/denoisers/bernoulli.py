@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, holds
+from pyro_diffusion.checks import check_argument, check_values, require
 from pyro_diffusion.denoisers.base import Denoiser, call_network
 from pyro_diffusion.networks import state_dtype
 from pyro_diffusion.processes import BernoulliProcess, Denoised, check_fixed_curve
@@ -36,11 +36,13 @@ class BernoulliDenoiser(Denoiser, ABC):
         self, schedule: NoiseSchedule, event_shape: tuple[int, ...], rate: float = 0.5
     ) -> None:
         super().__init__(schedule, event_shape)
-        if not isinstance(rate, int | float) or not 0 < rate < 1:
-            raise ValueError(
-                f"argument 'rate': got {rate!r}; expected a number in (0, 1), the probability of a one among "
-                "bits that are all noise. The mean of the data, or 0.5."
-            )
+        require(
+            isinstance(rate, int | float) and 0 < rate < 1,
+            "argument 'rate'",
+            repr(rate),
+            "a number in (0, 1), the probability of a one among bits that are all noise",
+            "The mean of the data, or 0.5.",
+        )
         check_fixed_curve(schedule, "bits")
         self.rate = float(rate)
 
@@ -62,13 +64,8 @@ class BernoulliDenoiser(Denoiser, ABC):
 
     def embed(self, x_0: Tensor) -> Tensor:
         bits = x_0 if x_0.is_floating_point() else x_0.to(self.dtype)
-        proper = (bits == 0) | (bits == 1)
-        if not holds(proper):
-            raise ValueError(
-                f"site 'x_0': got the value {bits[~proper][0].item():g}; expected bits, 0 and 1. Map spins "
-                "of ±1 by (s + 1) / 2."
-            )
-        return bits
+        proper, remedy = (bits == 0) | (bits == 1), "Map spins of ±1 by (s + 1) / 2."
+        return check_values("site 'x_0'", bits, proper, "bits, 0 and 1", remedy)
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}, rate={self.rate}"
@@ -182,12 +179,13 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         data = data if data.is_floating_point() else data.to(torch.get_default_dtype())
         weights = torch.ones(len(data)) if weights is None else weights
         fit = data.dim() > 1 and weights.shape == data.shape[:1]
-        if not fit or not (weights > 0).all():
-            raise ValueError(
-                f"arguments 'data' and 'weights': got shapes {tuple(data.shape)} and {tuple(weights.shape)}; "
-                "expected (K,) + event_shape, every value once, and K positive weights. Leave out values of "
-                "probability zero."
-            )
+        require(
+            fit and bool((weights > 0).all()),
+            "arguments 'data' and 'weights'",
+            f"shapes {tuple(data.shape)} and {tuple(weights.shape)}",
+            "(K,) + event_shape, every value once, and K positive weights",
+            "Leave out values of probability zero.",
+        )
         self.register_buffer("values", data.clone())
         self.register_buffer("log_weights", (weights / weights.sum()).log().to(data))
         self.embed(data)

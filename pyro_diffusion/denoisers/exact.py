@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import check_finite
+from pyro_diffusion.checks import check_finite, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.denoisers.variances import exact_variance
 from pyro_diffusion.distributions import gaussian
@@ -71,24 +71,28 @@ class GaussianDenoiser(Denoiser):
             ValueError: A covariance of another shape, or one that is not positive definite; a schedule by
                 dimension, whose noise has other axes than the data.
         """
-        if schedule.event_dim:
-            raise ValueError(
-                f"argument 'schedule': got a curve for each of {schedule.event_shape.numel()} entries; "
-                "expected a single curve, because a rotation of the data mixes entries. Rotate the data to "
-                "their principal axes, and use GaussianDenoiser(mean, std, schedule) there."
-            )
-        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(
-                f"argument 'covariance': got shape {tuple(covariance.shape)} with a mean of shape "
-                f"{tuple(mean.shape)}; expected (D, D) and (D,). Flatten the event to a vector."
-            )
+        require(
+            not schedule.event_dim,
+            "argument 'schedule'",
+            f"a curve for each of {schedule.event_shape.numel()} entries",
+            "a single curve, because a rotation of the data mixes entries",
+            "Rotate the data to their principal axes, and use GaussianDenoiser(mean, std, schedule) there.",
+        )
+        require(
+            mean.dim() == 1 and covariance.shape == (len(mean), len(mean)),
+            "argument 'covariance'",
+            f"shape {tuple(covariance.shape)} with a mean of shape {tuple(mean.shape)}",
+            "(D, D) and (D,)",
+            "Flatten the event to a vector.",
+        )
         variance, rotation = torch.linalg.eigh(covariance)
-        if not torch.allclose(covariance, covariance.mT) or not (variance > 0).all():
-            raise ValueError(
-                f"argument 'covariance': got a smallest eigenvalue of {variance.min().item():g} (or "
-                "an asymmetric matrix); expected a symmetric positive definite matrix. Add a small "
-                "multiple of the identity if it is singular."
-            )
+        require(
+            torch.allclose(covariance, covariance.mT) and bool((variance > 0).all()),
+            "argument 'covariance'",
+            f"a smallest eigenvalue of {variance.min().item():g} (or an asymmetric matrix)",
+            "a symmetric positive definite matrix",
+            "Add a small multiple of the identity if it is singular.",
+        )
         denoiser = cls(mean, variance.sqrt(), schedule)
         denoiser.register_buffer("rotation", rotation)
         return denoiser
@@ -181,18 +185,20 @@ class GaussianMixtureDenoiser(Denoiser):
         )
         fit = means.dim() > 0 and weights.shape == means.shape[:1] and len(means) > 0
         proper = ((weights > 0) & weights.isfinite()).all() and means.isfinite().all()
-        if not fit or not proper:
-            raise ValueError(
-                f"arguments 'weights' and 'means': got shapes {tuple(weights.shape)} and "
-                f"{tuple(means.shape)}; expected K positive weights and finite means of shape (K,) + "
-                "event_shape. Leave out components of weight zero."
-            )
-        if stds.shape == weights.shape and means.dim() > 1:
-            raise ValueError(
-                f"argument 'stds': got shape {tuple(stds.shape)}, one for each component or for each entry; "
-                f"expected a shape that says which, to broadcast to {tuple(means.shape)}. Give one for each "
-                "component a last axis (stds[:, None]), or expand to the means' shape."
-            )
+        require(
+            fit and bool(proper),
+            "arguments 'weights' and 'means'",
+            f"shapes {tuple(weights.shape)} and {tuple(means.shape)}",
+            "K positive weights and finite means of shape (K,) + event_shape",
+            "Leave out components of weight zero.",
+        )
+        require(
+            stds.shape != weights.shape or means.dim() == 1,
+            "argument 'stds'",
+            f"shape {tuple(stds.shape)}, one for each component or for each entry",
+            f"a shape that says which, to broadcast to {tuple(means.shape)}",
+            "Give one for each component a last axis (stds[:, None]), or expand to the means' shape.",
+        )
         super().__init__(schedule, means.shape[1:])
         self.register_buffer("log_weights", (weights / weights.sum()).log())
         self.register_buffer("means", means)

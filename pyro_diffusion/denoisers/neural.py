@@ -55,10 +55,14 @@ class NeuralDenoiser(Denoiser):
     ) -> None:
         super().__init__(schedule, event_shape)
         self.network = check_argument("network", network, nn.Module, "MLP((64,))")
-        self.prediction = NoisePrediction() if prediction is None else prediction
-        self.variance = ForwardVariance() if variance is None else variance
-        check_argument("prediction", self.prediction, Parameterization, "NoisePrediction()")
-        check_argument("variance", self.variance, ReverseVariance, "PosteriorVariance()")
+        prediction = NoisePrediction() if prediction is None else prediction
+        variance = ForwardVariance() if variance is None else variance
+        self.prediction: Parameterization = check_argument(
+            "prediction", prediction, Parameterization, "NoisePrediction()"
+        )
+        self.variance: ReverseVariance = check_argument(
+            "variance", variance, ReverseVariance, "PosteriorVariance()"
+        )
 
     @property
     def process(self) -> GaussianProcess:
@@ -80,10 +84,12 @@ class NeuralDenoiser(Denoiser):
             pad(c, self.missing_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
         )
         state, count = x_t / scale, self.prediction.num_outputs + self.variance.num_outputs
+        # Where every entry has a level of its own, the network is given their mean.
+        dims = tuple(range(-self.schedule.event_dim, 0))
         output = call_network(
             self.network,
             state,
-            self._level(log_snr),
+            log_snr.mean(dims) if dims else log_snr,
             batch_shape,
             needed_by=f"{self.prediction} with {self.variance}",
             count=count,
@@ -96,25 +102,19 @@ class NeuralDenoiser(Denoiser):
             output = output.squeeze(-1) if self.prediction.num_outputs == 1 else output
         return Denoised(*self.prediction.estimate(output, state, signal, noise), variance)
 
-    def _level(self, log_snr: Tensor) -> Tensor:
-        """One number for the network, where every entry has a level of its own."""
-        dims = tuple(range(-self.schedule.event_dim, 0))
-        return log_snr.mean(dims) if dims else log_snr
-
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
-        def variance(step: ChainStep) -> Tensor:
-            return self._check_variance(self.variance(step, denoised.variance))
+        def positive(step: ChainStep) -> Tensor:
+            """The variance, if it is positive everywhere."""
+            variance = self.variance(step, denoised.variance)
+            if not holds(variance > 0):
+                raise ValueError(
+                    f"argument 'variance': got a smallest value of {variance.min().item():g} from "
+                    f"{self.variance}; expected positive ones at every timestep. At t = 1, where β̃ is "
+                    "zero, PosteriorVariance takes β_1."
+                )
+            return variance
 
-        return self.process.reverse(x_t, denoised, t, variance)
-
-    def _check_variance(self, variance: Tensor) -> Tensor:
-        if not holds(variance > 0):
-            raise ValueError(
-                f"argument 'variance': got a smallest value of {variance.min().item():g} from "
-                f"{self.variance}; expected positive ones at every timestep. At t = 1, where β̃ is zero, "
-                "PosteriorVariance takes β_1."
-            )
-        return variance
+        return self.process.reverse(x_t, denoised, t, positive)
 
     def embed(self, x_0: Tensor) -> Tensor:
         return self.prediction.embed(x_0)

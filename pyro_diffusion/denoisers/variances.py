@@ -19,12 +19,12 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_data
+from pyro_diffusion.checks import check_argument, check_data, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.processes import ChainStep, posterior_variance
@@ -154,12 +154,14 @@ class OptimalVariance(nn.Module, ReverseVariance):
         super().__init__()
         log_snr, mean_square = (torch.as_tensor(x).double() for x in (log_snr, mean_square))
         increasing = log_snr.dim() == 1 and len(log_snr) > 1 and (log_snr.diff() > 0).all()
-        if not increasing or mean_square.shape != log_snr.shape or not (mean_square > 0).all():
-            raise ValueError(
-                f"arguments 'log_snr' and 'mean_square': got shapes {tuple(log_snr.shape)} and "
-                f"{tuple(mean_square.shape)}; expected two or more increasing log-SNRs, and as many positive "
-                "squared errors. Take OptimalVariance.from_data(diffusion, x_0)."
-            )
+        fit = mean_square.shape == log_snr.shape and (mean_square > 0).all()
+        require(
+            bool(increasing and fit),
+            "arguments 'log_snr' and 'mean_square'",
+            f"shapes {tuple(log_snr.shape)} and {tuple(mean_square.shape)}",
+            "two or more increasing log-SNRs, and as many positive squared errors",
+            "Take OptimalVariance.from_data(diffusion, x_0).",
+        )
         self.register_buffer("log_snr", log_snr)
         self.register_buffer("log_mean_square", mean_square.log())
 
@@ -180,15 +182,20 @@ class OptimalVariance(nn.Module, ReverseVariance):
             ValueError: Another thing than a model of real numbers; a schedule with a curve for each entry, or
                 of one step; data as for the programs.
         """
-        denoiser: Any = getattr(diffusion, "denoiser", None)
-        check_argument("diffusion", denoiser, Denoiser, "the DiffusionModel itself, trained")
+        denoiser = getattr(diffusion, "denoiser", None)
+        denoiser = check_argument(
+            "diffusion", denoiser, Denoiser, "the DiffusionModel itself, trained"
+        )
         denoiser.process.check_has_score("diffusion", "Pass the model itself, trained.")
         schedule = denoiser.schedule
-        if schedule.event_dim or schedule.num_timesteps == 1:
-            raise ValueError(
-                f"argument 'diffusion': got {schedule}; expected a single curve and two timesteps or more, "
-                "because the squared errors are a function of one log-SNR. Use LearnedVariance()."
-            )
+        require(
+            not schedule.event_dim and schedule.num_timesteps > 1,
+            "argument 'diffusion'",
+            f"{schedule}",
+            "a single curve and two timesteps or more, because the squared errors are a function of one "
+            "log-SNR",
+            "Use LearnedVariance().",
+        )
         ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
         levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
         x_0, squares = diffusion.embed(check_data(x_0)), []

@@ -21,6 +21,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.schedules import NoiseSchedule
 
 
@@ -124,21 +125,24 @@ class ForwardProcess(ABC):
 
     def check_has_score(self, argument: str, remedy: str) -> None:
         """Raise a ``ValueError`` that says what the process lacks, unless it has a score."""
-        if not self.has_score:
-            raise ValueError(
-                f"argument {argument!r}: got a chain of {self.states}, which has no score; expected states "
-                f"that are real numbers with Gaussian kernels. {remedy}"
-            )
+        require(
+            self.has_score,
+            f"argument {argument!r}",
+            f"a chain of {self.states}, which has no score",
+            "states that are real numbers with Gaussian kernels",
+            remedy,
+        )
 
 
 def check_fixed_curve(schedule: NoiseSchedule, states: str) -> NoiseSchedule:
     """``schedule``, if it is a single curve and nothing of it is learned."""
-    if schedule.event_dim or any(p.requires_grad for p in schedule.parameters()):
-        raise ValueError(
-            f"argument 'schedule': got {schedule}, learned or with a curve for each entry; expected "
-            f"a single fixed curve, because draws of {states} have no gradient. Use "
-            "LinearDecaySchedule(1000) or schedule.requires_grad_(False)."
-        )
+    require(
+        not schedule.event_dim and not any(p.requires_grad for p in schedule.parameters()),
+        "argument 'schedule'",
+        f"{schedule}, learned or with a curve for each entry",
+        f"a single fixed curve, because draws of {states} have no gradient",
+        "Use LinearDecaySchedule(1000) or schedule.requires_grad_(False).",
+    )
     return schedule
 
 

@@ -155,13 +155,11 @@ class CategoricalProcess(ForwardProcess):
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
         """Bayes' rule for an entry (E3)."""
-        t = self.schedule.check_timestep(t, at_least=2)
-        return self._before(x_t, self._certain(x_0), t)
+        return self._before(x_t, self._certain(x_0), self.schedule.check_timestep(t, at_least=2))
 
     def reverse(self, x_t: Tensor, denoised: Denoised, t: int | Tensor) -> TorchDistribution:
         """The posterior, averaged over the categories that the datum may have."""
-        t = self.schedule.check_timestep(t, at_least=1)
-        return self._before(x_t, _log_pi(denoised), t)
+        return self._before(x_t, _log_pi(denoised), self.schedule.check_timestep(t, at_least=1))
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
         """Changes to each other category in a unit of time under :math:`q`, ``event_shape + (K,)``.

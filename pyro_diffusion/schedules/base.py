@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from pyro_diffusion.checks import check_count, holds, looking
+from pyro_diffusion.checks import check_count, holds, looking, require
 from pyro_diffusion.params import shared_copy
 
 _LARGEST_TABLE = 100_000  # steps: a few megabytes for each function
@@ -201,11 +201,13 @@ class NoiseSchedule(nn.Module, ABC):
         """
         from pyro_diffusion.schedules.curves import AlphaSchedule  # a subclass, in a later file
 
-        if self.event_dim:
-            raise ValueError(
-                f"argument 'schedule': got a curve for each of {self.event_shape.numel()} entries; expected "
-                "a single one. Ask for the data's own evidence, or use importance_evidence."
-            )
+        require(
+            not self.event_dim,
+            "argument 'schedule'",
+            f"a curve for each of {self.event_shape.numel()} entries",
+            "a single one",
+            "Ask for the data's own evidence, or use importance_evidence.",
+        )
         steps = torch.arange(t + 1, self.num_timesteps + 1, device=self.device)
         return AlphaSchedule(self.alpha(steps)).to(self.device)
 
@@ -243,12 +245,13 @@ def _check_num_timesteps(num_timesteps: int) -> int:
 
 def check_decreasing(log_snr: Tensor, argument: str) -> None:
     """Raise a ``ValueError`` if a curve, given by its values from data to noise, does not decrease."""
-    if not log_snr.isfinite().all() or not (log_snr.diff(dim=0) < 0).all():
-        raise ValueError(
-            f"argument {argument!r}: got a log-SNR curve {brief(log_snr)} that is not finite and "
-            "strictly decreasing; expected less signal at every step. Check the order of the values: "
-            "they run from data to noise."
-        )
+    require(
+        bool(log_snr.isfinite().all() and (log_snr.diff(dim=0) < 0).all()),
+        f"argument {argument!r}",
+        f"a log-SNR curve {brief(log_snr)} that is not finite and strictly decreasing",
+        "less signal at every step",
+        "Check the order of the values: they run from data to noise.",
+    )
 
 
 def brief(values: Tensor) -> str:

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.schedules.base import NoiseSchedule, brief, check_decreasing
 
 _REFERENCE_STEPS = 1000  # the grid on which the published β's are stated
@@ -69,11 +70,13 @@ class AlphaSchedule(InterpolatedSchedule):
 
     def __init__(self, alpha: Tensor | list[float]) -> None:
         alpha = torch.as_tensor(alpha, dtype=torch.float64).detach()
-        if alpha.dim() != 1 or len(alpha) == 0 or not ((alpha > 0) & (alpha < 1)).all():
-            raise ValueError(
-                f"argument 'alpha': got {brief(alpha)}; expected α_1 … α_T, one number in (0, 1) "
-                "for each step. α is the share of the variance kept: pass 1 − β if you hold β."
-            )
+        require(
+            alpha.dim() == 1 and len(alpha) > 0 and bool(((alpha > 0) & (alpha < 1)).all()),
+            "argument 'alpha'",
+            brief(alpha),
+            "α_1 … α_T, one number in (0, 1) for each step",
+            "α is the share of the variance kept: pass 1 − β if you hold β.",
+        )
         super().__init__(alpha, len(alpha))
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
@@ -82,12 +85,13 @@ class AlphaSchedule(InterpolatedSchedule):
         Raises:
             ValueError: ``num_timesteps`` is not :math:`T`.
         """
-        if num_timesteps != self.num_timesteps:
-            raise ValueError(
-                f"argument 'num_timesteps': got {num_timesteps} for an AlphaSchedule of "
-                f"{self.num_timesteps} steps; expected {self.num_timesteps}, because α_1 … α_T fix "
-                "the grid. Use LinearSchedule, CosineSchedule or LogSNRSchedule for a curve."
-            )
+        require(
+            num_timesteps == self.num_timesteps,
+            "argument 'num_timesteps'",
+            f"{num_timesteps} for an AlphaSchedule of {self.num_timesteps} steps",
+            f"{self.num_timesteps}, because α_1 … α_T fix the grid",
+            "Use LinearSchedule, CosineSchedule or LogSNRSchedule for a curve.",
+        )
         return super().with_num_timesteps(num_timesteps)
 
     def slope_at(self, u: Tensor) -> Tensor:
@@ -123,11 +127,14 @@ class LinearSchedule(InterpolatedSchedule):
         self, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> None:
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if not 0 < beta < 1:
-                raise ValueError(
-                    f"argument {name!r}: got {beta}; expected a number in (0, 1), the share β = 1 − α of "
-                    "the variance that one of 1,000 steps replaces by noise. 0.0001 and 0.02 are usual."
-                )
+            require(
+                0 < beta < 1,
+                f"argument {name!r}",
+                f"{beta}",
+                "a number in (0, 1), the share β = 1 − α of the variance that one of 1,000 steps replaces by "
+                "noise",
+                "0.0001 and 0.02 are usual.",
+            )
         betas = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
         super().__init__(1 - betas, num_timesteps)
 
@@ -280,12 +287,13 @@ class LinearDecaySchedule(NoiseSchedule):
         alpha_bar_min: float = 1e-3,
     ) -> None:
         super().__init__(num_timesteps)
-        if not 0 < alpha_bar_min < alpha_bar_max < 1:
-            raise ValueError(
-                f"arguments 'alpha_bar_max' and 'alpha_bar_min': got {alpha_bar_max} and {alpha_bar_min}; "
-                "expected 0 < alpha_bar_min < alpha_bar_max < 1, from data to noise. The defaults leave a "
-                "thousandth at either end."
-            )
+        require(
+            0 < alpha_bar_min < alpha_bar_max < 1,
+            "arguments 'alpha_bar_max' and 'alpha_bar_min'",
+            f"{alpha_bar_max} and {alpha_bar_min}",
+            "0 < alpha_bar_min < alpha_bar_max < 1, from data to noise",
+            "The defaults leave a thousandth at either end.",
+        )
         self.register_buffer(
             "ends", torch.tensor([alpha_bar_max, alpha_bar_min], dtype=torch.float64)
         )

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import check_argument, check_timesteps
+from pyro_diffusion.checks import check_argument, check_timesteps, require
 from pyro_diffusion.schedules.base import NoiseSchedule
 from pyro_diffusion.schedules.curves import AlphaSchedule
 
@@ -157,12 +157,13 @@ class StridedSchedule(ScheduleView):
         Raises:
             ValueError: ``num_timesteps`` is not the number of its timesteps.
         """
-        if num_timesteps != self.num_timesteps:
-            raise ValueError(
-                f"argument 'num_timesteps': got {num_timesteps} for a StridedSchedule of "
-                f"{self.num_timesteps} steps; expected {self.num_timesteps}, because its timesteps fix the "
-                "grid. Take another grid, or other timesteps, of the schedule that it was made from."
-            )
+        require(
+            num_timesteps == self.num_timesteps,
+            "argument 'num_timesteps'",
+            f"{num_timesteps} for a StridedSchedule of {self.num_timesteps} steps",
+            f"{self.num_timesteps}, because its timesteps fix the grid",
+            "Take another grid, or other timesteps, of the schedule that it was made from.",
+        )
         return StridedSchedule(self.schedule, self.timesteps)
 
     def tail(self, t: int) -> "StridedSchedule":
@@ -178,9 +179,6 @@ class StridedSchedule(ScheduleView):
 def _check_increasing(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
     remedy = f"Pass [1, {last}], say; the chain starts at the last of them."
     steps = check_timesteps(timesteps, 1, last, remedy)
-    if any(a >= b for a, b in pairwise(steps)):
-        raise ValueError(
-            f"argument 'timesteps': got {timesteps!r:.80}; expected increasing whole numbers in 1 … {last}. "
-            f"{remedy}"
-        )
+    got, expected = f"{timesteps!r:.80}", f"increasing whole numbers in 1 … {last}"
+    require(all(a < b for a, b in pairwise(steps)), "argument 'timesteps'", got, expected, remedy)
     return tuple(steps)
