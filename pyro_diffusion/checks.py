@@ -1,11 +1,11 @@
-r"""Arguments and data, looked at: the errors that more than one room raises.
+r"""Checks of arguments and data, which more than one room needs.
 
-A message has four beats: which argument or site, what came, what was expected, what to do. The equations
-call these functions and stay free of the sentences.
+An error message has four parts: which argument or site, what came, what was expected, what to do. The
+messages are here, so that the code of the equations contains none.
 
-Every check of *values* asks :func:`holds`. A program that is traced into a graph runs inside
-:func:`unchecked`, where there are no values to look at. A reader that has looked at all data runs the
-programs inside :func:`data_checked`, so that they do not look again at every chunk.
+Every check of *values* calls :func:`holds`. A program that is traced into a graph runs inside
+:func:`unchecked`, because a traced tensor has no values. A reader that has checked all data runs the programs
+inside :func:`data_checked`, so that they do not check every chunk again.
 """
 
 import math
@@ -49,18 +49,18 @@ _data_due: ContextVar[bool] = ContextVar("data_due", default=True)
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition holds in every entry. Inside :func:`unchecked` nobody looks, and it does."""
+    """Whether a condition holds in every entry. Inside :func:`unchecked` it is taken to hold."""
     return not looking() or bool(condition.all())
 
 
 def looking() -> bool:
-    """Whether there are values to look at, as there are outside of :func:`unchecked`."""
+    """Whether values are checked, which is so outside of :func:`unchecked`."""
     return _looking.get()
 
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Trust values, but not shapes and types: for a program that is traced and not run."""
+    """Check shapes and types, but no values: for a program that is traced and not run."""
     token = _looking.set(False)
     try:
         yield
@@ -70,7 +70,7 @@ def unchecked() -> Iterator[None]:
 
 @contextmanager
 def data_checked() -> Iterator[None]:
-    """Trust data: the caller has passed them through :func:`check_data` already."""
+    """Do not check data: the caller has passed them through :func:`check_data` already."""
     token = _data_due.set(False)
     try:
         yield
@@ -79,9 +79,10 @@ def data_checked() -> Iterator[None]:
 
 
 def require(condition: bool, what: str, got: str, expected: str, remedy: str) -> None:
-    """Raise a ``ValueError`` in four beats unless a condition holds.
+    """Raise a ``ValueError`` with a message of four parts unless a condition holds.
 
-    The words are made whether or not they are needed: for arguments, which come once, and not for states.
+    Python builds the message even if the condition holds. Use it for arguments of a constructor or a call,
+    and not for states of a chain.
     """
     if not condition:
         raise ValueError(f"{what}: got {got}; expected {expected}. {remedy}")
@@ -91,7 +92,7 @@ def require(condition: bool, what: str, got: str, expected: str, remedy: str) ->
 
 
 def described(value: Any) -> str:
-    """A value by its type, with the shape of a tensor or the event shape of a distribution."""
+    """The type of a value, with the shape of a tensor or the event shape of a distribution."""
     is_kernel, is_tensor = isinstance(value, Distribution), isinstance(value, Tensor)
     shape = f" of event shape {tuple(value.event_shape)}" if is_kernel else ""
     return f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if is_tensor else shape)
@@ -160,7 +161,7 @@ def check_state(state: Any, num_timesteps: int) -> int:
 
 
 def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str) -> list[int]:
-    """``timesteps``, also those of an array, if there are some, each a whole number in ``first … last``."""
+    """``timesteps`` as a list, if there is at least one and each is a whole number in ``first … last``."""
     steps = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
     steps = steps if isinstance(steps, Sequence) else ()
     wrong = [
@@ -174,7 +175,7 @@ def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str
 
 
 def check_unused(settings: Mapping[str, Any], beside: str) -> None:
-    """Refuse settings of default layers where no layer is made by default."""
+    """Raise a ``ValueError`` if settings of default layers come with layers that are given."""
     if settings:
         raise ValueError(
             f"argument {next(iter(settings))!r}: got it beside {beside}; expected it for default layers "
@@ -208,9 +209,9 @@ def check_values(what: str, values: Tensor, valid: Tensor, expected: str, remedy
 def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
     """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
 
-    Unobserved entries may be NaN. Each becomes the first value that was observed of the same entry (of
-    any entry, if none was): a value that the likelihood and the transform can take, and that no term
-    depends on. The tensor is a new object, because transforms remember the last one by its identity.
+    Unobserved entries may be NaN. Each is replaced by the first observed value of the same entry (or of any
+    entry, if this one was never observed). The likelihood and the transform can take this value, and no term
+    depends on it. The tensor is a new object, because transforms recognise the last tensor by its identity.
     """
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
@@ -246,7 +247,7 @@ def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
 
 
 def check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """Data for a model, which may be run without any."""
+    """Data for a model, which may also be run without data."""
     if x_0 is None and mask is not None:
         raise ValueError(
             "argument 'mask': got a mask without data; expected x_0 as well. Leave out the mask to "
@@ -256,7 +257,7 @@ def check_observed(x_0: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDistribution:
-    """The kernel of a site, if data that are observed there have its event shape."""
+    """The kernel of site ``x_0``, if the data have its event shape."""
     if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
         raise ValueError(
             f"site 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "

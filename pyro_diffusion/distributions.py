@@ -1,4 +1,4 @@
-r"""Every distribution class of the package, and the KLs that are registered for them.
+r"""The distribution classes that several rooms use, and the KLs that are registered for them.
 
 ==================================== =================================================================
 class                                is
@@ -6,8 +6,8 @@ class                                is
 ``ChainNormal``                      the Gaussian of a chain's kernels (:func:`gaussian` makes them)
 ``Noise``, ``Changes``               bits of a chain, and how often they change in continuous time
 ``DiscretizedGaussian``, ``Counts``  laws of data: grey levels, and counts of large rates
-``CarriedSite``, ``BottomUpSite``    another distribution, for which KLs have rules of their own
-``TimestepDistribution`` and kin     laws of random timesteps, drawn jointly
+``CarriedSite``, ``BottomUpSite``    wrappers, for which KLs have rules of their own
+``TimestepDistribution`` and others  laws of random timesteps, drawn jointly
 ==================================== =================================================================
 """
 
@@ -49,7 +49,7 @@ def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribut
 
 
 class ChainNormal(dist.Normal):
-    """A Normal that takes one logarithm of a scale, however many entries have it."""
+    """A Normal that takes a single logarithm of a scale that many entries share."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         r""":math:`-\tfrac12 z^2 - \log s - \tfrac12 \log 2\pi` for each entry."""
@@ -65,7 +65,7 @@ def _kl_of_normals(q: ChainNormal, p: ChainNormal) -> Tensor:
 
 
 def unexpanded(scale: Tensor) -> Tensor:
-    """One entry for all those that a scale was expanded to; it broadcasts as before."""
+    """A scale with one entry in each dimension that it was expanded along; it broadcasts as before."""
     strides = scale.stride()
     return scale[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
@@ -89,7 +89,7 @@ class Noise(Unscored, dist.Bernoulli):
 
 @register_kl(Noise, Noise)
 def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
-    """As torch's, which does not broadcast, and loses what is near one."""
+    """The KL of two Bernoulli laws. torch's does not broadcast, and is inexact for probabilities near one."""
     ones = q.logits.sigmoid() * (softplus(-p.logits) - softplus(-q.logits))
     return ones + (-q.logits).sigmoid() * (softplus(p.logits) - softplus(q.logits))
 
@@ -102,7 +102,7 @@ class Changes(Unscored, dist.Poisson):
 
 
 class Counts(dist.Poisson):
-    """A Poisson law in float64, because of large counts it is a small difference of large numbers."""
+    """A Poisson law in float64. For large counts its logarithm is a small difference of large numbers."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -205,7 +205,7 @@ def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 class WrappedSite(dist.Independent):
-    """The distribution of a site under another name: torch's ``Independent``, with no dimension moved."""
+    """The distribution of a site in a class of its own: an ``Independent`` that moves no dimension."""
 
     def __init__(self, base_dist: dist.TorchDistribution) -> None:
         super().__init__(base_dist, 0, validate_args=False)
@@ -215,7 +215,7 @@ class WrappedSite(dist.Independent):
 
 
 class CarriedSite(WrappedSite):
-    """A site that only carries its draw from guide to model: no term of the bound."""
+    """A site that carries its draw from guide to model, and has no term in the bound."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         shape = value.shape[: value.dim() - self.event_dim]
@@ -228,7 +228,7 @@ def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
 
 
 class BottomUpSite(WrappedSite):
-    """A site of a guide that runs against the model: the wrapped distribution, which has no KL."""
+    """A site of a guide that runs against the model's order; a KL of such a site is refused."""
 
 
 @register_kl(BottomUpSite, Distribution)
@@ -247,10 +247,10 @@ def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
 
 
 class Share(NamedTuple):
-    """Which strata of a joint draw are drawn here: those that leave ``rest`` when divided by ``of``."""
+    """The strata of a joint draw that are drawn here: those whose remainder modulo ``of`` is ``rest``."""
 
     rest: int | Tensor = 0  #: the remainder, in {0 … of − 1}; a tensor may change between draws
-    of: int = 1  #: among how many the strata are shared out
+    of: int = 1  #: number of processes that share the strata
 
 
 class TimestepDistribution(dist.TorchDistribution):
@@ -266,7 +266,7 @@ class TimestepDistribution(dist.TorchDistribution):
     Args:
         log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
         batch_shape: Shape of a joint draw.
-        share: Part of a larger joint draw that this one is; the whole of it by default.
+        share: The part that this draw is of a larger joint draw; by default all of it.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -294,14 +294,14 @@ class TimestepDistribution(dist.TorchDistribution):
         return type(self)(self.log_pi, self.batch_shape, share)
 
     def points(self, count: int) -> Tensor:
-        """Uniform numbers in [0, 1), float64, of which the quantile function makes timesteps."""
+        """Uniform numbers in [0, 1), float64, which the quantile function maps to timesteps."""
         device = self.log_pi.device
         strata = torch.randperm(count, device=device) * self.share.of + self.share.rest
         within = torch.rand(count, dtype=torch.float64, device=device)
         return (strata + within) / (count * self.share.of)
 
     def quantile(self, points: Tensor) -> Tensor:
-        """The timesteps that uniform numbers stand for."""
+        """The quantile function: timesteps from uniform numbers."""
         edges = self.log_pi.double().exp().cumsum(0)
         return 1 + torch.searchsorted(edges[:-1].contiguous(), points, right=True)
 
@@ -314,7 +314,7 @@ class TimestepDistribution(dist.TorchDistribution):
 
 
 class IndependentTimestepDistribution(TimestepDistribution):
-    r"""A law :math:`\pi` whose draws know nothing of one another."""
+    r"""A law :math:`\pi` whose draws are independent."""
 
     def points(self, count: int) -> Tensor:
         return torch.rand(count, dtype=torch.float64, device=self.log_pi.device)
@@ -323,7 +323,7 @@ class IndependentTimestepDistribution(TimestepDistribution):
 class ContinuousTimestepDistribution(TimestepDistribution):
     r"""The stratified law of a chain without end: :math:`u = 0` with probability :math:`\rho`, else uniform.
 
-    :math:`u = 0` stands for the reconstruction term, and :math:`u \in (0, 1]` for the bound's rate there.
+    :math:`u = 0` selects the reconstruction term, and :math:`u \in (0, 1]` the rate of the bound there.
 
     Args:
         log_pi: :math:`\log \rho` and :math:`\log (1 - \rho)`, shape ``(2,)``.

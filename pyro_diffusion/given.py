@@ -1,7 +1,7 @@
-r"""What goes with the data: a mask of observed entries, a context, and who lost theirs.
+r"""What goes with the data: a mask of observed entries, a context, and the rows whose context was dropped.
 
-A program is called with data and, by name, with what belongs to them; :class:`Given` holds it, and
-:func:`together` splits, repeats or moves data and all of it alike.
+A program takes them by name, beside the data. :class:`Given` holds them, and :func:`together` splits, repeats
+or moves them with the data.
 
 Under a ``mask`` of observed entries a site has the terms of those entries only,
 
@@ -9,8 +9,8 @@ Under a ``mask`` of observed entries a site has the terms of those entries only,
     \log p(x_t \mid \cdot) = \sum_{i\ \text{observed}} \log p(x_{t,i} \mid \cdot),
 
 which is the marginal of a kernel whose entries are independent given what it is conditioned on.
-:class:`ObservedEntries` is the handler that does it. What stands in an unobserved entry of the data does
-not matter, NaN included.
+The effect handler :class:`ObservedEntries` does it. The value of an unobserved entry of the data does not
+matter, and may be NaN.
 """
 
 import inspect
@@ -39,31 +39,30 @@ __all__ = [
     "together",
 ]
 
-STATE = {
-    "state": True
-}  #: the ``infer`` of a site that holds a state or the datum: what a mask acts on
+#: The ``infer`` of a site that holds a state or the datum: a mask acts on these sites.
+STATE = {"state": True}
 
 
 class Given(NamedTuple):
-    """What goes with data of ``N`` rows; ``None`` for what is not there."""
+    """What goes with data of ``N`` rows; ``None`` for what is not given."""
 
     mask: Tensor | None = None  #: observed entries, boolean, of the data's shape
     context: Any = None  #: a tensor, or a tuple or dictionary of tensors, ``(N, …)`` each
     null: Tensor | None = None  #: rows whose context was dropped, boolean, ``(N,)``
 
     def arguments(self) -> dict[str, Any]:
-        """What is there, by the names of a program's arguments."""
+        """What is given, by the names of a program's arguments."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def of_kernels(self) -> dict[str, Any]:
-        """What a kernel is told: the context, and the rows without one."""
+        """The arguments of a kernel: the context, and the rows without one."""
         return {name: value for name, value in self.arguments().items() if name != "mask"}
 
 
 def together(
     function: Callable[[Tensor], Tensor], x_0: Tensor, given: Given
 ) -> tuple[Tensor, Given]:
-    """Data and all that goes with them, each tensor through the same function of rows."""
+    """Apply one function of rows to the data, and to each tensor that goes with them."""
     return function(x_0), Given(*(_each(function, part) for part in given))
 
 
@@ -72,12 +71,12 @@ def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """Rows of all data once, then once more, …: ``(times · N, …)``, for particles in front of the data."""
+    """All rows, several times over, ``(times · N, …)``: for particles in front of the data."""
     return x.repeat(times, *(1,) * (x.dim() - 1))
 
 
 def flattened(context: Any, batch_shape: torch.Size) -> Any:
-    """A context of ``(N, …)`` as a network takes it: a row for each entry of ``batch_shape``, flat."""
+    """A context of ``(N, …)`` as a network takes it: one flat batch axis, a row for each state."""
     return _each(lambda c: c.expand(batch_shape + c.shape[1:]).reshape(-1, *c.shape[1:]), context)
 
 
@@ -89,14 +88,14 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
 
 
 def as_real(x_0: Tensor | None) -> Tensor | None:
-    """Whole numbers and bits as the floating numbers that torch's distributions take."""
+    """Whole numbers and bits as floating-point numbers, which torch's distributions take."""
     if x_0 is None or x_0.is_floating_point():
         return x_0
     return x_0.to(torch.get_default_dtype())
 
 
 def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
-    """The state as a kernel of the model sees it: the gap's value where nothing was observed."""
+    """The state as a kernel of the model sees it: ``gap`` in place of each unobserved entry."""
     if mask is None:
         return x_t
     if gap is None:
@@ -109,9 +108,9 @@ def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
 
 
 class ObservedEntries(Messenger):
-    """Leave unobserved entries out of the terms of states and data; a handler inside of a program.
+    """An effect handler that leaves unobserved entries out of the terms of states and data.
 
-    It acts on sites with ``infer={"state": True}``, and on no others.
+    It acts on sites with ``infer={"state": True}``, and on no others. A program opens it.
 
     Args:
         of_data: Observed entries of the data, boolean, of their shape.
@@ -129,7 +128,7 @@ class ObservedEntries(Messenger):
 
 
 def observed_part(kernel: TorchDistribution, mask: Tensor | None) -> TorchDistribution:
-    """A kernel over entries that are independent, with the terms of the observed entries only."""
+    """A kernel over independent entries, with the terms of the observed entries only."""
     if mask is None:
         return kernel
     if isinstance(kernel, WrappedSite):

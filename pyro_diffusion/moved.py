@@ -1,7 +1,7 @@
-r"""Names of version 0.1 that have moved: they work for one more version, with a warning that says where to.
+r"""Names of version 0.1 that have moved. They work for one more version, and warn that they moved.
 
-Modules that are no more are put beside the package's own by :func:`keep_modules`, as modules that forward.
-A package asks :func:`forwarded` for the names that have left it.
+:func:`keep_modules` keeps the old modules importable: each forwards its names. :func:`forwarded` makes a
+``__getattr__`` for a package that some names have left.
 """
 
 import sys
@@ -36,12 +36,12 @@ MODULES: Mapping[str, Sequence[str]] = {
     "variances": ("denoisers", "denoisers.variances"),
 }
 
-#: Names that changed besides.
+#: Names that changed, too.
 RENAMED = {("store", "check_state"): "check_state_dict", ("observations", "zeroed"): "seen"}
 
 
 class _Moved(ModuleType):
-    """A module that is no more: its names are looked up in the rooms where they are now."""
+    """An old module, whose names are looked up in the rooms where they are now."""
 
     def __init__(self, name: str, rooms: Sequence[str]) -> None:
         super().__init__(f"{PACKAGE}.{name}", f"Moved in version 0.2 to {', '.join(rooms)}.")
@@ -52,7 +52,7 @@ class _Moved(ModuleType):
 
 
 def keep_modules() -> None:
-    """Let ``import pyro_diffusion.kernels`` and its like find a module that forwards."""
+    """Let ``import pyro_diffusion.kernels`` and similar imports find a module that forwards its names."""
     for name, rooms in MODULES.items():
         sys.modules.setdefault(f"{PACKAGE}.{name}", _Moved(name, rooms))
 
@@ -66,7 +66,7 @@ def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """
 
     def get(name: str) -> Any:
-        """A name that has left, from where it is now."""
+        """The object that the name has now in its new place."""
         if name not in names:
             if module == PACKAGE and name in MODULES:
                 return sys.modules[f"{PACKAGE}.{name}"]

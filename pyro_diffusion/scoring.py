@@ -1,13 +1,13 @@
-r"""A term of the bound, scored in one place: what a draw of :math:`q` says of :math:`q` and :math:`p`.
+r"""A term of the bound: the densities of a draw of :math:`q` under :math:`q` and :math:`p`, and the KL.
 
 A site of a guide has a distribution :math:`q`, the model's site of the same name a distribution :math:`p`.
-Of a draw :math:`x \sim q` the bound takes one of two numbers with the same mean,
+For a draw :math:`x \sim q` the bound takes one of two numbers with the same mean,
 
 .. math::
     \log q(x) - \log p(x) \qquad \text{or} \qquad \mathrm{KL}(q \,\|\, p) .
 
-Densities are summed in float64, whatever dtype the site has: two sums of a thousand large float32 numbers,
-subtracted at the end, would leave noise of the size of the bound's own errors.
+Densities are summed in float64, whatever dtype the site has. The difference of two sums of a thousand float32
+numbers would have rounding errors as large as the Monte Carlo error of the bound.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = ["Score", "log_density", "measure_of", "replayed", "score"]
 
 
 class Score:
-    """A draw at a site with its densities and its KL; each is computed when it is first asked for."""
+    """A draw at a site with its densities and its KL. Each is computed when it is first read."""
 
     def __init__(self, q: Any, p: Any, x: Tensor | None = None) -> None:
         self.q, self.p = q, p
@@ -64,7 +64,7 @@ class Score:
 
     @property
     def term(self) -> Tensor:
-        """The KL, and where it has no formula the log-ratio of the draw."""
+        """The KL; the log-ratio of the draw where no formula is known."""
         return self.log_ratio if self.kl is None else self.kl
 
 
@@ -86,7 +86,7 @@ def replayed(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """A trace of the guide, and one of the model with the guide's draws."""
-    # As blocks and not around the functions: a handler of Pyro takes no argument named context.
+    # As ``with`` blocks: a function that a Pyro handler wraps cannot be called with context=.
     with poutine.trace() as drawn:
         guide(*args, **kwargs)
     with poutine.trace() as scored, poutine.replay(trace=drawn.trace):
@@ -95,7 +95,7 @@ def replayed(
 
 
 def measure_of(distribution: Any) -> str:
-    """Whether a distribution has a "density" or a "mass"; nothing where its support is not known."""
+    """Whether a distribution has a "density" or a "mass"; empty if its support is not known."""
     try:
         return "mass" if distribution.support.is_discrete else "density"
     except NotImplementedError:
@@ -103,21 +103,21 @@ def measure_of(distribution: Any) -> str:
 
 
 def log_density(distribution: Any, value: Tensor) -> Tensor:
-    """The log-density as float64; a Gaussian's entries are in float64 before they are summed."""
+    """The log-density as float64. The terms of a Gaussian are converted to float64 before they are summed."""
     base = distribution.base_dist if type(distribution) is BottomUpSite else distribution
     if isinstance(base, Independent) and type(base.base_dist) in (Normal, dist.Normal, ChainNormal):
         return _normal_log_density(base.base_dist, value, base.reinterpreted_batch_ndims)
     while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist  # a transform may have parameters, and wants the dtype of those
+        base = base.base_dist  # a transform may have parameters, whose dtype it needs
     if isinstance(base, Normal):
         value = value.double()
     return distribution.log_prob(value).double()
 
 
 def _normal_log_density(normal: Normal, value: Tensor, event_dim: int) -> Tensor:
-    r""":math:`\sum_i -\tfrac12 z_i^2 - \log s_i - \tfrac12 \log 2\pi`, with one logarithm a scale.
+    r""":math:`\sum_i -\tfrac12 z_i^2 - \log s_i - \tfrac12 \log 2\pi`, with one logarithm for each scale.
 
-    A scale that a kernel expanded over batch and event is one number, not as many as the states have.
+    A scale that a kernel expanded over batch and event counts as one number.
     """
     error = value.double() - normal.loc
     event_shape = error.shape[error.dim() - event_dim :]

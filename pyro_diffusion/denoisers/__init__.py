@@ -1,9 +1,9 @@
 r"""Denoisers: the reverse kernels :math:`p_\theta(x_{t-1} \mid x_t)` of a diffusion model (E6).
 
-:class:`Denoiser` is what they share, :class:`NeuralDenoiser` the one to train. :class:`GaussianDenoiser`,
-:class:`GaussianMixtureDenoiser` and :class:`EnumeratedDenoiser` are exact. What a network's output means
-(E13) is in :mod:`~pyro_diffusion.denoisers.parameterizations`, the variance of a kernel in
-:mod:`~pyro_diffusion.denoisers.variances`.
+:class:`Denoiser` is the abstract class, and :class:`NeuralDenoiser` is the one to train.
+:class:`GaussianDenoiser`, :class:`GaussianMixtureDenoiser` and :class:`EnumeratedDenoiser` are exact. What a
+network's output means (E13) is in :mod:`~pyro_diffusion.denoisers.parameterizations`. The variance of a
+kernel is in :mod:`~pyro_diffusion.denoisers.variances`.
 """
 
 from pyro_diffusion.denoisers.base import Denoiser

@@ -1,9 +1,9 @@
 r"""Denoisers: modules whose forward *returns* :math:`p_\theta(x_{t-1} \mid x_t)` (E6).
 
-A denoiser estimates the datum, :math:`\hat x_0(x_t, \lambda_t)`; the rest follows from the forward
-process. Its reverse kernel is the posterior :math:`q(x_{t-1} \mid x_t, x_0)` at that estimate: of Gaussian
-noise the mean is :math:`\tilde\mu_t(x_t, \hat x_0)`, which is exact for the true :math:`E[x_0 \mid x_t]`
-because :math:`\tilde\mu_t` is linear in :math:`x_0`. Tweedie's formula gives the score,
+A denoiser estimates the datum, :math:`\hat x_0(x_t, \lambda_t)`. Its reverse kernel is the posterior
+:math:`q(x_{t-1} \mid x_t, x_0)` of the forward process at that estimate. For Gaussian noise the mean is
+:math:`\tilde\mu_t(x_t, \hat x_0)`, which is exact for the true :math:`E[x_0 \mid x_t]` because
+:math:`\tilde\mu_t` is linear in :math:`x_0`. Tweedie's formula gives the score,
 
 .. math::
     \nabla \log q(x_t) = \frac{a_t\, \hat x_0 - x_t}{\sigma_t^2} .
@@ -53,7 +53,7 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def process(self) -> ForwardProcess:
-        """The forward process whose posterior the kernels estimate; made when it is asked for."""
+        """The forward process whose posterior the kernels estimate; made on demand."""
         return GaussianProcess(self.schedule, self.event_shape)
 
     @property
@@ -63,7 +63,7 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def missing_dim(self) -> int:
-        """Event dimensions that the schedule's coefficients lack: all, but for a schedule by dimension."""
+        """Event dimensions that coefficients lack: all of them, or none if each entry has its own curve."""
         return self.event_dim - self.schedule.event_dim
 
     def with_schedule(self, schedule: NoiseSchedule) -> Self:
@@ -79,14 +79,14 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
-        r"""All that the denoiser says of :math:`x_0`.
+        r"""The estimate of :math:`x_0`, with logits and a variance where the denoiser has them.
 
         The arguments are those of :meth:`~pyro_diffusion.denoisers.Denoiser.x_0_hat`. A denoiser of
-        conditional data takes ``context=`` and ``null=`` besides.
+        conditional data also takes ``context=`` and ``null=``.
         """
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
-        r""":math:`p_\theta(x_{t-1} \mid x_t)` from what the denoiser said already."""
+        r""":math:`p_\theta(x_{t-1} \mid x_t)` from the denoiser's output."""
         return self.process.reverse(x_t, denoised, t)
 
     def x_0_hat(self, x_t: Tensor, log_snr: Tensor, **given: Any) -> Tensor:
@@ -100,11 +100,11 @@ class Denoiser(nn.Module, ABC):
         return self.denoise(x_t, log_snr, **given).x_0_hat
 
     def embed(self, x_0: Tensor) -> Tensor:
-        """Data as points of the chain, where the model has no likelihood of its own: as they are."""
+        """Data as states of a chain without a likelihood: unchanged, unless a subclass converts them."""
         return x_0
 
     def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
-        r"""The denoiser's own :math:`p(x_0 \mid x_1)`, which models without a likelihood take."""
+        r"""The denoiser's own :math:`p(x_0 \mid x_1)`, for models without a likelihood."""
         return self.reverse_kernel(x_1, 1, denoised)
 
     def forward(self, x_t: Tensor, t: int | Tensor, **given: Any) -> TorchDistribution:
@@ -118,7 +118,7 @@ class Denoiser(nn.Module, ABC):
 
         Returns:
             A distribution over :math:`x_{t-1}` with batch shape ``batch_shape`` and event shape
-            ``event_shape``, in the chain's space; :meth:`decode` leads from :math:`x_1` to data.
+            ``event_shape``, in the chain's space. From :math:`x_1` to data use :meth:`decode`.
 
         Raises:
             ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, an estimate that
@@ -151,7 +151,7 @@ class Denoiser(nn.Module, ABC):
         return (signal * self.x_0_hat(x_t, log_snr, **given) - x_t) / noise**2
 
     def check_given(self, given: dict[str, Any]) -> dict[str, Any]:
-        """``given``, if the denoiser takes what is there."""
+        """``given``, if it is empty or the denoiser takes a context."""
         if given and not takes(self.denoise, "context"):
             raise ValueError(
                 f"argument 'context': got one for a {type(self).__name__}, which takes none; expected data "
@@ -190,13 +190,13 @@ def call_network(
         state: What the network sees, ``batch_shape`` + its shape.
         log_snr: Log-SNR, broadcastable to ``batch_shape``.
         batch_shape: Batch shape of the states.
-        needed_by: Who needs the output, for the error.
-        count: Numbers for each entry of a state; several are a last axis of the output.
+        needed_by: What needs the output, for the error message.
+        count: Numbers for each entry of a state. If there are several, the output has one more axis.
         context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
         null: Rows without a context, ``(N,)``.
 
     Returns:
-        The output in the state's dtype, of the state's shape, ``+ (count,)`` for several numbers.
+        The output in the state's dtype, of the state's shape, ``+ (count,)`` if ``count > 1``.
 
     Raises:
         ValueError: A network that does not take these arguments; an output of another shape, or one that is

@@ -1,8 +1,9 @@
-r"""Denoisers of bits: the reverse kernel that acts bit by bit, from the probability of a one.
+r"""Denoisers of bits: reverse kernels that act bit by bit, from the probability of a one.
 
-Of :math:`\pi_i(x_t)`, the probability that :math:`x_{0,i}` is one, the kernel of
-:class:`~pyro_diffusion.processes.BernoulliProcess` follows. It is the best of its kind where
-:math:`\pi_i` is exact: :class:`EnumeratedDenoiser` has it from all the data there are.
+The kernel follows from :math:`\pi_i(x_t)`, the probability that :math:`x_{0,i}` is one; see
+:class:`~pyro_diffusion.processes.BernoulliProcess`. It is the best kernel that acts bit by bit if
+:math:`\pi_i` is exact. :class:`EnumeratedDenoiser` computes the exact one from a list of all values of the
+data.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ class BernoulliDenoiser(Denoiser, ABC):
     Args:
         schedule: Noise schedule, :math:`\bar\alpha_t` the share of bits that were never drawn anew.
         event_shape: Shape of one datum.
-        rate: :math:`r` in (0, 1), the rate that bits decay to.
+        rate: :math:`r` in (0, 1), the rate of ones among bits that are all noise.
 
     Raises:
         ValueError: A rate outside (0, 1), a schedule that is learned or by dimension, or data other than 0
@@ -80,14 +81,14 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
         \log \frac{\pi_i}{1 - \pi_i} = \ell_i
             + \log \frac{q(x_{t,i} \mid x_{0,i} = 1)}{q(x_{t,i} \mid x_{0,i} = 0)},
 
-    so that a network of zeros is exact for independent fair bits.
+    so that a network whose output is zero is exact for independent fair bits.
 
     Args:
         network: Called as ``network(x_t, log_snr)`` with bits as −1 and 1, shape ``(B,) + event_shape``, and
             ``log_snr`` of shape ``(B,)``; its output has the shape of ``x_t``.
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum.
-        rate: :math:`r`, the rate that bits decay to.
+        rate: :math:`r`, the rate of ones among bits that are all noise.
 
     Raises:
         ValueError: As :class:`BernoulliDenoiser`; a network with an output of another shape, or one that is
@@ -139,20 +140,20 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
 
 
 class EnumeratedDenoiser(BernoulliDenoiser):
-    r"""The best reverse kernel that acts bit by bit, from all data there are: an oracle.
+    r"""The best reverse kernel that acts bit by bit, from a list of all values of the data: an oracle.
 
     .. math::
         \pi_i(x_t) = \sum_k P(k \mid x_t)\, x^{(k)}_i, \qquad
         P(k \mid x_t) \propto w_k \prod_i q\big(x_{t,i} \mid x_0 = x^{(k)}_i\big).
 
-    Its bound is the largest that any network can have under this chain: below :math:`\log p`, because bits
-    that change together in one step change independently under the kernel.
+    Its bound is the largest that any network can have under this chain. It is below :math:`\log p`, because
+    bits change independently under the kernel, and those of the true chain may change together.
 
     Args:
         data: All values of the data, bits, shape ``(K,) + event_shape``.
         schedule: Noise schedule of the chain.
         weights: Their probabilities, ``(K,)``, normalised here; equal ones by default.
-        rate: :math:`r`, the rate that bits decay to.
+        rate: :math:`r`, the rate of ones among bits that are all noise.
 
     Raises:
         ValueError: Data that are not bits, or weights that do not fit.
@@ -207,6 +208,6 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         log_share = log_share.log_softmax(-1).unsqueeze(-1)
         ones = torch.where(values == 1, log_share, -torch.inf).logsumexp(-2)
         zeros = torch.where(values == 0, log_share, -torch.inf).logsumexp(-2)
-        # A bit that is the same in all data is beyond any doubt, and finite.
+        # If a bit is the same in all data, its logit is large and finite.
         limit = -(torch.finfo(x_t.dtype).max ** 0.25)
         return (ones.clamp(min=limit) - zeros.clamp(min=limit)).reshape(x_t.shape)

@@ -1,7 +1,7 @@
-r"""The denoiser of categories: the reverse kernel that acts entry by entry, from a network's logits.
+r"""The denoiser of categories: reverse kernels that act entry by entry, from a network's logits.
 
-Of :math:`\pi_k(x_t)`, the probability that an entry of :math:`x_0` is category :math:`k`, the kernel of
-:class:`~pyro_diffusion.processes.CategoricalProcess` follows.
+The kernel follows from :math:`\pi_k(x_t)`, the probability that an entry of :math:`x_0` is category
+:math:`k`; see :class:`~pyro_diffusion.processes.CategoricalProcess`.
 """
 
 from typing import Any
@@ -25,15 +25,15 @@ class NeuralCategoricalDenoiser(Denoiser):
     .. math::
         \log \pi_k = \ell_k + \log q(x_t \mid x_0 = k) + \text{const},
 
-    so that a network of zeros is exact for independent entries of which all categories are equally likely.
+    so that a network whose output is zero is exact for independent entries with equally likely categories.
     The estimate ``x_0_hat`` is the most probable category, a state of ``batch_shape + event_shape``. It has
-    no gradient. Categories have no order, and so no mean: what a denoiser knows is in ``logits``, the
-    :math:`\log \pi_k` up to a constant, ``batch_shape + event_shape + (K,)``.
+    no gradient. Categories have no order, and so no mean; the kernels use ``logits``, the :math:`\log \pi_k`
+    up to a constant, ``batch_shape + event_shape + (K,)``.
 
     Args:
         network: Called as ``network(one_hot, log_snr)``, and with a context as ``network(one_hot, log_snr,
             context)``. ``one_hot`` has shape ``(B,) + event_shape + (K,)``: 1 at the entry's category and
-            −1 at the others, not one number for each entry, because that would give categories an order.
+            −1 at the others. One number for each entry would give the categories an order.
             ``log_snr`` has shape ``(B,)``. The output has the shape of ``one_hot``.
         schedule: Noise schedule of the chain, :math:`\bar\alpha_t` the share of entries that were never drawn
             anew.
@@ -74,7 +74,7 @@ class NeuralCategoricalDenoiser(Denoiser):
 
     @property
     def process(self) -> CategoricalProcess:
-        """Uniform noise on the schedule; made when it is asked for."""
+        """Uniform noise on the schedule; made on demand."""
         return CategoricalProcess(self.schedule, self.event_shape, self.num_categories)
 
     @property

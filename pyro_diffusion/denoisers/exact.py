@@ -1,7 +1,8 @@
 r"""Exact denoisers: the reverse chains of Gaussian data and of Gaussian mixtures, in closed form.
 
-Under an exact denoiser every path's :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is
-:math:`\log p(x_0)`, up to what is left of the datum at the end of the chain. They are the package's oracles.
+Under an exact denoiser :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on every
+path, up to the part of the datum that is left at the end of the chain. These denoisers are the package's
+oracles.
 """
 
 import pyro.distributions as dist
@@ -23,9 +24,8 @@ class GaussianDenoiser(Denoiser):
         \hat x_0 = m + \frac{a_t s^2}{a_t^2 s^2 + \sigma_t^2} (x_t - a_t m), \qquad
         \operatorname{Var}[x_0 \mid x_t] = \frac{s^2 \sigma_t^2}{a_t^2 s^2 + \sigma_t^2},
 
-    so that a path's :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on
-    every draw, up to :math:`\sqrt{\bar\alpha_T}` times the mean: the bound's oracle. A full
-    covariance is :meth:`from_covariance`.
+    so that :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on every path, up to
+    :math:`\sqrt{\bar\alpha_T}` times the mean. For a full covariance use :meth:`from_covariance`.
 
     Args:
         mean: Mean :math:`m`, shape ``event_shape``.
@@ -46,7 +46,7 @@ class GaussianDenoiser(Denoiser):
     rotation: Tensor | None
 
     def __init__(self, mean: Tensor, std: Tensor, schedule: NoiseSchedule) -> None:
-        mean = torch.as_tensor(mean).clone()  # a buffer of our own, not the caller's tensor
+        mean = torch.as_tensor(mean).clone()  # the buffer is not the caller's tensor
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
         std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
         check_finite("argument 'mean'", mean, "Check what the mean was estimated from.")
@@ -142,14 +142,14 @@ class GaussianMixtureDenoiser(Denoiser):
     r"""The exact reverse chain of a mixture, :math:`x_0 \sim \sum_k w_k N(m_k, \operatorname{diag}(s_k^2))`.
 
     A state belongs to component :math:`k` with probability :math:`r_k(x_t) \propto w_k\,
-    N(x_t; a_t m_k, a_t^2 s_k^2 + \sigma_t^2)`, given which everything is Gaussian:
+    N(x_t; a_t m_k, a_t^2 s_k^2 + \sigma_t^2)`. Given its component everything is Gaussian:
 
     .. math::
         \hat x_0 = \sum_k r_k\, \hat x_{0,k}, \qquad
         p(x_{t-1} \mid x_t) = \sum_k r_k\, N\big(\tilde\mu_t(x_t, \hat x_{0,k}), \Sigma_{t,k}\big),
 
-    with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` of :class:`GaussianDenoiser`. The reverse kernel is
-    that mixture, so that on multimodal data, too, every path's bound is :math:`\log p(x_0)`.
+    with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` as in :class:`GaussianDenoiser`. The reverse kernel is
+    this mixture. So the bound of every path is :math:`\log p(x_0)` for multimodal data, too.
 
     Args:
         weights: Weights :math:`w_k`, shape ``(K,)``; they are normalised.
@@ -234,7 +234,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return self._mixture(log_r, means, exact_variance(step, x_0_variances).to(x_t.dtype))
 
     def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event behind."""
+        r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event at the end."""
         signal, noise = (
             pad(self._for_components(c), self.missing_dim, c.dtype) for c in (signal, noise)
         )

@@ -1,4 +1,4 @@
-r"""The denoiser that one trains: reverse kernels from a network's output."""
+r"""The denoiser to train: reverse kernels from the output of a network."""
 
 from typing import Any
 
@@ -22,9 +22,8 @@ class NeuralDenoiser(Denoiser):
         network: Called as ``network(x_t, log_snr)`` with one flattened batch axis in front: ``x_t``
             of shape ``(B,) + event_shape``, in a variance-exploding chain divided by
             :math:`\sqrt{a_t^2 + \sigma_t^2}`; ``log_snr`` of shape ``(B,)``. Its output has the
-            shape of ``x_t``, or one more axis at the end where prediction and variance need several
-            numbers for each entry. Where there is a context it is called as ``network(x_t, log_snr,
-            context)``.
+            shape of ``x_t``, with one more axis at the end if prediction and variance need several
+            numbers for each entry. With a context it is called as ``network(x_t, log_snr, context)``.
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum.
         prediction: What the output means: ``NoisePrediction()``, the default, ``DataPrediction()``,
@@ -77,14 +76,14 @@ class NeuralDenoiser(Denoiser):
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
         batch_shape = self.batch_shape(x_t)
-        # The chain of unit variance with the same log-SNR: what the network sees, on any scale.
+        # The network sees the state of the variance-preserving chain with the same log-SNR.
         signal, noise = self.schedule.scales(log_snr)
         scale = (signal**2 + noise**2).sqrt()
         signal, noise, scale = (
             pad(c, self.missing_dim, x_t.dtype) for c in (signal / scale, noise / scale, scale)
         )
         state, count = x_t / scale, self.prediction.num_outputs + self.variance.num_outputs
-        # Where every entry has a level of its own, the network is given their mean.
+        # If each entry has a log-SNR of its own, the network takes their mean.
         dims = tuple(range(-self.schedule.event_dim, 0))
         output = call_network(
             self.network,

@@ -1,8 +1,8 @@
 r"""What a network predicts, and how its output becomes :math:`\hat x_0`.
 
 A state is :math:`x_t = a x_0 + \sigma \epsilon` with ``signal`` :math:`a` and ``noise``
-:math:`\sigma`; one of :math:`x_0`, :math:`\epsilon`, the velocity :math:`v` and the score :math:`s` gives
-the others when :math:`x_t` is known:
+:math:`\sigma`. If :math:`x_t` is known, one of :math:`x_0`, :math:`\epsilon`, the velocity :math:`v` and the
+score :math:`s` gives the others:
 
 .. math::
     \hat x_0 = \frac{x_t - \sigma \hat\epsilon}{a}
@@ -10,9 +10,9 @@ the others when :math:`x_t` is known:
              = \frac{x_t + \sigma^2 \hat s}{a}, \qquad
     v = a \epsilon - \sigma x_0, \quad s = -\frac{\epsilon}{\sigma} .
 
-Those convert both ways (``x_0_hat`` and its inverse ``output``); the arguments have shape
-``batch_shape + event_shape`` or broadcast to it. :class:`LevelPrediction` is for data on a known
-finite set of values, whose exact posterior is a categorical distribution for each entry.
+Each class converts both ways, by ``x_0_hat`` and its inverse ``output``. The arguments have shape
+``batch_shape + event_shape`` or broadcast to it. :class:`LevelPrediction` is for data on a known finite set
+of values. Their exact posterior is a categorical distribution for each entry.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 115, 130 and 133.
@@ -41,16 +41,16 @@ class Parameterization(ABC):
 
     @abstractmethod
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        r"""The output that would mean ``x_0``: the target of a regression, inverse of ``x_0_hat``."""
+        r"""The output that means ``x_0``, which is the target of a regression; the inverse of ``x_0_hat``."""
 
     def estimate(
         self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        r""":math:`\hat x_0`, and logits over the values of each entry if the network predicts those."""
+        r""":math:`\hat x_0`, and logits over the values of each entry if the network predicts them."""
         return self.x_0_hat(output, x_t, signal, noise), None
 
     def embed(self, x_0: Tensor) -> Tensor:
-        """Data as points of the chain, where the model has no likelihood of its own: as they are."""
+        """Data as states of a chain without a likelihood: unchanged, unless a subclass converts them."""
         return x_0
 
     def __repr__(self) -> str:
@@ -103,16 +103,16 @@ class ScorePrediction(Parameterization):
 class LevelPrediction(Parameterization):
     r"""The network predicts logits over :math:`K` levels for each entry: bits, grey levels, categories.
 
-    Level :math:`k` stands at :math:`e_k = 2k/(K-1) - 1`. With the known law of :math:`x_t` the logits
-    :math:`\ell_k`, a prior given all other entries, become the exact posterior of an entry,
+    Level :math:`k` embeds at :math:`e_k = 2k/(K-1) - 1`. The logits :math:`\ell_k` are a prior of an entry
+    given all others. The known law of :math:`x_t` makes a posterior of them,
 
     .. math::
         P(k \mid x_t) \propto e^{\ell_k}\, N(x_t; a e_k, \sigma^2), \qquad
         \hat x_0 = \sum_k P(k \mid x_t)\, e_k,
 
-    so that a network of zeros is exact for independent uniform entries. It needs one output for each
-    level, on a last axis: ``MLP((64,), num_outputs=17)``. With ``likelihood=None`` the model's
-    :math:`p(x_0 \mid x_1)` is this posterior itself, over levels :math:`0 … K-1`.
+    so that a network whose output is zero is exact for independent uniform entries. The network returns one
+    number for each level, on a last axis: ``MLP((64,), num_outputs=17)``. With ``likelihood=None`` this
+    posterior is the model's :math:`p(x_0 \mid x_1)`, over levels :math:`0 … K-1`.
 
     Args:
         num_levels: Number of levels :math:`K \ge 2`.
@@ -144,13 +144,13 @@ class LevelPrediction(Parameterization):
     def estimate(
         self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        r""":math:`\hat x_0` and the posterior's logits that it is the mean of."""
+        r""":math:`\hat x_0`, and the logits of the posterior whose mean it is."""
         logits = self.logits(output, x_t, signal, noise)
         return self.mean(logits), logits
 
     def mean(self, logits: Tensor) -> Tensor:
         r""":math:`\sum_k P(k) e_k` for given logits."""
-        # no matmul, which autocast would round
+        # not as a matmul, which autocast would compute in half precision
         return (logits.softmax(-1) * self._levels(logits)).sum(-1)
 
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:

@@ -1,15 +1,14 @@
 r"""Variances of the reverse kernels.
 
-The exact one follows from what is not known of the datum,
+The exact one follows from the variance of the datum given the state,
 
 .. math::
     \operatorname{Var}[x_{t-1} \mid x_t] = \tilde\beta_t
         + \big(a_{t-1} (1 - e^{\lambda_t - \lambda_{t-1}})\big)^2 \operatorname{Var}[x_0 \mid x_t] .
 
-:class:`PosteriorVariance` is its end for data that are a point given :math:`x_t`,
-:class:`ForwardVariance` the one for data that are white noise, and :class:`LearnedVariance` is between
-them. The choice shows in the bound, also for many steps: ``examples/gaussian_oracle.py`` prints what
-each costs.
+:class:`PosteriorVariance` is exact for data that are known given :math:`x_t`, and :class:`ForwardVariance`
+for data that are white noise. :class:`LearnedVariance` is between the two. The choice changes the bound, even
+for many steps: ``examples/gaussian_oracle.py`` prints by how much.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 3.2.
@@ -31,7 +30,7 @@ from pyro_diffusion.processes import ChainStep, posterior_variance
 
 
 class Embedding(Protocol):
-    """What :class:`OptimalVariance` needs of a model: its denoiser, and its way to embed data."""
+    """The part of a model that :class:`OptimalVariance` needs: its denoiser and its embedding of data."""
 
     denoiser: Denoiser
 
@@ -47,7 +46,7 @@ def exact_variance(step: ChainStep, x_0_variance: Tensor) -> Tensor:
 class ReverseVariance(ABC):
     """Variance of a reverse kernel, from the timestep and, if it is learned, a network's output."""
 
-    num_outputs: int = 0  #: numbers that the network returns for it, for each entry of a datum
+    num_outputs: int = 0  #: numbers that the network returns for the variance of each entry
 
     @abstractmethod
     def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
@@ -55,7 +54,7 @@ class ReverseVariance(ABC):
 
         Args:
             step: Coefficients of the step, float64, broadcastable to ``output``.
-            output: The network's numbers, ``batch_shape + event_shape``; ``None`` if it has none.
+            output: The network's numbers, ``batch_shape + event_shape``; ``None`` if ``num_outputs`` is 0.
         """
 
     def __repr__(self) -> str:
@@ -65,9 +64,9 @@ class ReverseVariance(ABC):
 class PosteriorVariance(ReverseVariance):
     r""":math:`\tilde\beta_t`, the forward posterior's ("fixed small"); :math:`\beta_1` at ``t = 1``.
 
-    :math:`\tilde\beta_1` is zero, which leaves :math:`p(x_0 \mid x_1)` without a density; published
-    code puts :math:`\beta_1` or :math:`\tilde\beta_2` there. With this variance a term of the bound
-    is a weighted squared error (E12, :func:`~pyro_diffusion.bounds.snr_weight`).
+    :math:`\tilde\beta_1` is zero, and :math:`p(x_0 \mid x_1)` would have no density. Published code takes
+    :math:`\beta_1` or :math:`\tilde\beta_2` there. With this variance a term of the bound is a weighted
+    squared error (E12, :func:`~pyro_diffusion.bounds.snr_weight`).
     """
 
     def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
@@ -78,14 +77,14 @@ class PosteriorVariance(ReverseVariance):
 class ForwardVariance(ReverseVariance):
     r""":math:`\beta_t = 1 - \alpha_t`, the forward transition's ("fixed large").
 
-    It is the exact variance for data of unit variance, and is computed as that,
+    It is the exact variance for data of unit variance, and is computed by this formula,
 
     .. math::
         \tilde\beta_t + \big(a_{t-1} (1 - e^{\lambda_t - \lambda_{t-1}})\big)^2
         \frac{\sigma_t^2}{a_t^2 + \sigma_t^2},
 
-    so that it means the same in a variance-exploding chain, whose transition's own variance is
-    larger by :math:`1 / \alpha_t` in units of :math:`x_{t-1}`.
+    which also holds for a variance-exploding chain. There the variance of the transition is larger, by
+    :math:`1 / \alpha_t` in units of :math:`x_{t-1}`.
     """
 
     def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
@@ -98,10 +97,9 @@ class LearnedVariance(ReverseVariance):
     .. math::
         \log \Sigma_t = \tfrac{1 + v}{2} \log \beta_t + \tfrac{1 - v}{2} \log \tilde\beta_t,
 
-    with :math:`v` a second output of the network, the last on its last axis: ``MLP((64,),
-    num_outputs=2)``. It is not confined to [-1, 1], so that data broader than unit variance have
-    their exact variance too. At ``t = 1``, where :math:`\tilde\beta_1 = 0`, the lower end is
-    :math:`\beta_1^2`.
+    where :math:`v` is a second output of the network, the last on its last axis: ``MLP((64,),
+    num_outputs=2)``. It may leave [-1, 1], because data of more than unit variance have a larger exact
+    variance. At ``t = 1``, where :math:`\tilde\beta_1 = 0`, the lower end is :math:`\beta_1^2`.
 
     References:
         Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), eq. 15.
@@ -117,21 +115,21 @@ class LearnedVariance(ReverseVariance):
         weight = (1 + output) / 2
         log_upper, log_lower = (end.log().to(output.dtype) for end in (upper, lower))
         log_variance = torch.lerp(log_lower, log_upper, weight)
-        # Beyond any variance of use, and within what float32 can square.
+        # No useful variance is outside these limits, and float32 can hold the squares of the limits.
         return log_variance.clamp(math.log(1e-20), math.log(1e20)).exp()
 
 
 class OptimalVariance(nn.Module, ReverseVariance):
-    r"""The variance that bounds best for given means, from data; one for all entries.
+    r"""The variance with the largest bound for given means, estimated from data; one for all entries.
 
     .. math::
         \Sigma_t = \tilde\beta_t + \big(a_{t-1} (1 - e^{\lambda_t - \lambda_{t-1}})\big)^2\,
             m(\lambda_t), \qquad
         m(\lambda) = \tfrac1D\, E\, \lVert x_0 - \hat x_0(x_\lambda) \rVert^2,
 
-    which is where the mean KL of a step is least. The squared errors :math:`m` are those of a trained
-    network, :meth:`from_data`, and want to be taken anew after more training; they are interpolated between
-    log-SNRs, so that any grid will do::
+    which minimises the mean KL of a step. :meth:`from_data` estimates the squared errors :math:`m` of a
+    trained network. Estimate them again after more training. They are interpolated between log-SNRs, so that
+    they serve any grid::
 
         variance = OptimalVariance.from_data(diffusion, train)
         denoiser = NeuralDenoiser(network, schedule, (64,), prediction=…, variance=variance)
@@ -141,7 +139,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
         mean_square: :math:`m` there, positive, ``(G,)``.
 
     Raises:
-        ValueError: Numbers that are not of that kind.
+        ValueError: Log-SNRs that do not increase, or squared errors that are not positive or as many.
 
     References:
         Analytic-DPM (Bao et al., 2022), theorem 1. https://arxiv.org/abs/2201.06503
@@ -175,12 +173,12 @@ class OptimalVariance(nn.Module, ReverseVariance):
         Args:
             diffusion: The trained model.
             x_0: Data that it was trained on, shape ``(N,)`` + the shape of one datum.
-            num_levels: Log-SNRs ``G``; as many times ``N`` network rows.
-            batch_size: Network rows at a time.
+            num_levels: Number of log-SNRs ``G``. The network computes ``G`` times ``N`` rows.
+            batch_size: Number of rows that the network computes at a time.
 
         Raises:
-            ValueError: Another thing than a model of real numbers; a schedule with a curve for each entry, or
-                of one step; data as for the programs.
+            ValueError: An object that is no model of real numbers, a schedule with a curve for each entry or
+                with one step, or data that the programs refuse.
         """
         denoiser = getattr(diffusion, "denoiser", None)
         denoiser = check_argument(
@@ -221,7 +219,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
         return exact_variance(step, log_square.exp())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OptimalVariance":
-        # As a schedule's: the numbers keep float64, and only the device changes.
+        # As in a schedule, the numbers keep float64, and only the device changes.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def __repr__(self) -> str:

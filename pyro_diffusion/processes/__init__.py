@@ -1,8 +1,8 @@
 r"""Forward processes: the fixed encoder :math:`q` of a diffusion model, for each kind of state.
 
-:class:`GaussianProcess` noises real numbers, :class:`BernoulliProcess` bits and :class:`CategoricalProcess`
-categories. A new kind of noise is one more file here and one subclass of :class:`ForwardProcess`; nothing
-else in the package asks what it is.
+:class:`GaussianProcess` adds noise to real numbers, :class:`BernoulliProcess` to bits and
+:class:`CategoricalProcess` to categories. A new kind of noise is one more file here, with one subclass of
+:class:`ForwardProcess`. Nothing else in the package depends on the kind.
 """
 
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, check_fixed_curve, pad

@@ -1,16 +1,16 @@
-r"""What a forward process is: the fixed encoder :math:`q` of a diffusion model, and where it ends.
+r"""The abstract forward process: the fixed encoder :math:`q` of a diffusion model, and its end.
 
-A process noises a datum step by step. Everything that a chain asks of it follows from one curve, the
-schedule's log-SNR :math:`\lambda_t`, and from the kind of states. A kind of noise is one subclass of
-:class:`ForwardProcess`, which states
+A process adds noise to a datum step by step. Its kernels follow from one curve, the schedule's log-SNR
+:math:`\lambda_t`, and from the kind of states. Each kind of noise is one subclass of :class:`ForwardProcess`,
+which defines
 
 .. math::
     q(x_t \mid x_{t-1}) \;\text{(E1)}, \quad q(x_t \mid x_0) \;\text{(E2)}, \quad
     q(x_{t-1} \mid x_t, x_0) \;\text{(E3)}, \quad p(x_T) \;\text{(E5)},
 
-the reverse kernel that follows from an estimate of the datum, and the limits of E3 and of that kernel as
-the steps become small. Shapes are ``batch_shape + event_shape``. A timestep is an integer, or a LongTensor
-that broadcasts to ``batch_shape``; a time :math:`u \in [0, 1]` of the continuous chain is a tensor alike.
+the reverse kernel that follows from an estimate of the datum, and the limits of E3 and of that kernel for
+small steps. Shapes are ``batch_shape + event_shape``. A timestep is an integer, or a LongTensor that
+broadcasts to ``batch_shape``. A time :math:`u \in [0, 1]` of the continuous chain is such a tensor.
 """
 
 import copy
@@ -26,20 +26,19 @@ from pyro_diffusion.schedules import NoiseSchedule
 
 
 class Denoised(NamedTuple):
-    r"""What a denoiser says of :math:`x_0` when it sees a state; one call of the network."""
+    r"""The output of a denoiser at a state, from one call of the network."""
 
-    x_0_hat: Tensor  #: the estimate, ``batch_shape + event_shape``
-    logits: Tensor | None = (
-        None  #: of each value, ``batch_shape + event_shape + (K,)``; of bits of a one
-    )
-    #: the output that :class:`~pyro_diffusion.denoisers.LearnedVariance` interpolates by
+    x_0_hat: Tensor  #: the estimate of :math:`x_0`, ``batch_shape + event_shape``
+    #: logits of each value, ``batch_shape + event_shape + (K,)``; for bits the logit of a one
+    logits: Tensor | None = None
+    #: the weight by which :class:`~pyro_diffusion.denoisers.LearnedVariance` interpolates
     variance: Tensor | None = None
 
 
 class ForwardProcess(ABC):
     r"""The forward chain :math:`q` of one kind of states, on a schedule.
 
-    A process holds no parameters of its own: it is made on demand from a schedule and a few numbers.
+    A process has no parameters of its own. It is made on demand from a schedule and a few numbers.
 
     Args:
         schedule: Noise schedule of the chain.
@@ -47,11 +46,10 @@ class ForwardProcess(ABC):
     """
 
     states: ClassVar[str]  #: what the states are, in words
-    #: whether states are real numbers with a Gaussian kernel: a score, means that can be added up
+    #: whether the states have a score, which real numbers with Gaussian kernels have
     has_score: ClassVar[bool] = False
-    gap: ClassVar[float | None] = (
-        None  #: what a kernel sees where nothing was observed; None: nothing can
-    )
+    #: the value that a kernel sees in an unobserved entry; ``None`` if the states have none for it
+    gap: ClassVar[float | None] = None
 
     def __init__(self, schedule: NoiseSchedule, event_shape: torch.Size) -> None:
         self.schedule, self.event_shape = schedule, event_shape
@@ -63,19 +61,19 @@ class ForwardProcess(ABC):
 
     @property
     def missing_dim(self) -> int:
-        """Event dimensions that the schedule's coefficients lack: all, but for a curve for each entry."""
+        """Event dimensions that coefficients lack: all of them, or none if each entry has its own curve."""
         return len(self.event_shape) - self.schedule.event_dim
 
     @property
     def state_size(self) -> int:
-        """Numbers in the largest tensor of a step, for one state."""
+        """Number of elements that one state has in the largest tensor of a step."""
         return self.event_shape.numel()
 
     # The chain.
 
     @abstractmethod
     def prior(self, dtype: torch.dtype) -> TorchDistribution:
-        """Where the reverse chain starts, :math:`p(x_T)` (E5): no batch shape, on the schedule's device."""
+        """The start of the reverse chain, :math:`p(x_T)` (E5): no batch shape, on the schedule's device."""
 
     @abstractmethod
     def transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
@@ -83,7 +81,7 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def noised(self, x_0: Tensor, log_snr: Tensor) -> TorchDistribution:
-        r"""A datum with noise up to a log-SNR, between the timesteps, too."""
+        r"""A datum with the noise of any log-SNR, also of one between two timesteps."""
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
         r"""A datum with the noise of ``t`` steps, :math:`q(x_t \mid x_0)` (E2), ``t`` in ``{1, …, T}``."""
@@ -95,9 +93,9 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def reverse(self, x_t: Tensor, denoised: Denoised, t: int | Tensor) -> TorchDistribution:
-        r"""What the posterior becomes at an estimate of the datum; ``t`` in ``{1, …, T}``."""
+        r"""The posterior with an estimate in place of the datum; ``t`` in ``{1, …, T}``."""
 
-    # The chain without end.
+    # The continuous chain.
 
     def marginal_at(self, x_0: Tensor, u: Tensor) -> TorchDistribution:
         r""":math:`q(x_u \mid x_0)` at a time of the continuous chain."""
@@ -105,13 +103,13 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r"""What the posterior says of the datum in a step of the continuous chain, in units of time."""
+        r"""The kernel of :math:`q` in the term of the continuous chain at ``u``, per unit of time."""
 
     @abstractmethod
     def reverse_increment(self, x_u: Tensor, denoised: Denoised, u: Tensor) -> TorchDistribution:
-        r"""What the reverse kernel says in that step."""
+        r"""The kernel of :math:`p` in that term."""
 
-    # What the rest of the house asks.
+    # For readers and models.
 
     def tail(self, t: int) -> Self:
         r"""The process of :math:`q(x_{t+1:T} \mid x_t)`, which starts from a state."""
@@ -120,11 +118,11 @@ class ForwardProcess(ABC):
         return process
 
     def check_states(self, x_0: Tensor) -> Tensor:
-        """Embedded data, if the process can take them."""
+        """``x_0``, embedded data, if the process can add noise to them."""
         return x_0
 
     def check_has_score(self, argument: str, remedy: str) -> None:
-        """Raise a ``ValueError`` that says what the process lacks, unless it has a score."""
+        """Raise a ``ValueError`` unless the states have a score."""
         require(
             self.has_score,
             f"argument {argument!r}",
@@ -135,7 +133,7 @@ class ForwardProcess(ABC):
 
 
 def check_fixed_curve(schedule: NoiseSchedule, states: str) -> NoiseSchedule:
-    """``schedule``, if it is a single curve and nothing of it is learned."""
+    """``schedule``, if it is a single curve without learned parameters."""
     require(
         not schedule.event_dim and not any(p.requires_grad for p in schedule.parameters()),
         "argument 'schedule'",
@@ -149,7 +147,7 @@ def check_fixed_curve(schedule: NoiseSchedule, states: str) -> NoiseSchedule:
 def pad(coefficient: Tensor, missing_dim: int, dtype: torch.dtype) -> Tensor:
     """Give a coefficient the event dimensions that it lacks, in the chain's dtype.
 
-    They are counted from ``event_dim``, never from a difference of ``ndim``: a coefficient that has as many
-    entries as the batch would otherwise line up with the wrong axis in silence.
+    Their number follows from ``event_dim`` and never from a difference of ``ndim``. Otherwise a coefficient
+    with as many entries as the batch could line up with the wrong axis, without an error.
     """
     return coefficient.reshape(coefficient.shape + (1,) * missing_dim).to(dtype)

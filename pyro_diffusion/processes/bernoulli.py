@@ -9,15 +9,16 @@ Each step keeps a bit with probability :math:`\alpha_t` and draws it anew, at a 
         && \text{(E2)} \\
     p(x_T) &= \mathrm{Bernoulli}(r) && \text{(E5)}
 
-A schedule's :math:`\bar\alpha_t` means that share here. A reverse kernel that acts bit by bit follows from
-:math:`\pi_i(x_t)`, the probability that :math:`x_{0,i}` is one,
+So :math:`\bar\alpha_t` is the share of bits that were never drawn anew. A reverse kernel that acts bit by bit
+follows from :math:`\pi_i(x_t)`, the probability that :math:`x_{0,i}` is one,
 
 .. math::
     p(x_{t-1,i} \mid x_t) = \sum_{b \in \{0, 1\}} \pi_i(x_t)^b\, (1 - \pi_i(x_t))^{1-b}\;
         q(x_{t-1,i} \mid x_{t,i}, x_{0,i} = b) .
 
-Kernels are written in the probability that a bit *changes* in a step, a small number that nothing is
-subtracted to get. As :math:`T \to \infty` it becomes a rate, and a step's KL that of two Poisson counts.
+The code computes the probability that a bit *changes* in a step. This number is small, and it is computed
+without a subtraction. As :math:`T \to \infty` it becomes a rate, and the KL of a step becomes the KL of two
+Poisson counts.
 
 References:
     Deep Unsupervised Learning using Nonequilibrium Thermodynamics (Sohl-Dickstein et al., 2015), table 1 and
@@ -62,16 +63,16 @@ class BernoulliProcess(ForwardProcess):
         return Noise(probs=probs).to_event(self.event_dim)
 
     def transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
-        """A bit is kept, or drawn anew (E1)."""
+        """Each bit is kept or drawn anew (E1)."""
         drawn = self.schedule.beta(self.schedule.check_timestep(t, at_least=1))
         return self._noise(self._pad(drawn, x_prev) * self.rates(x_prev)[1], x_prev)
 
     def noised(self, x_0: Tensor, log_snr: Tensor) -> TorchDistribution:
-        """The bits of a datum, each kept all the way or drawn anew; of a timestep's log-SNR it is E2."""
+        """The bits of a datum, each kept or drawn anew; at the log-SNR of a timestep this is E2."""
         return self._noise(self._pad((-log_snr).sigmoid(), x_0) * self.rates(x_0)[1], x_0)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
-        """Bits that change where they must have been drawn anew (E3)."""
+        """The bits before a step, given the datum (E3)."""
         self.schedule.check_timestep(t, at_least=2)
         return self._noise(torch.where(x_0 == x_t, *self.change(t, x_t)), x_t)
 
@@ -80,11 +81,11 @@ class BernoulliProcess(ForwardProcess):
         return self._noise(_expected(self.change(t, x_t), x_t, denoised), x_t)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        """Changes of each bit in a unit of time under :math:`q`, a Poisson count."""
+        """The number of changes of each bit per unit of time under :math:`q`, a Poisson count."""
         return self._changes(torch.where(x_0 == x_u, *self.change_rate(u, x_u)))
 
     def reverse_increment(self, x_u: Tensor, denoised: Denoised, u: Tensor) -> TorchDistribution:
-        """The same, averaged over the two bits that the datum may have."""
+        """The same count, with its rate averaged over the two bits that the datum may have."""
         return self._changes(_expected(self.change_rate(u, x_u), x_u, denoised))
 
     def change(self, t: int | Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ class BernoulliProcess(ForwardProcess):
         return self._change(self.schedule.beta(t), *levels, x_t)
 
     def change_rate(self, u: Tensor, x_u: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of the continuous chain, a rate in units of its time."""
+        """The same two numbers in the continuous chain: rates per unit of its time."""
         log_snr = self.schedule.log_snr_at(u)
         drawn = -self.schedule.slope_at(u) * (-log_snr).sigmoid()
         return self._change(drawn, log_snr, log_snr, x_u)
@@ -102,7 +103,7 @@ class BernoulliProcess(ForwardProcess):
     def _change(
         self, drawn: Tensor, log_snr_before: Tensor, log_snr: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Bayes' rule for a bit that was drawn anew, and was the other before; sums of positive numbers."""
+        """Bayes' rule for a bit that was another before it was drawn anew; nothing is subtracted."""
         levels = (log_snr_before, -log_snr_before, log_snr, -log_snr)
         drawn, kept_before, lost_before, kept, lost = (
             self._pad(c, x) for c in (drawn, *(level.sigmoid() for level in levels))
@@ -113,12 +114,12 @@ class BernoulliProcess(ForwardProcess):
         return same, if_other
 
     def rates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """How often noise has the bits of ``x``, and how often the others."""
+        """The probability that noise equals the bits of ``x``, and that it does not."""
         one = torch.where(x == 1, torch.full_like(x, self.rate), 1 - self.rate)
         return one, 1 - one
 
     def log_noise_ratio(self, x_t: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        r""":math:`\log q(x_{t,i} \mid x_{0,i})` where the two are the same bit, and where not."""
+        r""":math:`\log q(x_{t,i} \mid x_{0,i})` if the two bits are the same, and if not."""
         kept, noise = (self._pad(level.sigmoid(), x_t) for level in (log_snr, -log_snr))
         one, _ = self.rates(x_t)
         return (kept + noise * one).log(), (noise * one).log()
@@ -134,14 +135,14 @@ class BernoulliProcess(ForwardProcess):
 
 
 def _expected(of_same: tuple[Tensor, Tensor], x_t: Tensor, denoised: Denoised) -> Tensor:
-    """The mean over the datum's bit of a number given whether it is the state's bit or not."""
+    """The mean, over the bit of the datum, of a number that depends on whether it equals the state's."""
     assert denoised.logits is not None
     signed = denoised.logits * (2 * x_t - 1)
     return signed.sigmoid() * of_same[0] + (-signed).sigmoid() * of_same[1]
 
 
 def signed_logits(changed: Tensor, x: Tensor) -> Tensor:
-    """Logits of a one where bits ``x`` change with a given probability, however small."""
+    """Logits of a one if bits ``x`` change with a given probability, which may be very small."""
     info = torch.finfo(changed.dtype)
     changed = changed.clamp(min=info.tiny, max=1 - info.eps)
     return (1 - 2 * x) * (changed.log() - torch.log1p(-changed))

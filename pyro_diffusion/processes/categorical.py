@@ -1,4 +1,4 @@
-r"""Uniform noise: a category is kept, or drawn anew among all :math:`K`.
+r"""Uniform noise: a category is kept, or drawn anew from all :math:`K`.
 
 States are whole numbers :math:`0 … K - 1`, floating tensors in the chain's dtype. Each step keeps a category
 with probability :math:`\alpha_t` and draws it anew otherwise:
@@ -18,9 +18,10 @@ A reverse kernel that acts entry by entry follows from :math:`\pi_k`, the probab
     p(x_{t-1} = j \mid x_t = i) = \big(\alpha_t\, \delta_{ij} + \tfrac{1 - \alpha_t}{K}\big)
         \Big(\bar\alpha_{t-1}\, w_j + \tfrac{1 - \bar\alpha_{t-1}}{K} \sum_k w_k\Big) .
 
-Probabilities are logarithms here, and the largest one is what the others leave: a small probability of change
-keeps all its digits. As :math:`T \to \infty` the probability of a change becomes a rate, and a step's KL that
-of independent Poisson counts, one for each of the other :math:`K - 1` categories.
+The code computes log-probabilities, and the largest one from the sum of the others, so that a small
+probability of change keeps all its digits. As :math:`T \to \infty` the probability of a change becomes a
+rate, and the KL of a step becomes the KL of independent Poisson counts, one for each of the other
+:math:`K - 1` categories.
 
 References:
     Structured Denoising Diffusion Models in Discrete State-Spaces (Austin et al., 2021), section 3.1 and
@@ -47,9 +48,9 @@ from pyro_diffusion.schedules import NoiseSchedule
 class CategoricalNoise(Unscored, TorchDistribution):
     r"""Categories of a chain, from log-probabilities that are normalised already.
 
-    A draw is a whole number in the dtype of the log-probabilities. Where nothing about these is learned, a
-    draw needs no score-function term, and counts as reparameterised. torch's ``Categorical`` would normalise
-    once more, and so lose a probability of change that is small beside one.
+    A draw is a whole number in the dtype of the log-probabilities. If these are not learned, a draw needs no
+    score-function term, and counts as reparameterised. torch's ``Categorical`` would normalise once more, and
+    so round off a probability of change that is much smaller than one.
 
     Args:
         log_probs: :math:`\log p_j`, shape ``batch_shape + (K,)``.
@@ -70,7 +71,7 @@ class CategoricalNoise(Unscored, TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """NaN, as torch's ``Categorical`` has it: categories have no order."""
+        """NaN, as in torch's ``Categorical``, because categories have no order."""
         return self.log_probs.new_full(self.batch_shape, math.nan)
 
     @property
@@ -83,7 +84,7 @@ class CategoricalNoise(Unscored, TorchDistribution):
         return CategoricalNoise(self.log_probs.expand(shape), validate_args=False)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """The first of ``K`` events in a race, each at the rate of its probability."""
+        """The category whose event comes first, among ``K`` events with their probabilities as rates."""
         with torch.no_grad():
             shape = (*self._extended_shape(sample_shape), self.log_probs.shape[-1])
             times = torch.empty(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)
@@ -111,7 +112,7 @@ def _kl_of_categories(q: CategoricalNoise, p: CategoricalNoise) -> Tensor:
 
 
 class CategoricalProcess(ForwardProcess):
-    r"""Categories that are drawn anew, all alike.
+    r"""Categories that are drawn anew, each with the same probability.
 
     Args:
         schedule: Noise schedule; :math:`\bar\alpha_t` is the share of entries that were never drawn anew.
@@ -137,7 +138,7 @@ class CategoricalProcess(ForwardProcess):
         return self.event_shape.numel() * self.num_categories
 
     def prior(self, dtype: torch.dtype) -> TorchDistribution:
-        """Independent entries, all categories alike (E5)."""
+        """Independent entries, uniform over the categories (E5)."""
         shape = (*self.event_shape, self.num_categories)
         log_probs = torch.full(
             shape, -math.log(self.num_categories), dtype=dtype, device=self.schedule.device
@@ -145,12 +146,12 @@ class CategoricalProcess(ForwardProcess):
         return self._noise(log_probs)
 
     def transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
-        """A category is kept, or drawn anew (E1)."""
+        """Each category is kept or drawn anew (E1)."""
         drawn = self.schedule.beta(self.schedule.check_timestep(t, at_least=1))
         return self._noise(self._log_law(drawn, x_prev))
 
     def noised(self, x_0: Tensor, log_snr: Tensor) -> TorchDistribution:
-        """The entries of a datum, kept all the way or drawn anew; of a timestep's log-SNR it is E2."""
+        """The entries of a datum, each kept or drawn anew; at the log-SNR of a timestep this is E2."""
         return self._noise(self.log_likelihood(x_0, log_snr))
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
@@ -162,27 +163,27 @@ class CategoricalProcess(ForwardProcess):
         return self._before(x_t, _log_pi(denoised), self.schedule.check_timestep(t, at_least=1))
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        """Changes to each other category in a unit of time under :math:`q`, ``event_shape + (K,)``.
+        """The number of changes to each category per unit of time under :math:`q`, ``event_shape + (K,)``.
 
-        They are Poisson counts. The count of the present category, which is no change, has rate one under
-        :math:`q` and under :math:`p`, and no KL.
+        They are Poisson counts. The present category has a count as well, although it is no change: its rate
+        is one under :math:`q` and :math:`p`, so that its KL is zero.
         """
         return self._changes(x_u, self._certain(x_0), u)
 
     def reverse_increment(self, x_u: Tensor, denoised: Denoised, u: Tensor) -> TorchDistribution:
-        """The same, averaged over the categories that the datum may have."""
+        """The same counts, with rates averaged over the categories that the datum may have."""
         return self._changes(x_u, _log_pi(denoised), u)
 
     def log_likelihood(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
-        r""":math:`\log q(x_t \mid x_0 = k)` entry by entry, of every :math:`k`.
+        r""":math:`\log q(x_t \mid x_0 = k)` of each entry, for every :math:`k`.
 
         Args:
             x_t: States, ``batch_shape + event_shape``.
             log_snr: Their log-SNR, broadcastable to ``batch_shape``.
 
         Returns:
-            ``batch_shape + event_shape + (K,)``. The law is symmetric: it is also that of a state of every
-            category, given ``x_t`` as the datum.
+            ``batch_shape + event_shape + (K,)``. The law is symmetric, so that this is also the
+            log-probability of every category of a state, given ``x_t`` as the datum.
         """
         return self._log_law((-log_snr).sigmoid(), x_t)
 
@@ -192,19 +193,19 @@ class CategoricalProcess(ForwardProcess):
         return x.unsqueeze(-1) == categories
 
     def _log_law(self, drawn: Tensor, x: Tensor) -> Tensor:
-        """Of an entry that was ``x`` and is drawn anew with a given probability; of every category."""
+        """Log-probabilities of all categories, for entries ``x`` that are drawn anew with a probability."""
         others = drawn * ((self.num_categories - 1) / self.num_categories)
         same, other = torch.log1p(-others), drawn.log() - math.log(self.num_categories)
         return torch.where(self.is_category(x), self._pad(same, x), self._pad(other, x))
 
     def _before(self, x_t: Tensor, log_pi: Tensor, t: Tensor) -> TorchDistribution:
-        """The kernel from ``t`` to ``t − 1``, where the datum has law π."""
+        """The kernel from ``t`` to ``t − 1``, given the law π of the datum."""
         levels = self.schedule.log_snr(t - 1), self.schedule.log_snr(t)
         kept_or_drawn = self._log_law(self.schedule.beta(t), x_t)
         return self._noise(_normalised(kept_or_drawn + self._log_mean(x_t, log_pi, *levels)))
 
     def _changes(self, x_u: Tensor, log_pi: Tensor, u: Tensor) -> TorchDistribution:
-        """The kernel of the continuous chain, where the datum has law π: rates in units of its time."""
+        """The kernel of the continuous chain, given the law π of the datum: rates per unit of its time."""
         log_snr = self.schedule.log_snr_at(u)
         drawn = -self.schedule.slope_at(u) * (-log_snr).sigmoid()
         to_each = self._pad(drawn.log() - math.log(self.num_categories), x_u)
@@ -225,7 +226,7 @@ class CategoricalProcess(ForwardProcess):
         return torch.logaddexp(kept + log_w, from_any)
 
     def _certain(self, x_0: Tensor) -> Tensor:
-        """log π of a known datum."""
+        """log π for a datum that is known."""
         never = torch.full((), -math.inf, dtype=x_0.dtype, device=x_0.device)
         return torch.where(self.is_category(x_0), 0.0, never)
 
@@ -242,7 +243,7 @@ def _log_pi(denoised: Denoised) -> Tensor:
 
 
 def _normalised(log_probs: Tensor) -> Tensor:
-    """Log-probabilities that add up to one but for rounding, the largest as what the others leave."""
+    """Log-probabilities whose sum is one up to rounding; the largest follows from the others."""
     largest = torch.arange(log_probs.shape[-1], device=log_probs.device)
     largest = largest == log_probs.argmax(-1, keepdim=True)
     others = log_probs.masked_fill(largest, -math.inf).exp().sum(-1, keepdim=True)

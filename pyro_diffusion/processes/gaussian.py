@@ -37,15 +37,14 @@ from pyro_diffusion.schedules import NoiseSchedule
 
 
 class ChainStep(NamedTuple):
-    r"""What the step between :math:`x_{t-1}` and :math:`x_t` is made of; float64, of ``t``'s shape."""
+    r"""The coefficients of the step between :math:`x_{t-1}` and :math:`x_t`; float64, of ``t``'s shape."""
 
     signal_prev: Tensor  #: :math:`a_{t-1}`
     noise_prev: Tensor  #: :math:`\sigma_{t-1}`, zero at ``t = 1``
     signal: Tensor  #: :math:`a_t`
     noise: Tensor  #: :math:`\sigma_t`
-    share: (
-        Tensor  #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
-    )
+    #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
+    share: Tensor
 
     @classmethod
     def between(cls, schedule: NoiseSchedule, earlier: Tensor, later: Tensor) -> "ChainStep":
@@ -54,7 +53,7 @@ class ChainStep(NamedTuple):
         return cls(signals[0], noises[0], signals[1], noises[1], -torch.expm1(later - earlier))
 
     def padded(self, missing_dim: int) -> "ChainStep":
-        """The coefficients with the event dimensions of a state that they lack; still float64."""
+        """The coefficients with the event dimensions of a state, still in float64."""
         return ChainStep(*(pad(c, missing_dim, c.dtype) for c in self))
 
 
@@ -135,7 +134,7 @@ class GaussianProcess(ForwardProcess):
 
         Args:
             x_t: State, ``batch_shape + event_shape``.
-            denoised: What the denoiser says of it.
+            denoised: Output of the denoiser at this state.
             t: Timestep in ``{1, …, T}``.
             variance: :math:`\Sigma_t` from the step's coefficients, which have the state's dimensions;
                 :math:`\tilde\beta_t` by default.
@@ -146,7 +145,7 @@ class GaussianProcess(ForwardProcess):
         return gaussian(mean, scale, self.event_dim)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r"""What a step says of the datum, in units of :math:`\sqrt{du}`,
+        r"""The observation of the datum in a step of length :math:`du`, in units of :math:`\sqrt{du}`,
 
         .. math::
             N\Big(\sqrt{-\tfrac{d\,\mathrm{SNR}}{du}}\; x_0,\; I\Big), \qquad
@@ -165,11 +164,11 @@ class GaussianProcess(ForwardProcess):
         return gaussian(mean, torch.ones_like(mean), self.event_dim)
 
     def reverse_increment(self, x_u: Tensor, denoised: Denoised, u: Tensor) -> TorchDistribution:
-        """The same at the estimate; of the reverse kernels only the mean is in the limit."""
+        """The same kernel at the estimate. The variance of the reverse kernels drops out in the limit."""
         return self.increment(x_u, denoised.x_0_hat, u)
 
     def check_states(self, x_0: Tensor) -> Tensor:
-        """Embedded data, if the noise of :math:`x_1`, where there is least, is not lost in rounding."""
+        """``x_0``, if the noise of :math:`x_1`, the smallest of the chain, is not lost in rounding."""
         noise = (-0.5 * self.schedule.log_snr(1)).exp()
         largest, eps = x_0.abs().amax(0), torch.finfo(x_0.dtype).eps
         if not holds(eps * largest <= noise):
@@ -188,7 +187,7 @@ class GaussianProcess(ForwardProcess):
         return gaussian(mean, self._pad(scale, mean), self.event_dim)
 
 
-# The same as functions, for whoever has a schedule and no model.
+# The same kernels as functions of a schedule.
 
 
 def forward_transition(
@@ -280,12 +279,12 @@ def forward_posterior(
 def forward_increment(
     x_0: Tensor, u: Tensor, schedule: NoiseSchedule, *, event_dim: int
 ) -> TorchDistribution:
-    r"""What a step of the continuous chain says of the datum; see :meth:`GaussianProcess.increment`.
+    r"""The observation of the datum in a step of the continuous chain; see :meth:`GaussianProcess.increment`.
 
     Args:
-        x_0: Datum, or the estimate of it, shape ``batch_shape + event_shape``.
+        x_0: Datum, or an estimate of it, shape ``batch_shape + event_shape``.
         u: Time in [0, 1], shape broadcastable to ``batch_shape``.
-        schedule: Noise schedule, whatever its grid.
+        schedule: Noise schedule; its grid does not matter.
         event_dim: Number of rightmost dimensions that form one datum.
 
     Returns:
@@ -297,7 +296,7 @@ def forward_increment(
 def terminal_prior(
     schedule: NoiseSchedule, event_shape: torch.Size, *, dtype: torch.dtype
 ) -> TorchDistribution:
-    r"""Where the reverse chain starts (E5), :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
+    r"""The start of the reverse chain (E5), :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
 
     Args:
         schedule: Noise schedule; :math:`a_T^2 + \sigma_T^2` is one where it preserves variance.
