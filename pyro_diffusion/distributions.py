@@ -35,6 +35,7 @@ __all__ = [
     "Noise",
     "Share",
     "TimestepDistribution",
+    "Unscored",
     "WrappedSite",
     "gaussian",
     "unexpanded",

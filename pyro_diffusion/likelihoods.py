@@ -249,7 +249,7 @@ class CategoricalLikelihood(_ScaledLikelihood):
         self.num_categories = check_num_levels(num_categories, "num_categories")
 
     def embed(self, x_0: Tensor) -> Tensor:
-        dtype = embed_levels(x_0, self.num_categories).dtype  # and no other numbers are taken
+        dtype = embed_levels(x_0, self.num_categories).dtype  # which also checks the data
         return 2 * one_hot(x_0.long(), self.num_categories).to(dtype) - 1
 
     def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:

@@ -1,8 +1,9 @@
 r"""Chains: the Pyro programs. Every sample site of the package is in this folder.
 
-The programs of a whole chain are in :mod:`~pyro_diffusion.chains.programs`, the pair for random timesteps in
-:mod:`~pyro_diffusion.chains.subsampled`, and how those are drawn in :mod:`~pyro_diffusion.chains.timesteps`.
-:mod:`~pyro_diffusion.chains.time` tells a chain of :math:`T` steps from the chain without end.
+The programs of a whole chain are in :mod:`~pyro_diffusion.chains.programs`, and the pair for random timesteps
+is in :mod:`~pyro_diffusion.chains.subsampled`. The laws of random timesteps are in
+:mod:`~pyro_diffusion.chains.timesteps`. :mod:`~pyro_diffusion.chains.time` has two kinds of time: the
+:math:`T` steps of a chain, and the limit :math:`T \to \infty`.
 """
 
 from pyro_diffusion.chains.base import Program, ProgramPair

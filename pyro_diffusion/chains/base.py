@@ -1,8 +1,8 @@
-r"""What the programs share: parameters under their owner's name, the data plate, masks, named errors.
+r"""The base of all programs: parameters under their owner's name, the data plate, masks, named errors.
 
-A program is an equation over kernels. :class:`Program` opens what has to be around it, in one place: the
-statements of the owner's parameters, the scale and the plate of the data, and the handlers of a mask and of
-a prefix. :class:`Kernel` lets an error from a kernel say at which site it happened.
+A program is an equation over kernels. :class:`Program` opens the context of the equation: the statements of
+the owner's parameters, the scale and the plate of the data, and the handlers of a mask and of a prefix.
+:class:`Kernel` adds the name of the site to an error from a kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,12 +27,12 @@ class ProgramPair(NamedTuple):
 
 
 class Kernel:
-    """A function that returns the distribution of a site; its errors say which site that is.
+    """A function that returns the distribution of a site, and whose errors name the site.
 
     Args:
-        function: Called with states and, where there is one and it takes one, ``context=``.
+        function: Called with states, and with ``context=`` if there is a context and the function takes one.
         site: Name of the site; ``None`` for a function of data, which has no site.
-        shift: For a site ``x_s`` the name's number: ``s`` is the timestep, the last argument, plus this.
+        shift: For a site ``x_s``: ``s`` is the timestep, which is the last argument, plus this number.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Kernel:
         self._hears: dict[str, bool] = {}
 
     def __call__(self, *states: Any, **given: Any) -> Any:
-        """The site's distribution, from the states before it."""
+        """The distribution of the site, given the states before it."""
         given = {name: value for name, value in given.items() if self.hears(name)}
         try:
             return self.function(*states, **given)
@@ -53,20 +53,20 @@ class Kernel:
             raise ValueError(f"site '{self.site}{number}': {error}") from error
 
     def hears(self, argument: str) -> bool:
-        """Whether the function is told of an argument: of a mask always, of a context if it takes one."""
+        """Whether the function gets an argument: a mask always, a context if the function takes one."""
         if argument not in self._hears:
             self._hears[argument] = argument == "mask" or takes(self.function, argument)
         return self._hears[argument]
 
 
 class Run(NamedTuple):
-    """What an equation needs of the run that it is part of."""
+    """The values that an equation needs in one run of its program."""
 
     x_0: Tensor | None  #: data, checked; ``None`` where they are drawn
-    given: dict[str, Any]  #: what goes with them
-    context: dict[str, Any]  #: what kernels are told of it
+    given: dict[str, Any]  #: what goes with the data, by name
+    context: dict[str, Any]  #: the part of it that kernels take
     of_state: Tensor | None  #: observed entries of a latent state
-    gap: float | None  #: what stands in the others
+    gap: float | None  #: the value that kernels see in the other entries
 
     def seen(self, x_t: Tensor) -> Tensor:
         """A state as a kernel of the model sees it."""
@@ -92,9 +92,9 @@ class Program(nn.Module):
         num_timesteps: Number of latent states :math:`T`; ``math.inf`` for the continuous chain.
         parts: The functions that the program is made of.
         owner: The model whose parameters the parts use; ``None`` makes the program stand alone, with
-            its parts' parameters under a name of its own. An owner with ``state_mask(mask)`` says which
-            entries of a latent are observed, and with ``gap`` what stands in the others; otherwise latents
-            are whole, and a mask concerns the site ``x_0``.
+            its parts' parameters under a name of its own. The method ``state_mask(mask)`` of an owner gives
+            the observed entries of a latent, and the attribute ``gap`` the value in the others. Without
+            them latents are whole, and a mask concerns the site ``x_0`` only.
         below: Path below the owner to the parameters that this program trains.
     """
 
@@ -105,7 +105,7 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
-        if owner is None:  # one that holds the modules that the parts are, or belong to
+        if owner is None:  # make one, with the modules that are parts or whose methods are parts
             owner = ParamScope(free_name(snake_case(type(self).__name__)))
             for name, part in parts.items():
                 module = getattr(part, "__self__", part)
@@ -129,13 +129,13 @@ class Program(nn.Module):
         plate: bool,
         prefix: str,
     ) -> Iterator[Run]:
-        """Open what is around an equation: parameters, scale, plate, and the handlers of mask and prefix.
+        """Open the context of an equation: parameters, scale, plate, and the handlers of mask and prefix.
 
         Args:
             x_0: Data; ``None`` for a model that draws them.
-            given: What goes with them.
-            num_data: Size of the data set of which they are a batch.
-            num_samples: Number of data to draw when there are none.
+            given: What goes with the data.
+            num_data: Size of the data set of which the data are a batch.
+            num_samples: Number of data to draw if none are given.
             plate: Whether the program has a plate of its own, scaled to ``num_data``.
             prefix: Put in front of the sites' names, with a dot.
         """
@@ -157,7 +157,7 @@ class Program(nn.Module):
             yield Run(x_0, given.arguments(), given.of_kernels(), of_state, gap)
 
     def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
-        """Data, if they can be taken: a guide needs some, and a context a kernel that takes it."""
+        """The data, if they and what goes with them fit the program."""
         return check_data(x_0, given.mask)
 
 

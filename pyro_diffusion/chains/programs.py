@@ -8,14 +8,14 @@ BottomUpGuide   :math:`x_1 → x_T` ``transition(x_{t-1}, t)``                  
 TopDownGuide    :math:`x_T → x_1` ``encode(x_0)``, ``initial(c)``, ``transition``         E4, right
 =============== ================= ======================================================= ============
 
-The kernels return Pyro distributions: fixed linear-Gaussian ones make a diffusion model, learned ones a
-hierarchical VAE. The term :math:`L_t` of the bound lives at site ``x_t``, t = 0 … T, and the *order* of the
-guide decides what it is: the forward order gives log-ratios (E11), the posterior order KLs (E10).
+The kernels return Pyro distributions. Fixed linear-Gaussian kernels make a diffusion model, learned ones a
+hierarchical VAE. The term :math:`L_t` of the bound is at site ``x_t``, t = 0 … T. The *order* of the guide
+decides its form: the forward order gives log-ratios (E11), the posterior order KLs (E10).
 
-All programs take data, their context if they have one, ``mask=`` and ``num_data=``. Under ``SVI`` a context
-is the second argument, ``svi.step(x_0, c)``: Pyro's handlers have a ``context`` of their own. They own the
-plate ``"data"`` at dim −1. ``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's
-plate instead, unscaled: a chain inside a bigger program.
+All programs take data, a context if the kernels take one, ``mask=`` and ``num_data=``. Under ``SVI`` pass the
+context by position, ``svi.step(x_0, c)``, because Pyro's handlers have an argument ``context`` of their own.
+A program owns the plate ``"data"`` at dim −1. For a chain inside a bigger program,
+``plate=False, prefix="prior"`` states the sites as ``prior.x_t`` in the caller's plate, unscaled.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), sections 3 and 4.
@@ -41,7 +41,7 @@ Function = Callable[..., Any]
 class GenerativeChain(GenerativeProgram):
     r"""The generative program, :math:`p(x_{0:T}) = p(x_T) \prod_{t=1}^T p(x_{t-1} \mid x_t)` (E7).
 
-    Run without data it is the reference sampler.
+    A run without data is the reference sampler.
 
     Args:
         prior: ``prior()`` gives :math:`p(x_T)`, batch shape empty.

@@ -8,7 +8,7 @@ r"""The bound at a few random timesteps of each datum: a pair of programs of con
     \end{cases}
     \qquad t_i \sim \pi,
 
-which is unbiased for E10, with one row of the network for each ``(i, datum)``. The chain without end has
+which is unbiased for E10 and costs one row of the network for each ``(i, datum)``. The continuous chain has
 the same programs with another time (:mod:`~pyro_diffusion.chains.time`).
 
 References:
@@ -36,10 +36,11 @@ from pyro_diffusion.given import STATE, Given, as_real
 class TimestepPlate:
     r"""A (model, guide) pair that draws ``k`` timesteps for each datum.
 
-    In the plate ``"timesteps"`` (size ``k``, dim −2) the sites ``t`` and ``x_t`` only carry the draw from
-    guide to model and have no term. The step's site and ``x_0`` are masked where the other one is the term,
-    and scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` costs no network row and is in every
-    draw. So is all of a transform's log-Jacobian, by a factor of expectation zero: it adds no variance.
+    The plate ``"timesteps"`` has size ``k`` and dim −2. In it the sites ``t`` and ``x_t`` carry the draw from
+    guide to model and have no term. A draw has its term either at the step's site or at ``x_0``. The other
+    one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` needs no network,
+    and every draw has it. Every draw also has the whole log-Jacobian of a transform, by a factor of
+    expectation zero, so that the log-Jacobian adds no variance.
 
     Args:
         diffusion: The model, whose kernels the pair uses and whose parameters it states.
@@ -70,7 +71,7 @@ class Drawn(NamedTuple):
 
 
 class SubsampledProgram(Program):
-    """A program whose sites are a random few of the chain's, weighted to stand for all of them."""
+    """A program with the sites of a few random timesteps, weighted to represent the whole chain."""
 
     def __init__(
         self, diffusion: Any, time: Time, law: Timesteps, num_draws: int, below: str = ""
@@ -115,7 +116,7 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
             self._complete_volume(run.x_0, run.given.get("mask"), drawn)
 
     def _complete_volume(self, x_0: Tensor | None, mask: Tensor | None, drawn: Drawn) -> None:
-        """State the part of a transform's log-Jacobian that the drawn timesteps do not have."""
+        """State the part of a transform's log-Jacobian that is missing at the drawn timesteps."""
         if x_0 is not None and self.owner.transform is not None:
             there = (drawn.weight * drawn.is_first).sum(-2, keepdim=True)
             pyro.factor("log_volume", (1 - there) * self.owner.log_volume(x_0, mask))
@@ -140,7 +141,7 @@ class _SubsampledGuide(SubsampledProgram):
             pyro.sample(f"x_{self.num_timesteps}", x_T, infer=STATE)
             with self.over_timesteps(c, prefix) as drawn:
                 x_t = pyro.sample("x_t", CarriedSite(time.marginal(process, c, drawn.t)))
-                # Rows of the reconstruction carry no latent term; any kernel with a density will do there.
+                # Rows of the reconstruction are masked, and may have any kernel with a density.
                 t = torch.where(drawn.is_first, last, drawn.t)
                 step = time.posterior(process, x_t, c, t)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):

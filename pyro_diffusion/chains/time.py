@@ -1,10 +1,10 @@
-r"""Time of a chain: its steps, or the limit without end.
+r"""The time of a chain: its steps, or the limit of infinitely many.
 
 A chain of :math:`T` steps has a term of the bound at each timestep, the reconstruction at ``t = 1`` and the
 KL at site :math:`x_{t-1}` for ``t ≥ 2``. As :math:`T \to \infty` the sum becomes an integral over a time
-:math:`u \in [0, 1]`, with the reconstruction at ``u = 0``. :class:`Steps` and :class:`Continuum` say what a
-timestep is, which log-SNR it has, how timesteps are drawn, and which pair of kernels makes a term there.
-Whoever draws single terms of the bound takes a time, and need not know which.
+:math:`u \in [0, 1]`, with the reconstruction at ``u = 0``. :class:`Steps` and :class:`Continuum` define what
+a timestep is, which log-SNR it has, how timesteps are drawn, and which pair of kernels makes a term there.
+Code that draws single terms of the bound takes a time of either kind.
 """
 
 import math
@@ -24,7 +24,7 @@ from pyro_diffusion.schedules import NoiseSchedule
 
 
 class Time(ABC):
-    """What a timestep is, and what the bound has there."""
+    """The timesteps of a chain, and the kernels of the bound's term at each."""
 
     num_timesteps: float  #: :math:`T`
     first: ClassVar[float]  #: the timestep that stands for the reconstruction
@@ -32,10 +32,15 @@ class Time(ABC):
 
     @staticmethod
     def of(own: int, num_timesteps: Any = None) -> "Time":
-        """The time of a chain with so many timesteps: its own, others, or ``math.inf`` for no end.
+        """The time of a chain.
+
+        Args:
+            own: Number of timesteps of the model.
+            num_timesteps: Number of timesteps to use; ``None`` for the model's own, ``math.inf`` for the
+                continuous chain.
 
         Raises:
-            ValueError: Something else.
+            ValueError: Another value.
         """
         if num_timesteps == math.inf:
             return Continuum()
@@ -54,19 +59,22 @@ class Time(ABC):
 
     @abstractmethod
     def law(self, timesteps: Timesteps, device: torch.device) -> TimestepDistribution:
-        """The law of random timesteps, by a rule."""
+        """The law that a rule gives for the random timesteps."""
 
     @abstractmethod
     def edges(self, num_groups: int) -> Tensor:
-        """Edges of at most so many groups of timesteps with a KL, float64; a single edge for none."""
+        """Edges of at most ``num_groups`` groups of the timesteps that have a KL, float64.
+
+        There is a single edge if no timestep has one.
+        """
 
     @abstractmethod
     def whole(self, t: Tensor) -> Tensor:
-        """Numbers between the edges as timesteps."""
+        """Timesteps from real numbers between the edges."""
 
     @abstractmethod
     def log_snr(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
-        """Log-SNR of a state at timesteps."""
+        """The log-SNR at timesteps."""
 
     @abstractmethod
     def marginal(self, process: ForwardProcess, x_0: Tensor, t: Tensor) -> TorchDistribution:
@@ -91,7 +99,7 @@ class Time(ABC):
             diffusion: The model, with ``denoiser`` and ``decode``.
             x_t: States, ``batch_shape + event_shape``.
             t: Their timesteps, broadcastable to ``batch_shape``.
-            given: What kernels are told.
+            given: ``context=`` of conditional data.
         """
         denoiser = diffusion.denoiser
         given = denoiser.check_given(given)
@@ -149,9 +157,9 @@ class Steps(Time):
 
 
 class Continuum(Time):
-    r"""The times :math:`u \in [0, 1]` of the chain without end, :math:`T \to \infty`.
+    r"""The times :math:`u \in [0, 1]` of the continuous chain, :math:`T \to \infty`.
 
-    The term is a rate: the two kernels are what a step says, in units of time.
+    A term is a rate: the KL of the two kernels is a KL per unit of time.
 
     References:
         Variational Diffusion Models (Kingma et al., 2021), section 4.2. https://arxiv.org/abs/2107.00630

@@ -2,11 +2,12 @@ r"""How random timesteps are drawn: laws over :math:`\{1, …, T\}` that a progr
 
 The bound is a sum over timesteps; a subsampled program draws ``k`` of them for each datum and weights
 a term by :math:`1 / (k\, \pi(t))`, which leaves its expectation as it is for any :math:`\pi > 0`.
-``t = 1`` stands for the reconstruction term and ``t ≥ 2`` for the KL at site :math:`x_{t-1}`. What the law
-changes is the variance, which is least for independent draws where :math:`\pi(t)` follows the root of the
+``t = 1`` selects the reconstruction term and ``t ≥ 2`` the KL at site :math:`x_{t-1}`. The law changes the
+variance. For independent draws the variance is least if :math:`\pi(t)` is proportional to the root of the
 term's second moment.
 
-Where a batch is spread over processes, :class:`JointStrata` makes one stratified draw of all their draws.
+If a batch is spread over several processes, :class:`JointStrata` stratifies the draws of all of them
+together.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
@@ -42,15 +43,15 @@ class JointStrata(Messenger):
     .. math::
         \{ s \in \{0, …, Wn - 1\} : s \equiv r + \mathrm{shift} \pmod W \},
 
-    in random order. ``shift`` is uniform on :math:`\{0, …, W - 1\}`, new at every step and the same
-    everywhere, because it comes from a generator that is seeded alike: nothing is communicated. So each
-    entry alone has law :math:`\pi`, and where all have as many draws, all together hit each stratum once.
-    (Laws that each process learns for itself differ; the bound is unbiased all the same.)
+    in random order. ``shift`` is uniform on :math:`\{0, …, W - 1\}` and new at every step. All processes have
+    the same one without communication, because their generators have the same seed. So each entry alone has
+    law :math:`\pi`. If all processes have equally many draws, their draws together hit each stratum once. (A
+    law that each process learns by itself differs between processes. The bound is unbiased all the same.)
 
-    Inside the handler, in guide and model alike, sites drawn from a
-    :class:`~pyro_diffusion.distributions.TimestepDistribution` get their share of it; independent ones stay
-    as they are. Between steps call :meth:`advance`, which writes the new shift where the old one stood: in a
-    captured graph too.
+    Inside the handler, in guide and model, a site with a
+    :class:`~pyro_diffusion.distributions.TimestepDistribution` draws its share of the strata. Independent
+    draws do not change. Call :meth:`advance` between steps. It writes the new shift in place, so that a
+    captured graph reads it, too.
 
     Args:
         rank: :math:`r`, in {0 … W − 1}.
@@ -59,7 +60,7 @@ class JointStrata(Messenger):
         device: Where the timesteps are drawn.
     """
 
-    in_place: ClassVar[bool] = True  #: a compiled program hears of a step through a tensor
+    in_place: ClassVar[bool] = True  #: the shift changes in place, as a compiled program needs it
 
     def __init__(
         self, rank: int, world_size: int, seed: int, device: torch.device | str = "cpu"
@@ -88,10 +89,10 @@ class Timesteps(ABC):
         r"""The law :math:`\pi` over :math:`\{1, …, T\}`."""
 
     def continuous(self, device: torch.device) -> TimestepDistribution:
-        r"""The law over the times :math:`u \in [0, 1]` of the chain without end, if the rule has one.
+        r"""The law over the times :math:`u \in [0, 1]` of the continuous chain, if the rule has one.
 
         Raises:
-            ValueError: It has none.
+            ValueError: The rule has none.
         """
         raise ValueError(
             f"argument 'timesteps': got {self} for a continuous chain, of which no timestep has a "
@@ -105,8 +106,8 @@ class StratifiedTimesteps(Timesteps):
     .. math::
         \pi(1) = \max(\rho, 1/T), \qquad \pi(t) = \frac{1 - \pi(1)}{T - 1} \quad (t \ge 2).
 
-    Drawn once in :math:`T` and weighted by :math:`T`, the reconstruction term would dominate the
-    variance of the bound.
+    Under a uniform law the reconstruction term would be drawn once in :math:`T` draws, with weight :math:`T`,
+    and would dominate the variance of the bound.
 
     Args:
         reconstruction_share: :math:`\rho`, in (0, 1).
@@ -142,10 +143,10 @@ class StratifiedTimesteps(Timesteps):
 
 
 class UniformTimesteps(Timesteps):
-    r"""Every timestep alike, every draw alone: :math:`\pi(t) = 1 / T`, the textbook's rule.
+    r"""Independent draws from a uniform law, :math:`\pi(t) = 1 / T`, the textbook's rule.
 
-    The reconstruction term has one draw in :math:`T`, and its weight :math:`T` dominates the variance;
-    :class:`StratifiedTimesteps` is quieter at the same cost.
+    The reconstruction term has one draw in :math:`T`, and its weight :math:`T` dominates the variance.
+    :class:`StratifiedTimesteps` has less variance at the same cost.
     """
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
@@ -163,9 +164,9 @@ class ImportanceTimesteps(Timesteps):
         \pi(t) = (1 - u)\, \frac{\sqrt{m_t}}{\sum_s \sqrt{m_s}} + u\, \pi_0(t), \qquad
         m_t \leftarrow d\, m_t + (1 - d)\, \overline{L_t^2},
 
-    :math:`\pi_0` the stratified law, with which it begins and which keeps every weight bounded. Timesteps
-    that were not seen yet take what lies between those that were. Moments are taken in by
-    :meth:`observe`, now and then during training::
+    where :math:`\pi_0` is the stratified law. The rule begins with it, and it bounds every weight. The
+    moments of timesteps that were not drawn yet are interpolated. Call :meth:`observe` now and then during
+    training, to update the moments::
 
         timesteps = ImportanceTimesteps()
         pair = diffusion.subsampled(timesteps=timesteps)
@@ -176,7 +177,7 @@ class ImportanceTimesteps(Timesteps):
     Args:
         decay: :math:`d`, in [0, 1).
         uniform_share: :math:`u`, in (0, 1].
-        reconstruction_share: Of :math:`\pi_0`, as in :class:`StratifiedTimesteps`.
+        reconstruction_share: :math:`\rho` of :math:`\pi_0`, as in :class:`StratifiedTimesteps`.
 
     Raises:
         ValueError: A number outside its range; from ``observe``, programs that are no subsampled pair.
@@ -202,15 +203,14 @@ class ImportanceTimesteps(Timesteps):
         self.start = StratifiedTimesteps(reconstruction_share)
         self.decay, self.uniform_share = decay, uniform_share
         self.moments: dict[int, float] = {}
-        # Laws by length and device, changed in place: a compiled program reads them where they are.
+        # Laws by length and device. They change in place, because a compiled program reads these tensors.
         self._laws: dict[tuple[int, torch.device], Tensor] = {}
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         law = self._laws.get((num_timesteps, device))
         if law is None:
-            with torch.inference_mode(
-                False
-            ):  # to be changed in training, if validation comes first
+            # Training changes the tensor in place, which torch forbids for an inference tensor.
+            with torch.inference_mode(False):
                 law = self._laws[num_timesteps, device] = self._log_pi(num_timesteps, device)
         elif looking():
             law.copy_(self._log_pi(num_timesteps, device))
@@ -225,7 +225,7 @@ class ImportanceTimesteps(Timesteps):
         return (pi + self.uniform_share * start.exp()).log()
 
     def _roots(self, num_timesteps: int) -> np.ndarray:
-        """Square roots of the moments; the reconstruction's stands alone, the KLs' are interpolated."""
+        """Square roots of the moments. Those of the KLs are interpolated; the reconstruction has its own."""
         seen = sorted(t for t in self.moments if 2 <= t <= num_timesteps)
         logs = [0.5 * np.log(self.moments[t]) for t in seen]
         roots = np.empty(num_timesteps)
@@ -240,7 +240,7 @@ class ImportanceTimesteps(Timesteps):
     def observe(
         self, model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
     ) -> None:
-        """Take in the terms of one draw of a subsampled pair."""
+        """Update the moments with the terms of one draw of a subsampled pair."""
         drawn, scored = replayed(model, guide, x_0, **given)
         q, p = drawn.nodes, scored.nodes
         require(
