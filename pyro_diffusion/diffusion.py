@@ -15,6 +15,7 @@ References:
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -243,9 +244,10 @@ class DiffusionModel(Family):
             >>> diffusion.schedule.timesteps
             (1, 334, 667, 1000)
         """
-        if isinstance(timesteps, int):
-            timesteps = _evenly_spaced(timesteps, self.schedule.num_timesteps)
-        return self._with_schedule(StridedSchedule(self.schedule, timesteps))
+        kept: Any = timesteps
+        if isinstance(kept, Integral):
+            kept = _evenly_spaced(kept, self.schedule.num_timesteps)
+        return self._with_schedule(StridedSchedule(self.schedule, kept))
 
     def _with_schedule(self, schedule: NoiseSchedule) -> Self:
         model = shared_copy(self)
@@ -305,37 +307,31 @@ class DiffusionModel(Family):
         return self.likelihood(denoised.x_0_hat)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _MOVED:
-            where, function = _MOVED[name]
-            warnings.warn(
-                f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            return partial(function, self)
-        return super().__getattr__(name)
+        if name not in _MOVED:
+            return super().__getattr__(name)
+        where, kernel = _MOVED[name]
+        warnings.warn(
+            f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return kernel(self)
 
 
-#: Kernels that were methods of the model in version 0.1: where they are, and how to call them.
-_MOVED: dict[str, tuple[str, Callable[..., Any]]] = {
-    "forward_transition": ("process.transition", lambda d, x, t: d.process.transition(x, t)),
-    "forward_marginal": ("process.marginal", lambda d, x_0, t: d.process.marginal(x_0, t)),
-    "forward_posterior": (
-        "process.posterior",
-        lambda d, x_t, x_0, t: d.process.posterior(x_t, x_0, t),
-    ),
+#: Kernels that were methods of the model in version 0.1: where they are, and how to get them.
+_MOVED: dict[str, tuple[str, Callable[[DiffusionModel], Any]]] = {
+    "forward_transition": ("process.transition", lambda d: d.process.transition),
+    "forward_marginal": ("process.marginal", lambda d: d.process.marginal),
+    "forward_posterior": ("process.posterior", lambda d: d.process.posterior),
     "terminal_marginal": (
         "process.marginal",
-        lambda d, x_0: d.process.marginal(x_0, d.schedule.num_timesteps),
+        lambda d: partial(d.process.marginal, t=d.schedule.num_timesteps),
     ),
-    "marginal_at": ("process.marginal_at", lambda d, x_0, u: d.process.marginal_at(x_0, u)),
-    "increment": ("process.increment", lambda d, x_u, x_0, u: d.process.increment(x_u, x_0, u)),
-    "reverse": (
-        "chains.Steps.pair",
-        lambda d, x_t, t: Steps(d.schedule.num_timesteps).pair(d, x_t, t),
-    ),
-    "reverse_increment": ("chains.Continuum.pair", lambda d, x_u, u: Continuum().pair(d, x_u, u)),
-    "decode_denoised": ("decode", lambda d, x_1, denoised: d.decode(x_1, denoised)),
+    "marginal_at": ("process.marginal_at", lambda d: d.process.marginal_at),
+    "increment": ("process.increment", lambda d: d.process.increment),
+    "reverse": ("chains.Steps.pair", lambda d: partial(Steps(d.schedule.num_timesteps).pair, d)),
+    "reverse_increment": ("chains.Continuum.pair", lambda d: partial(Continuum().pair, d)),
+    "decode_denoised": ("decode", lambda d: d.decode),
 }
 
 
@@ -373,7 +369,7 @@ def check_diffusion(diffusion: Any) -> DiffusionModel:
     return check_argument("diffusion", diffusion, DiffusionModel, "the DiffusionModel itself")
 
 
-def _evenly_spaced(count: int, last: int) -> list[int]:
+def _evenly_spaced(count: Any, last: int) -> list[int]:
     """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
     if isinstance(count, bool) or not 1 <= count <= last:
         raise ValueError(

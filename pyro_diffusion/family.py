@@ -218,6 +218,6 @@ def programs(family: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def unpacked(model: Any, guide: Any, x_0: Any) -> tuple[Any, Any, Any]:
     """Model, guide and data, from what a reader was called with: those three, or a family and data."""
-    if isinstance(model, Family) and (guide is None or isinstance(guide, Tensor)):
+    if isinstance(model, Family) and not callable(guide) and (guide is None or x_0 is None):
         return (*programs(model), guide if x_0 is None else x_0)
     return model, guide, x_0

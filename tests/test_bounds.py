@@ -570,6 +570,20 @@ def test_a_model_in_place_of_its_programs_is_refused():
             elbo_terms(*pair, x_0)
 
 
+@pytest.mark.parametrize("x_0", [X_0, X_0.tolist()])
+def test_data_that_are_no_tensor_are_refused_as_data(x_0):
+    with pytest.raises(ValueError, match="argument 'x_0': got a (ndarray|list)"):
+        elbo_terms(misfit(), x_0)
+
+
+def test_data_of_a_users_own_program_are_looked_at():
+    """A program may hand other data to a model of this package than it was called with."""
+    diffusion, x_0 = misfit(), torch.tensor(X_0)
+    programs = (lambda x: diffusion.model(x.log()), lambda x: diffusion.guide(x.log()))
+    with pytest.raises(ValueError, match="argument 'x_0': got .* NaN"):
+        elbo_terms(*programs, x_0)
+
+
 def test_a_subsampled_pair_is_refused():
     pair = misfit().subsampled(2)
     with pytest.raises(ValueError, match=r"subsampled pair.*posterior_guide"):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from test_bernoulli import enumerated_bound
@@ -27,6 +28,7 @@ from pyro_diffusion import (
     summary,
 )
 from pyro_diffusion.likelihoods import GaussianLikelihood
+from pyro_diffusion.processes import GaussianProcess
 
 
 class Zeros(torch.nn.Module):
@@ -68,6 +70,30 @@ def test_kernels_without_a_formula_are_summed_by_log_ratios():
     torch.testing.assert_close(
         result.elbo, denoiser.data_distribution.log_prob(x_0), atol=5e-3, rtol=0
     )
+
+
+class HeavyTails(GaussianProcess):
+    """Noise whose KL to the prior has no formula."""
+
+    def noised(self, x_0, log_snr):
+        normal = super().noised(x_0, log_snr).base_dist
+        return dist.StudentT(9.0, normal.loc, normal.scale).to_event(1)
+
+
+class HeavyTailed(GaussianDenoiser):
+    """A denoiser of such states."""
+
+    @property
+    def process(self):
+        return HeavyTails(self.schedule, self.event_shape)
+
+
+def test_a_prior_term_without_a_formula_is_refused():
+    """A single draw of it would be part of no error."""
+    mean, std = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    diffusion = DiffusionModel(HeavyTailed(mean, std, LogSNRSchedule(5)))
+    with pytest.raises(ValueError, match="site x_T: got no formula"):
+        evaluate_bound(diffusion, mean.expand(3, 2), standard_error=0.1)
 
 
 @pytest.mark.parametrize("num_timesteps", [50, math.inf])
@@ -149,8 +175,9 @@ def test_continuous_bound_is_the_limit():
 def test_rows_have_a_limit_and_nonsense_is_refused():
     diffusion = DiffusionModel(gaussian(50))
     x_0 = torch.zeros(50, 2, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="1e-09 would need about"):
+    with pytest.warns(UserWarning, match="1e-09 would need about") as caught:
         result = evaluate_bound(diffusion, x_0, standard_error=1e-9, max_rows=1)
+    assert caught[0].filename == __file__
     assert result.rows < 40_000
     assert "network rows" in repr(result)
     for error in (0, -1.0, math.inf, "small"):

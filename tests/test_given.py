@@ -88,6 +88,14 @@ def test_the_zero_variance_identity_holds_given_a_context(num_timesteps):
     torch.testing.assert_close(other, log_p(x_0, wrong), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_context_has_a_row_for_each_datum(rows):
+    x_0, _ = data()
+    context = {"mean": torch.zeros(rows, 2).double()}
+    with pytest.raises(ValueError, match=r"argument 'context': got shape .* a row for each datum"):
+        importance_evidence(conditional(5), x_0, num_particles=3, context=context)
+
+
 def test_a_context_reaches_every_way_to_run_a_program():
     """SVI takes it as the second argument: Pyro's handlers have an argument of that name themselves."""
     diffusion = conditional()
@@ -339,6 +347,7 @@ def test_kernels_that_were_methods_of_the_model_are_forwarded():
     u = torch.tensor(0.5)
     for old, new in (
         (lambda: diffusion.forward_transition(x, 2), diffusion.process.transition(x, 2)),
+        (lambda: diffusion.forward_transition(x_prev=x, t=2), diffusion.process.transition(x, 2)),
         (lambda: diffusion.forward_marginal(x, 2), diffusion.process.marginal(x, 2)),
         (lambda: diffusion.terminal_marginal(x), diffusion.process.marginal(x, 3)),
         (lambda: diffusion.forward_posterior(x, x, 2), diffusion.process.posterior(x, x, 2)),

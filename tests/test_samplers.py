@@ -30,6 +30,7 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
 from pyro_diffusion.likelihoods import DiscretizedGaussianLikelihood, GaussianLikelihood
 from pyro_diffusion.networks import MLP
+from pyro_diffusion.processes import GaussianProcess
 from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
 from pyro_diffusion.samplers.steps import linear_map
 from pyro_diffusion.schedules import (
@@ -117,6 +118,27 @@ def bits(schedule):
 def test_other_kernels_are_the_denoisers_own(build, timesteps):
     sampler = AncestralSampler(build(CosineSchedule(20)), timesteps)
     ours, theirs = same_seed(lambda: sampler(50), lambda: sampler.model.sample(50))
+    torch.testing.assert_close(ours, theirs)
+
+
+class Cold(GaussianProcess):
+    """A process whose reverse kernels have next to no variance."""
+
+    def reverse(self, x_t, denoised, t, variance):
+        return super().reverse(x_t, denoised, t, lambda step: 1e-9 * variance(step))
+
+
+class ColdDenoiser(NeuralDenoiser):
+    """A denoiser of a user's own process."""
+
+    @property
+    def process(self):
+        return Cold(self.schedule, self.event_shape)
+
+
+def test_a_process_of_ones_own_has_its_own_kernels():
+    diffusion = DiffusionModel(ColdDenoiser(MLP((2,)).double(), CosineSchedule(20), (2,)))
+    ours, theirs = same_seed(lambda: AncestralSampler(diffusion)(50), lambda: diffusion.sample(50))
     torch.testing.assert_close(ours, theirs)
 
 

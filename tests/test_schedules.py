@@ -330,7 +330,7 @@ def test_strided_bits():
 def test_strided_models():
     denoiser = NeuralDenoiser(MLP((2,), hidden_size=8), LinearSchedule(1000), (2,))
     diffusion, levels = DiffusionModel(denoiser), {}
-    for count in (1, 2, 3, 7, 500, 999, 1000):
+    for count in (1, 2, np.int64(3), 7, 500, 999, 1000):
         chosen = diffusion.strided(count).schedule.timesteps
         assert len(set(chosen)) == count
         assert (chosen[0], chosen[-1]) == ((1000, 1000) if count == 1 else (1, 1000))

@@ -85,7 +85,6 @@ class BoundEvaluation(NamedTuple):
         return self.mean().bits_per_dim(self.event_size)
 
 
-@torch.no_grad()
 def evaluate_bound(
     diffusion: DiffusionModel,
     x_0: Tensor,
@@ -129,7 +128,7 @@ def evaluate_bound(
     check_argument("max_rows", max_rows, int | float, "1e7")
     time = Time.of(check_diffusion(diffusion).schedule.num_timesteps, num_timesteps)
     diffusion = time.chain(diffusion)
-    with evaluating(diffusion):
+    with torch.no_grad(), evaluating(diffusion):
         rows = Rows(diffusion, check_data(x_0), time, batch_size)
         plan = planned(rows, standard_error)
         values, error = _replicated(plan, rows, standard_error, max_rows)

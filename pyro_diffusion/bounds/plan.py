@@ -52,7 +52,14 @@ class Rows:
         self.log_volume = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
         if diffusion.transform is not None:
             self.log_volume = diffusion.log_volume(x_0).double()
-        self.known = self.log_volume - score(marginal, diffusion.prior()).term
+        prior_kl = score(marginal, diffusion.prior()).kl
+        if prior_kl is None:
+            raise ValueError(
+                f"site x_T: got no formula for the KL of {type(marginal).__name__} and the prior; expected "
+                "one, because this term is not drawn. Register it with torch.distributions.register_kl, or "
+                "use elbo_terms."
+            )
+        self.known = self.log_volume - prior_kl
 
     def timesteps(self, group: Tensor, position: Tensor) -> Tensor:
         """Timesteps at a position in [0, 1) of a group; group 0 is the reconstruction."""

@@ -12,6 +12,7 @@ A KL is legal where the guide runs in the model's order, for only then both cond
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -28,10 +29,12 @@ from pyro_diffusion.bounds.checks import (
     check_data_plate,
     check_legal,
     check_programs,
+    check_rows,
     check_same_mask,
     check_sites,
     latents_differ,
 )
+from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked
 from pyro_diffusion.given import Given, repeated, together
 from pyro_diffusion.networks import evaluating
@@ -90,6 +93,7 @@ def trajectory_terms(
     check_programs(model, guide)
     num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
     x_0 = check_data(x_0, given.mask)
+    check_rows(x_0, given)
     if batch_size is None:
         batch_size = _default_batch_size(model, x_0)
     batch_size = check_count("batch_size", batch_size, 1, _PARTICLES)
@@ -125,7 +129,10 @@ class _Reader:
 
     def read(self, x_0: Tensor, given: Given) -> Sites:
         """The terms of one trajectory for each row; data were checked."""
-        with torch.no_grad(), evaluating(self.model, self.guide), data_checked():
+        # A user's own programs may hand other data to those of this package.
+        ours = isinstance(self.model, Program) and isinstance(self.guide, Program)
+        checked = data_checked() if ours else nullcontext()
+        with torch.no_grad(), evaluating(self.model, self.guide), checked:
             with _Draw(len(x_0)) as drawn:
                 self.guide(x_0, **given.arguments())
             self.bar.total = self.num_chunks * (len(drawn.sites) + 1)

@@ -35,10 +35,9 @@ class Update(NamedTuple):
 
 def is_plain(denoiser: Denoiser) -> bool:
     """Whether estimate and kernel are those of :class:`NeuralDenoiser`, known before the first step."""
-    kind = type(denoiser)
-    return isinstance(denoiser, NeuralDenoiser) and (kind.denoise, kind.reverse_kernel) == (
-        NeuralDenoiser.denoise,
-        NeuralDenoiser.reverse_kernel,
+    decisive = ("process", "denoise", "reverse_kernel")
+    return isinstance(denoiser, NeuralDenoiser) and all(
+        getattr(type(denoiser), name) is getattr(NeuralDenoiser, name) for name in decisive
     )
 
 
