@@ -33,7 +33,7 @@ from pyro_diffusion.chains import (
     Timesteps,
     TopDownGuide,
 )
-from pyro_diffusion.checks import check_argument, check_count
+from pyro_diffusion.checks import check_argument, check_count, require
 from pyro_diffusion.denoisers import BernoulliDenoiser, Denoised, Denoiser
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.params import shared_copy
@@ -86,11 +86,13 @@ class DiffusionModel(Family):
     ) -> None:
         check_argument("denoiser", denoiser, Denoiser, "NeuralDenoiser(…)")
         super().__init__(denoiser.event_shape, likelihood, transform, name)
-        if getattr(likelihood, "num_outputs", 1) > 1:
-            raise ValueError(
-                f"argument 'likelihood': got {type(likelihood).__name__}, which takes several numbers for "
-                "each entry; expected one that takes x̂_0. Use prediction=LevelPrediction(K) without one."
-            )
+        require(
+            getattr(likelihood, "num_outputs", 1) <= 1,
+            "argument 'likelihood'",
+            f"{type(likelihood).__name__}, which takes several numbers for each entry",
+            "one that takes x̂_0",
+            "Use prediction=LevelPrediction(K) without one.",
+        )
         if likelihood is not None or transform is not None:
             argument = "transform" if likelihood is None else "likelihood"
             denoiser.process.check_has_score(argument, "Leave it out: the data are the states.")
@@ -178,8 +180,12 @@ class DiffusionModel(Family):
         num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
         if self.schedule.num_timesteps == 1:
             return ProgramPair(self.model, self.posterior_guide)
-        time = Steps(self.schedule.num_timesteps)
-        return TimestepPlate(self, time, num_timesteps=num_timesteps, timesteps=timesteps)
+        return TimestepPlate(
+            self,
+            Steps(self.schedule.num_timesteps),
+            num_timesteps=num_timesteps,
+            timesteps=timesteps,
+        )
 
     def continuous(
         self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
@@ -209,9 +215,12 @@ class DiffusionModel(Family):
             Variational Diffusion Models (Kingma et al., 2021), section 4.2.
             https://arxiv.org/abs/2107.00630
         """
-        num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
-        model = self.with_both_ends()
-        return TimestepPlate(model, Continuum(), num_timesteps=num_timesteps, timesteps=timesteps)
+        return TimestepPlate(
+            self.with_both_ends(),
+            Continuum(),
+            num_timesteps=check_count("num_timesteps", num_timesteps, 1, _DRAWS),
+            timesteps=timesteps,
+        )
 
     def with_both_ends(self) -> Self:
         r"""The model itself; of one step, which stands at :math:`\lambda(1)` alone, that of two."""
@@ -295,8 +304,9 @@ class DiffusionModel(Family):
             given: ``context=`` of conditional data.
         """
         if denoised is None:
-            given = self.denoiser.check_given(given)
-            denoised = self.denoiser.denoise(x_1, self.schedule.log_snr(1), **given)
+            denoised = self.denoiser.denoise(
+                x_1, self.schedule.log_snr(1), **self.denoiser.check_given(given)
+            )
         batch_shape = x_1.shape[: x_1.dim() - self.denoiser.event_dim]
         return self.data_kernel(self.decode_inside(x_1, denoised), batch_shape)
 
@@ -371,11 +381,13 @@ def check_diffusion(diffusion: Any) -> DiffusionModel:
 
 def _evenly_spaced(count: Any, last: int) -> list[int]:
     """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
-    if isinstance(count, bool) or not 1 <= count <= last:
-        raise ValueError(
-            f"argument 'timesteps': got {count}; expected 1 … {last}, how many of the model's timesteps to "
-            "keep. Take with_num_timesteps(…) for a finer grid of the same curve."
-        )
+    require(
+        not isinstance(count, bool) and 1 <= count <= last,
+        "argument 'timesteps'",
+        str(count),
+        f"1 … {last}, how many of the model's timesteps to keep",
+        "Take with_num_timesteps(…) for a finer grid of the same curve.",
+    )
     if count == 1:
         return [last]
     gaps = count - 1

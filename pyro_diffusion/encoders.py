@@ -28,7 +28,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
-from pyro_diffusion.checks import check_shape, check_unused
+from pyro_diffusion.checks import check_shape, check_unused, require
 from pyro_diffusion.networks import FeedForward, apply_layer
 
 __all__ = [
@@ -202,7 +202,13 @@ class LadderEncoder(TopDownEncoder):
             check_unused(settings, "a path and heads")
             self.shapes = None if event_shape is None else level_shapes(event_shape, latent_sizes)
         self.path, self.heads = nn.ModuleList(path), nn.ModuleList(heads)
-        _check_rungs(self.path, self.heads)
+        require(
+            len(self.path) == len(self.heads),
+            "argument 'heads'",
+            f"{len(self.heads)} for a path of {len(self.path)} steps",
+            "one for each level",
+            "Use nn.Identity() for a step of the path that does nothing.",
+        )
 
     @classmethod
     def from_layers(cls, path: Sequence[nn.Module], heads: Sequence[nn.Module]) -> Self:
@@ -277,11 +283,3 @@ def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
             "TopDownEncoder for other kernels."
         )
     return normals
-
-
-def _check_rungs(path: nn.ModuleList, heads: nn.ModuleList) -> None:
-    if len(path) != len(heads):
-        raise ValueError(
-            f"argument 'heads': got {len(heads)} for a path of {len(path)} steps; expected one for each "
-            "level. Use nn.Identity() for a step of the path that does nothing."
-        )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
+from pyro_diffusion.checks import require
 from pyro_diffusion.given import seen
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.params import ParamScope
@@ -52,17 +53,18 @@ class Family(ParamScope, ABC):
         super().__init__(name)
         self.event_shape = torch.Size(event_shape)
         self.transform = check_transform(transform)
-        if not isinstance(transform, nn.Module):  # modules inside one that is none, to be found
-            modules = [part for part in parts(transform) if isinstance(part, nn.Module)]
-            self.transform_modules = nn.ModuleList(modules)
-        proper = hasattr(likelihood, "embed") and callable(likelihood)
-        if likelihood is not None and (isinstance(likelihood, type) or not proper):
-            got = getattr(likelihood, "__name__", type(likelihood).__name__)
-            raise ValueError(
-                f"argument 'likelihood': got {got}; expected an object with embed(x_0) "
-                "that can be called with x_0_hat, or None. Pass an object, such as "
-                "DiscretizedGaussianLikelihood(num_levels=17)."
+        if not isinstance(transform, nn.Module):  # torch finds no module inside of such a transform
+            self.transform_modules = nn.ModuleList(
+                part for part in parts(transform) if isinstance(part, nn.Module)
             )
+        usable = hasattr(likelihood, "embed") and callable(likelihood)
+        require(
+            likelihood is None or (usable and not isinstance(likelihood, type)),
+            "argument 'likelihood'",
+            getattr(likelihood, "__name__", type(likelihood).__name__),
+            "an object with embed(x_0) that can be called with x_0_hat, or None",
+            "Pass an object, such as DiscretizedGaussianLikelihood(num_levels=17).",
+        )
         self.likelihood = likelihood
 
     @property
@@ -101,10 +103,9 @@ class Family(ParamScope, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         """A family is not a program, and says so where it is called as one."""
-        name = type(self).__name__
         raise ValueError(
-            f"argument 'model' or 'guide': got a {name}; expected one of its programs. Pass its .model and "
-            "its .guide, as in SVI(family.model, family.guide, …)."
+            f"argument 'model' or 'guide': got a {type(self).__name__}; expected one of its programs. Pass "
+            "its .model and its .guide, as in SVI(family.model, family.guide, …)."
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
-from pyro_diffusion.checks import check_argument, check_unused, described
+from pyro_diffusion.checks import check_argument, check_unused, described, require
 from pyro_diffusion.encoders import (
     BottomUpEncoder,
     GaussianLayer,
@@ -218,7 +218,11 @@ class HierarchicalVAE(Family):
         output = apply_layer(self.decoder[0], h)
         if self.likelihood is not None:
             output = self.likelihood(_check_estimate(output, self.event_shape, self.likelihood))
-        _check_data_kernel(output)
+        if not isinstance(output, Distribution):
+            raise ValueError(
+                f"argument 'decoder': got {described(output)} from its first layer; expected a distribution "
+                "of the data, since there is no likelihood. Pass likelihood=…, or let the layer return one."
+            )
         return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
 
     def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
@@ -256,11 +260,13 @@ def _check_shapes(theirs: list[torch.Size] | None, ours: list[torch.Size]) -> No
 
 
 def _check_number(argument: str, number: int, num_levels: int) -> None:
-    if number != num_levels:
-        raise ValueError(
-            f"argument {argument!r}: got {number} layers for {num_levels} levels; expected one for each. "
-            "Give latent_sizes a size for every level, h_1 first."
-        )
+    require(
+        number == num_levels,
+        f"argument {argument!r}",
+        f"{number} layers for {num_levels} levels",
+        "one for each",
+        "Give latent_sizes a size for every level, h_1 first.",
+    )
 
 
 def _check_estimate(output: Any, event_shape: torch.Size, likelihood: Any) -> Tensor:
@@ -274,11 +280,3 @@ def _check_estimate(output: Any, event_shape: torch.Size, likelihood: Any) -> Te
             "of. Use FeedForward, or leave out the likelihood if the layer returns the distribution itself."
         )
     return output
-
-
-def _check_data_kernel(kernel: Any) -> None:
-    if not isinstance(kernel, Distribution):
-        raise ValueError(
-            f"argument 'decoder': got {described(kernel)} from its first layer; expected a distribution of "
-            "the data, since there is no likelihood. Pass likelihood=…, or let the layer return one."
-        )

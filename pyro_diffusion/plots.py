@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms
-from pyro_diffusion.checks import check_timesteps
+from pyro_diffusion.checks import check_timesteps, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.networks import evaluating
@@ -130,12 +130,16 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
     """
     grids = {"samples": samples} | ({} if data is None else {"data": data[: len(samples)]})
     for name, images in grids.items():
-        if images.dim() != 3 or len(images) == 0:
-            raise ValueError(
-                f"argument {name!r}: got shape {tuple(images.shape)}; expected (n, height, width) "
-                "with n ≥ 1. Reshape vectors that are images, e.g. x.reshape(-1, 8, 8); draw points with "
+        require(
+            images.dim() == 3 and len(images) != 0,
+            f"argument {name!r}",
+            f"shape {tuple(images.shape)}",
+            "(n, height, width) with n ≥ 1",
+            (
+                "Reshape vectors that are images, e.g. x.reshape(-1, 8, 8); draw points with "
                 "matplotlib's own scatter."
-            )
+            ),
+        )
     axes = _row(axes, len(grids))
     low, high = (float(bound) for bound in torch.cat(list(grids.values())).aminmax())
     for ax, (name, images) in zip(axes, grids.items(), strict=True):
@@ -246,11 +250,13 @@ def plot_training(
     """
     steps = sorted(history)
     lengths = {len(history[step]) for step in steps}
-    if len(steps) < 2 or len(lengths) != 1 or min(lengths) < 2:
-        raise ValueError(
-            f"argument 'history': got {len(steps)} steps with terms of lengths {sorted(lengths)}; expected "
-            "two steps or more with T + 1 terms each. Read the bound at least twice during training."
-        )
+    require(
+        len(steps) >= 2 and len(lengths) == 1 and min(lengths) >= 2,
+        "argument 'history'",
+        f"{len(steps)} steps with terms of lengths {sorted(lengths)}",
+        "two steps or more with T + 1 terms each",
+        "Read the bound at least twice during training.",
+    )
     ax = _new_axes()[0, 0] if ax is None else ax
     terms = np.array([[float(value) for value in history[step]] for step in steps]).T
     last = len(terms) - 1

@@ -1,6 +1,6 @@
 """Programs and their sites, looked at: what a bound by datum needs of a Pyro model and guide."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,15 +10,6 @@ from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.checks import require
 from pyro_diffusion.given import Given
 from pyro_diffusion.params import ParamScope
-
-__all__ = [
-    "check_data_plate",
-    "check_legal",
-    "check_programs",
-    "check_same_mask",
-    "check_sites",
-    "latents_differ",
-]
 
 
 def latents_differ(how: str) -> ValueError:
@@ -34,11 +25,13 @@ def check_programs(model: Callable[..., Any], guide: Callable[..., Any]) -> None
     if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
         raise _subsampled()
     for name, program in (("model", model), ("guide", guide)):
-        if isinstance(program, ParamScope) or not callable(program):
-            raise ValueError(
-                f"argument {name!r}: got a {type(program).__name__}; expected one of its programs. Pass "
-                "its .model, and its .posterior_guide (or .guide)."
-            )
+        require(
+            not isinstance(program, ParamScope) and callable(program),
+            f"argument {name!r}",
+            f"a {type(program).__name__}",
+            "one of its programs",
+            "Pass its .model, and its .posterior_guide (or .guide).",
+        )
 
 
 def _subsampled() -> ValueError:
@@ -74,28 +67,22 @@ def check_data_plate(msg: Any, rows: int) -> None:
         raise _subsampled()
 
 
-def check_same_mask(
-    name: str, ours: tuple[Any, Any], theirs: tuple[Any, Any], batch_shape: torch.Size
-) -> None:
+def check_same_masks(name: str, ours: Iterable[Any], theirs: Iterable[Any]) -> None:
     """Raise a ``ValueError`` if a site's masks, of the batch and of entries, differ between programs."""
-    if not _alike(ours[0], theirs[0], batch_shape) or not _same_entries(ours[1], theirs[1]):
+    if not all(map(_alike, ours, theirs)):
         raise ValueError(
             f"site {name!r}: got another mask in the guide than in the model; expected the "
             "same in both, so that a term has one set of entries. Mask both programs alike."
         )
 
 
-def _alike(ours: Any, theirs: Any, shape: torch.Size) -> bool:
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Whether two masks leave out the same; ``None`` leaves out nothing."""
     if ours is theirs:
         return True
-    masks = (torch.as_tensor(True if m is None else m).cpu().expand(shape) for m in (ours, theirs))
-    return torch.equal(*masks)
-
-
-def _same_entries(ours: Any, theirs: Any) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    return torch.equal(*torch.broadcast_tensors(*map(torch.as_tensor, (ours, theirs))))
+    device = next((m.device for m in (ours, theirs) if isinstance(m, torch.Tensor)), None)
+    masks = (torch.as_tensor(True if m is None else m, device=device) for m in (ours, theirs))
+    return torch.equal(*torch.broadcast_tensors(*masks))
 
 
 def check_sites(
@@ -104,18 +91,10 @@ def check_sites(
     """Raise a ``ValueError`` if the guide has latents that the model has not, or the model none at all."""
     if left:
         raise latents_differ(f"the guide alone samples {', '.join(map(repr, left))}")
-    if not observed or not latents:
-        raise ValueError(
-            f"argument 'model': got a program with {len(latents)} latent and {len(observed)} observed sites; "
-            "expected at least one of each. Pass the data to obs= of the site that they are observed at."
-        )
-
-
-def check_legal(analytic_kl: bool | None, in_order: bool) -> None:
-    """Raise a ``ValueError`` if KLs are asked for where the terms are log-ratios."""
-    if analytic_kl and not in_order:
-        raise ValueError(
-            "argument 'analytic_kl': got True for a guide that samples its sites in another order "
-            "than the model; expected None or False, because its terms are log-ratios and not KLs. "
-            "Use posterior_guide, the same joint distribution in the model's order."
-        )
+    require(
+        len(observed) > 0 and len(latents) > 0,
+        "argument 'model'",
+        f"a program with {len(latents)} latent and {len(observed)} observed sites",
+        "at least one of each",
+        "Pass the data to obs= of the site that they are observed at.",
+    )

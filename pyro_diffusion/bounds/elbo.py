@@ -23,8 +23,6 @@ from pyro_diffusion.bounds.trajectories import trajectory_terms
 from pyro_diffusion.family import Family, unpacked
 from pyro_diffusion.given import Given
 
-__all__ = ["elbo_terms"]
-
 
 def elbo_terms(
     model: Family | Callable[..., Any],

@@ -48,8 +48,6 @@ from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.walk import ROWS
 
-__all__ = ["BoundEvaluation", "evaluate_bound"]
-
 _LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of all replicates to begin with; of one replicate
 
 

@@ -1,6 +1,5 @@
 """Means and Monte Carlo errors of terms, from chunks of particles."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,31 +9,23 @@ from torch import Tensor
 
 from pyro_diffusion.bounds.terms import ELBOTerms
 
-__all__ = ["TermMoments", "join_chunks"]
-
 
 class Moments:
     """Running mean and squared deviations over particles (Chan et al., 1979)."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, values: Tensor) -> None:
         """Take in values with the particles in front."""
         count, mean = len(values), values.mean(0)
-        squares = (values - mean).square().sum(0)
-        total = self.count + count
-        shift = mean - self.mean if self.count else torch.zeros_like(mean)
-        self.mean = self.mean + shift * (count / total) if self.count else mean
-        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
-        self.count = total
+        total, shift = self.count + count, mean - self.mean
+        self.squares = self.squares + (values - mean).square().sum(0)
+        self.squares = self.squares + shift.square() * (self.count * count / total)
+        self.count, self.mean = total, self.mean + shift * (count / total)
 
     def standard_error(self) -> Tensor:
-        """Of the mean; NaN for a single particle."""
-        if self.count == 1:
-            return torch.full_like(self.mean, math.nan)
+        """Of the mean; for a single particle 0/0, which is NaN."""
         return (self.squares / (self.count - 1) / self.count).sqrt()
 
 

@@ -19,8 +19,6 @@ from pyro_diffusion.given import as_real
 from pyro_diffusion.scoring import log_density, score
 from pyro_diffusion.walk import ReverseWalk
 
-__all__ = ["Plan", "Rows", "planned"]
-
 _REPLICATES, _PATH_REPLICATES = 16, 10  # whose spread is the error
 _GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
 _PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed

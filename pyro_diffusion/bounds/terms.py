@@ -27,8 +27,6 @@ from pyro_diffusion.schedules import NoiseSchedule
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["ELBOTerms", "Estimate", "snr_weight"]
-
 
 class Estimate(NamedTuple):
     """A mean over data with its two errors, each one standard deviation.

@@ -27,21 +27,18 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion.bounds.checks import (
     check_data_plate,
-    check_legal,
     check_programs,
     check_rows,
-    check_same_mask,
+    check_same_masks,
     check_sites,
     latents_differ,
 )
 from pyro_diffusion.chains import Program
-from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked
+from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
 from pyro_diffusion.given import Given, repeated, together
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS
-
-__all__ = ["Sites", "trajectory_terms"]
 
 _CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
 
@@ -102,46 +99,45 @@ def trajectory_terms(
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
     settings = {"unit": "site", "delay": 5, "disable": not progress, "leave": False}
     with tqdm(total=0, desc=description, **settings) as bar:
-        reader = _Reader(model, guide, analytic_kl, keep, bar, num_chunks)
         for start in range(0, len(x_0), chunk_data):
             rows = slice(start, start + chunk_data)
             data, parts = together(itemgetter(rows), x_0, given)
             for first in range(0, num_particles, chunk_particles):
                 times = min(chunk_particles, num_particles - first)
-                sites = reader.read(*together(partial(repeated, times=times), data, parts))
+                rows_of_all = together(partial(repeated, times=times), data, parts)
+                sites = _read(model, guide, *rows_of_all, analytic_kl, keep, bar, num_chunks)
                 yield start, sites.by_particle((times, len(data)))
 
 
-class _Reader:
-    """Reads the terms of rows off the two programs."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        analytic_kl: bool | None,
-        keep: Collection[str] | None,
-        bar: tqdm,
-        num_chunks: int,
-    ) -> None:
-        self.model, self.guide, self.analytic_kl, self.keep = model, guide, analytic_kl, keep
-        self.bar, self.num_chunks = bar, num_chunks
-
-    def read(self, x_0: Tensor, given: Given) -> Sites:
-        """The terms of one trajectory for each row; data were checked."""
-        # A user's own programs may hand other data to those of this package.
-        ours = isinstance(self.model, Program) and isinstance(self.guide, Program)
-        checked = data_checked() if ours else nullcontext()
-        with torch.no_grad(), evaluating(self.model, self.guide), checked:
-            with _Draw(len(x_0)) as drawn:
-                self.guide(x_0, **given.arguments())
-            self.bar.total = self.num_chunks * (len(drawn.sites) + 1)
-            analytic = self.analytic_kl is not False
-            with _Score(drawn.sites, len(x_0), self.bar, self.keep, analytic) as scored:
-                self.model(x_0, **given.arguments())
-        check_sites(scored.drawn, scored.log_ratio, scored.observed)
-        check_legal(self.analytic_kl, scored.in_order)
-        return scored.sites()
+def _read(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    given: Given,
+    analytic_kl: bool | None,
+    keep: Collection[str] | None,
+    bar: tqdm,
+    num_chunks: int,
+) -> Sites:
+    """The terms of one trajectory for each row; data were checked."""
+    # A user's own programs may hand other data to those of this package.
+    ours = isinstance(model, Program) and isinstance(guide, Program)
+    checked = data_checked() if ours else nullcontext()
+    with torch.no_grad(), evaluating(model, guide), checked:
+        with _Draw(len(x_0)) as drawn:
+            guide(x_0, **given.arguments())
+        bar.total = num_chunks * (len(drawn.sites) + 1)
+        with _Score(drawn.sites, len(x_0), bar, keep, analytic_kl is not False) as scored:
+            model(x_0, **given.arguments())
+    check_sites(scored.drawn, scored.log_ratio, scored.observed)
+    require(
+        not analytic_kl or scored.in_order,
+        "argument 'analytic_kl'",
+        "True for a guide that samples its sites in another order than the model",
+        "None or False, because its terms are log-ratios and not KLs",
+        "Use posterior_guide, the same joint distribution in the model's order.",
+    )
+    return scored.sites()
 
 
 class _Draw(Messenger):
@@ -203,7 +199,7 @@ class _Score(Messenger):
     def _score_latent(self, msg: Any) -> None:
         name, p, value = msg["name"], msg["fn"], msg["value"]
         _, q, mask = self.drawn.pop(name)
-        check_same_mask(name, (mask, _entry_mask(q)), (msg["mask"], _entry_mask(p)), p.batch_shape)
+        check_same_masks(name, (mask, _entry_mask(q)), (msg["mask"], _entry_mask(p)))
         scored = score(q, p, value)
         self.log_q = self.log_q + self._per_datum(scored.log_q, msg)
         self.log_ratio[name] = self._per_datum(scored.log_ratio, msg)

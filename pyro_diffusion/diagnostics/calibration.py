@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.checks import check_count, check_data
+from pyro_diffusion.checks import check_count, check_data, require
 from pyro_diffusion.diagnostics.recording import (
     Record,
     as_numpy,
@@ -32,8 +32,6 @@ from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.given import repeated
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.walk import ROWS
-
-__all__ = ["active_units", "randomized_pit", "simulation_based_calibration"]
 
 
 def simulation_based_calibration(
@@ -77,36 +75,36 @@ def simulation_based_calibration(
         torch.Size([50])
     """
     model, guide = programs(family)
-    if not callable(statistic):
-        raise ValueError(
-            f"argument 'statistic': got {statistic!r}; expected a function of the states. Pass "
-            "lambda states: states['x_1'].mean(-1), say."
-        )
+    require(
+        callable(statistic), "argument 'statistic'", repr(statistic), "a function of the states",
+        "Pass lambda states: states['x_1'].mean(-1), say.",
+    )  # fmt: skip
     with torch.no_grad(), evaluating(model, guide):
         simulated = Record().of(model, num_samples=num_simulations)
-        if "x_0" not in simulated:
-            raise ValueError(
-                f"argument 'family': got a model with the sites {', '.join(simulated)}; expected the "
-                "datum at site 'x_0'. Rename the site."
-            )
+        require(
+            "x_0" in simulated, "argument 'family'", f"a model with the sites {', '.join(simulated)}",
+            "the datum at site 'x_0'", "Rename the site.",
+        )  # fmt: skip
         truth = statistic(simulated)
         draws = [
             statistic(Record().of(guide, x_0) | {"x_0": x_0})
             for x_0 in repeated(simulated["x_0"], num_draws).split(batch_size)
         ]
-    if truth.shape != (num_simulations,):
-        raise ValueError(
-            f"argument 'statistic': got values of shape {tuple(truth.shape)} for {num_simulations} "
-            "trajectories; expected one number for each. Reduce event dimensions, "
-            "as in lambda states: states['x_1'].mean(-1)."
-        )
+    require(
+        truth.shape == (num_simulations,),
+        "argument 'statistic'",
+        f"values of shape {tuple(truth.shape)} for {num_simulations} trajectories",
+        "one number for each",
+        "Reduce event dimensions, as in lambda states: states['x_1'].mean(-1).",
+    )
     ranked = torch.cat(draws).reshape(num_draws, num_simulations)
-    if (ranked == truth).all():
-        raise ValueError(
-            "argument 'statistic': got one that is the same for every draw of the guide, which fits any "
-            "guide; expected one that depends on latent states. Use states['x_1'], say, and not the datum "
-            "alone."
-        )
+    require(
+        not (ranked == truth).all(),
+        "argument 'statistic'",
+        "one that is the same for every draw of the guide, which fits any guide",
+        "one that depends on latent states",
+        "Use states['x_1'], say, and not the datum alone.",
+    )
     return randomized_pit(truth, ranked)
 
 

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.checks import check_argument
+from pyro_diffusion.checks import check_argument, require
 from pyro_diffusion.diagnostics.recording import as_numpy
 from pyro_diffusion.evidence import Evidence
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas
-
-__all__ = ["compare"]
 
 
 def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
@@ -95,11 +93,13 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
     (first, reference), *others = evidence.items()
     for name, other in others:
         _check_alike(first, reference, name, other)
-    if any(bool(e.pareto_k.isnan().any()) for e in evidence.values()):
-        raise ValueError(
-            f"argument 'evidence': got estimates from {reference.num_particles} draws, too few for Pareto k; "
-            f"expected at least {arviz_bridge.MIN_DRAWS} for each datum. Pass num_particles=1000, say."
-        )
+    require(
+        not any(e.pareto_k.isnan().any() for e in evidence.values()),
+        "argument 'evidence'",
+        f"estimates from {reference.num_particles} draws, too few for Pareto k",
+        f"at least {arviz_bridge.MIN_DRAWS} for each datum",
+        "Pass num_particles=1000, say.",
+    )
     return reference.num_particles
 
 
@@ -116,11 +116,13 @@ def _check_alike(first: str, reference: Evidence, name: str, other: Evidence) ->
 
 
 def _check_bounds(evidence: Mapping[str, Evidence], reliable: Tensor, good_k: float) -> None:
-    if not reliable.all() and any(e.elbo is None for e in evidence.values()):
-        raise ValueError(
-            f"argument 'evidence': got k ≥ {good_k:.2g} for {int((~reliable).sum())} data and no "
-            "bound to rank them by; expected one. Use importance_evidence, whose draws give both."
-        )
+    require(
+        bool(reliable.all()) or all(e.elbo is not None for e in evidence.values()),
+        "argument 'evidence'",
+        f"k ≥ {good_k:.2g} for {int((~reliable).sum())} data and no bound to rank them by",
+        "one",
+        "Use importance_evidence, whose draws give both.",
+    )
 
 
 def _scored(e: Evidence, reliable: Tensor) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":

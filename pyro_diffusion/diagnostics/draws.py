@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms, TermMoments, join_chunks, trajectory_terms
-from pyro_diffusion.checks import check_count, check_timesteps
+from pyro_diffusion.checks import check_count, check_timesteps, require
 from pyro_diffusion.diagnostics.recording import (
     DRAWS,
     Held,
@@ -39,8 +39,6 @@ from pyro_diffusion.walk import ROWS
 
 if TYPE_CHECKING:
     import xarray
-
-__all__ = ["to_arviz"]
 
 
 def to_arviz(
@@ -142,11 +140,13 @@ def _kept_timesteps(family: Pair, timesteps: Sequence[int] | None) -> list[int] 
             timesteps = [1 + round((last - 1) * k / 4) for k in range(5)]
         remedy = "Leave them out for five that are evenly spaced."
         return sorted(set(check_timesteps(timesteps, 1, last, remedy)))
-    if timesteps is not None:
-        raise ValueError(
-            f"argument 'timesteps': got {timesteps!r} for a {type(family).__name__}; expected None, because "
-            "all of its latents are kept. Select from the result."
-        )
+    require(
+        timesteps is None,
+        "argument 'timesteps'",
+        f"{timesteps!r} for a {type(family).__name__}",
+        "None, because all of its latents are kept",
+        "Select from the result.",
+    )
     return None
 
 

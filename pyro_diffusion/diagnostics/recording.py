@@ -18,16 +18,6 @@ from pyro_diffusion.given import repeated
 if TYPE_CHECKING:
     import xarray
 
-__all__ = [
-    "DRAWS",
-    "Held",
-    "Record",
-    "as_numpy",
-    "dataset",
-    "joined",
-    "states_dataset",
-]
-
 
 class Record(Messenger):
     """Records the values of sample sites, or the means of the distributions at the sites; rows in front.

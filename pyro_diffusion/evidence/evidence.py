@@ -18,8 +18,6 @@ from pyro_diffusion.bounds import Estimate
 from pyro_diffusion.checks import check_data
 from pyro_diffusion.scoring import log_density, measure_of
 
-__all__ = ["Evidence", "at_the_end", "average", "fingerprint", "log_mean", "tail"]
-
 
 class Evidence(NamedTuple):
     r"""An estimate of :math:`\log p(x_0)` for every datum; nats per datum, float64."""

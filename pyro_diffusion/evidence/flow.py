@@ -29,14 +29,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import check_count, check_data, check_state
+from pyro_diffusion.checks import check_count, check_data, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.walk import look
-
-__all__ = ["ode_log_likelihood"]
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
 
@@ -198,11 +196,13 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
     check_state(state, check_diffusion(diffusion).schedule.num_timesteps)
     diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
-    if diffusion.schedule.event_dim:
-        raise ValueError(
-            "argument 'diffusion': got a schedule with a curve for each entry; expected states at one "
-            "log-SNR, along which the flow runs. Use importance_evidence."
-        )
+    require(
+        not diffusion.schedule.event_dim,
+        "argument 'diffusion'",
+        "a schedule with a curve for each entry",
+        "states at one log-SNR, along which the flow runs",
+        "Use importance_evidence.",
+    )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
     if state == 0 and (diffusion.likelihood is not None or levels):
         what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)

@@ -26,12 +26,10 @@ from torch import Tensor
 
 from pyro_diffusion.bounds import join_chunks, trajectory_terms
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
-from pyro_diffusion.checks import check_state
+from pyro_diffusion.checks import check_state, require
 from pyro_diffusion.evidence.evidence import Evidence, at_the_end, average, fingerprint
 from pyro_diffusion.family import Family, unpacked
 from pyro_diffusion.given import Given
-
-__all__ = ["importance_evidence"]
 
 
 def importance_evidence(
@@ -82,18 +80,17 @@ def importance_evidence(
         ... ).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
-    family = model
-    model, guide, x_0 = unpacked(model, guide, x_0)
+    chain, q, x_0 = unpacked(model, guide, x_0)
     if state != 0:
-        guide = family.guide if isinstance(family, Family) else guide
-        model, guide = _check_chains(model, guide, state, given)
-        if state == model.num_timesteps:
-            return at_the_end(model.prior(), x_0, num_particles)
-        model, guide = model.of_state(state), guide.of_state(state)
+        forward = model.guide if isinstance(model, Family) else q
+        q = _check_guide(chain, forward, state, given)
+        if state == chain.num_timesteps:
+            return at_the_end(chain.prior(), x_0, num_particles)
+        chain, q = chain.of_state(state), q.of_state(state)
     chunks: dict[int, list[Tensor]] = defaultdict(list)
     what = Given(**given)
     for start, sites in trajectory_terms(
-        model, guide, x_0, what, num_particles=num_particles, analytic_kl=False,
+        chain, q, x_0, what, num_particles=num_particles, analytic_kl=False,
         batch_size=batch_size, progress=progress, description="evidence",
     ):  # fmt: skip
         chunks[start].append(sites.log_weight)
@@ -101,16 +98,15 @@ def importance_evidence(
     return evidence._replace(data=fingerprint(x_0, what.mask), measure=sites.measure)
 
 
-def _check_chains(
-    model: Callable[..., Any], guide: Callable[..., Any], state: int, given: dict[str, Any]
-) -> tuple[GenerativeChain, BottomUpGuide]:
-    """The two programs, if a state's evidence can be told from them."""
-    if not isinstance(model, GenerativeChain) or not isinstance(guide, BottomUpGuide) or given:
-        raise ValueError(
-            f"argument 'state': got {state!r} for a {type(model).__name__} and a {type(guide).__name__}"
-            f"{f' with a {next(iter(given))}' if given else ''}; expected the chain and its forward guide, "
-            "whole. "
-            "Pass diffusion.model and diffusion.guide."
-        )
+def _check_guide(model: Any, guide: Any, state: int, given: dict[str, Any]) -> Any:
+    """``guide``, if a state's evidence can be read off the two programs."""
+    besides = f" with a {next(iter(given))}" if given else ""
+    require(
+        isinstance(model, GenerativeChain) and isinstance(guide, BottomUpGuide) and not given,
+        "argument 'state'",
+        f"{state!r} for a {type(model).__name__} and a {type(guide).__name__}{besides}",
+        "the chain and its forward guide, whole",
+        "Pass diffusion.model and diffusion.guide.",
+    )
     check_state(state, model.num_timesteps)
-    return model, guide
+    return guide

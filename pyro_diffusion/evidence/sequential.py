@@ -41,8 +41,6 @@ from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS, ReverseWalk, taken
 
-__all__ = ["smc_evidence"]
-
 
 def smc_evidence(
     diffusion: DiffusionModel,
@@ -206,7 +204,8 @@ class _Particles:
             self.log_z = self.log_z + torch.where(uneven, log_mean(self.log_weight), 0.0)
             self.k = torch.where(uneven, self.k.maximum(tail(self.log_weight)), self.k)
             self.log_weight = torch.where(uneven, 0.0, self.log_weight)
-            rows = torch.where(uneven, _systematic(share), _in_place(share))
+            in_place = torch.arange(len(share), device=share.device)[:, None]
+            rows = torch.where(uneven, _systematic(share), in_place)
             x_t, ahead, denoised = taken(x_t, rows), taken(ahead, rows), taken(denoised, rows)
         self.log_psi = ahead
         return x_t, denoised
@@ -282,7 +281,3 @@ def _systematic(share: Tensor) -> Tensor:
     edges = share.cumsum(0)
     edges = edges / edges[-1:]
     return torch.searchsorted(edges.T.contiguous(), points.T.contiguous()).T.clamp(max=count - 1)
-
-
-def _in_place(share: Tensor) -> Tensor:
-    return torch.arange(len(share), device=share.device)[:, None].expand_as(share)

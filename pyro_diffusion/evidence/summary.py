@@ -25,8 +25,6 @@ from pyro_diffusion.evidence.importance import importance_evidence
 from pyro_diffusion.evidence.sequential import smc_evidence
 from pyro_diffusion.schedules import AlphaSchedule
 
-__all__ = ["Summary", "SummaryRow", "summary"]
-
 _TOLERANCE = 5.0  # joint standard errors beyond which two estimates disagree
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import check_count, check_finite
+from pyro_diffusion.checks import check_count, check_finite, require
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.networks import evaluating
@@ -50,8 +50,6 @@ from pyro_diffusion.samplers.steps import (
     rows_of,
 )
 from pyro_diffusion.walk import ReverseWalk
-
-__all__ = ["AncestralSampler", "DDIMSampler", "ODESampler", "Sampler"]
 
 
 class Sampler(ABC):
@@ -126,11 +124,13 @@ class Sampler(ABC):
             ValueError: A model without a network.
         """
         network = getattr(self.diffusion.denoiser, "network", None)
-        if network is None:
-            raise ValueError(
-                f"argument 'diffusion': got a {type(self.diffusion.denoiser).__name__}, which has no network "
-                "to compile; expected the model of a NeuralDenoiser. Sample without compile()."
-            )
+        require(
+            network is not None,
+            "argument 'diffusion'",
+            f"a {type(self.diffusion.denoiser).__name__}, which has no network to compile",
+            "the model of a NeuralDenoiser",
+            "Sample without compile().",
+        )
         self._step = torch.compile(fused_step, **settings)
         self._network = torch.compile(network, **settings)
 
@@ -229,7 +229,14 @@ class _ImplicitSampler(Sampler):
         eta: float = 0.0,
     ) -> None:
         super().__init__(diffusion, timesteps)
-        self.eta = _check_eta(eta)
+        require(
+            isinstance(eta, int | float) and 0 <= eta <= 1,
+            "argument 'eta'",
+            repr(eta),
+            "a number in [0, 1], the share of the chain's noise",
+            "0 draws none after x_T, 1 as much as the chain.",
+        )
+        self.eta = float(eta)
 
     @property
     def deterministic(self) -> bool:
@@ -332,18 +339,11 @@ def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tenso
     if x_T is None:
         return ReverseWalk(model).start().sample((num_samples,))
     expected = (num_samples, *model.event_shape)
-    if x_T.shape != expected or x_T.device != model.device:
-        raise ValueError(
-            f"argument 'x_T': got states of shape {tuple(x_T.shape)} on {x_T.device}; expected {expected} on "
-            f"{model.device}, one for each of {num_samples} data. Draw them from diffusion.prior()."
-        )
+    require(
+        x_T.shape == expected and x_T.device == model.device,
+        "argument 'x_T'",
+        f"states of shape {tuple(x_T.shape)} on {x_T.device}",
+        f"{expected} on {model.device}, one for each of {num_samples} data",
+        "Draw them from diffusion.prior().",
+    )
     return x_T.to(model.dtype)
-
-
-def _check_eta(eta: float) -> float:
-    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
-        raise ValueError(
-            f"argument 'eta': got {eta!r}; expected a number in [0, 1], the share of the chain's noise. 0 "
-            "draws none after x_T, 1 as much as the chain."
-        )
-    return float(eta)

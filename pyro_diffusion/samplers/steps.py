@@ -18,8 +18,6 @@ from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.processes.base import pad
 from pyro_diffusion.schedules import NoiseSchedule
 
-__all__ = ["Update", "combine", "downwards", "fused_step", "is_plain", "linear_map", "rows_of"]
-
 
 class Update(NamedTuple):
     r"""Coefficients of the steps to :math:`x_{t-1}`, :math:`t = T … 2`, a row for each; float64.

@@ -32,10 +32,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from pyro_diffusion.checks import check_count
+from pyro_diffusion.checks import check_count, require
 from pyro_diffusion.training.parallel import common_length, rank_and_size, share
-
-__all__ = ["OrderedBatches", "ShuffledBatches", "check_shares", "permuted", "split_batch"]
 
 _ROUNDS = 8  # four suffice in theory, for large halves; an order of ten rows needs more
 
@@ -127,11 +125,13 @@ class ShuffledBatches(Batches):
 
     def __len__(self) -> int:
         count = self.num_data // self._step
-        if not count:
-            raise ValueError(
-                f"argument 'batch_size': got {self.batch_size} on each of {rank_and_size()[1]} ranks, for "
-                f"{self.num_data} rows; expected at most all rows in a batch. Take a smaller batch_size."
-            )
+        require(
+            count > 0,
+            "argument 'batch_size'",
+            f"{self.batch_size} on each of {rank_and_size()[1]} ranks, for {self.num_data} rows",
+            "at most all rows in a batch",
+            "Take a smaller batch_size.",
+        )
         return count
 
     def __iter__(self) -> Iterator[Any]:
@@ -159,12 +159,16 @@ class ShuffledBatches(Batches):
         ours = self.state_dict()
         # With another step, Lightning's count of batches would be wrong.
         for name in ("seed", "num_data", "step"):
-            if state_dict.get(name) != ours[name]:
-                raise ValueError(
-                    f"argument 'state_dict': got a position in data with {name} {state_dict.get(name)}; "
-                    f"expected {ours[name]}. Resume with the data and the seed of before, and with as many "
-                    "rows a step (batch_size times ranks); or load the checkpoint's weights and begin anew."
-                )
+            require(
+                state_dict.get(name) == ours[name],
+                "argument 'state_dict'",
+                f"a position in data with {name} {state_dict.get(name)}",
+                str(ours[name]),
+                (
+                    "Resume with the data and the seed of before, and with as many rows a step (batch_size "
+                    "times ranks); or load the checkpoint's weights and begin anew."
+                ),
+            )
         self.epoch, self.taken = state_dict["epoch"], state_dict["taken"]
 
 
@@ -222,12 +226,16 @@ def check_shares(stage: str, loaders: Any) -> None:
     for loader in loaders if world_size > 1 else []:
         sampler, num_data = loader.sampler, len(loader.dataset)
         padded = isinstance(sampler, DistributedSampler) and sampler.total_size > num_data
-        if padded or isinstance(sampler, SequentialSampler | RandomSampler):
-            raise ValueError(
-                f"{stage} data: got a DataLoader with a {type(sampler).__name__}, which reads some of "
-                f"{num_data} data more than once on {world_size} ranks; expected each of them once, on one "
-                "rank. Pass OrderedBatches(data, batch_size) as the dataloader."
-            )
+        require(
+            not padded and not isinstance(sampler, SequentialSampler | RandomSampler),
+            f"{stage} data",
+            (
+                f"a DataLoader with a {type(sampler).__name__}, which reads some of {num_data} data more "
+                f"than once on {world_size} ranks"
+            ),
+            "each of them once, on one rank",
+            "Pass OrderedBatches(data, batch_size) as the dataloader.",
+        )
 
 
 def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:

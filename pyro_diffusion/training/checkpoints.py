@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.params import ParamScope, check_state_dict
 from pyro_diffusion.training.lightning_module import SVIModule
-
-__all__ = ["CheckpointFiles", "latest_checkpoint"]
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -84,11 +83,13 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
         ValueError: There are checkpoints, but none is whole and of this model. A new run would write over
             them.
     """
-    if Path(folder).is_file():
-        raise ValueError(
-            f"argument 'folder': got the file {str(folder)!r}; expected the folder where checkpoints are. "
-            "Pass a file to trainer.fit(…, ckpt_path=…) itself."
-        )
+    require(
+        not Path(folder).is_file(),
+        "argument 'folder'",
+        f"the file {str(folder)!r}",
+        "the folder where checkpoints are",
+        "Pass a file to trainer.fit(…, ckpt_path=…) itself.",
+    )
     # Each file once: last.ckpt is often a link, and for a moment a link to nothing.
     files = {path.resolve() for path in Path(folder).glob("*.ckpt") if path.is_file()}
     wrong = []
@@ -101,12 +102,16 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
             for reason in wrong:
                 warnings.warn(f"passed over {reason}", stacklevel=2)
             return path
-    if wrong:
-        raise ValueError(
-            f"argument 'folder': got {str(folder)!r}, where no checkpoint can be used ({'; '.join(wrong)}); "
-            "expected a whole one of this model, or none. Put another copy there, build the model with the "
-            "arguments that it was saved with, or train in another folder."
-        )
+    require(
+        not wrong,
+        "argument 'folder'",
+        f"{str(folder)!r}, where no checkpoint can be used ({'; '.join(wrong)})",
+        "a whole one of this model, or none",
+        (
+            "Put another copy there, build the model with the arguments that it was saved with, or "
+            "train in another folder."
+        ),
+    )
     return None
 
 
@@ -115,16 +120,20 @@ def _check_checkpoint(path: Path, module: SVIModule) -> None:
     checkpoint = CheckpointFiles().load_checkpoint(path, weights_only=True)
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(
-            f"checkpoint {str(path)!r}: got a file whose part {damaged!r} is damaged; expected a whole one. "
-            "Use another copy."
-        )
-    if not isinstance(checkpoint, dict) or not {"state_dict", "loops"} <= set(checkpoint):
-        raise ValueError(
-            f"checkpoint {str(path)!r}: got a file without the state of a run; expected one that Lightning "
-            "wrote. Numbers of a model alone are loaded with model.load(path)."
-        )
+    require(
+        damaged is None,
+        f"checkpoint {str(path)!r}",
+        f"a file whose part {damaged!r} is damaged",
+        "a whole one",
+        "Use another copy.",
+    )
+    require(
+        isinstance(checkpoint, dict) and {"state_dict", "loops"} <= set(checkpoint),
+        f"checkpoint {str(path)!r}",
+        "a file without the state of a run",
+        "one that Lightning wrote",
+        "Numbers of a model alone are loaded with model.load(path).",
+    )
     state = checkpoint["state_dict"]
     check_state_dict(module, state)
     for name, scope in module.named_modules():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.training.graphs import (
     CompiledGraph,
     GraphLoss,
@@ -36,8 +37,6 @@ from pyro_diffusion.training.graphs import (
     restore_buffers,
     trace_step,
 )
-
-__all__ = ["CompiledELBO", "compile_elbo"]
 
 
 def compile_elbo(
@@ -188,11 +187,13 @@ class CompiledELBO(nn.Module):
             if site["type"] == "param"
         }
         leaves = leaves_of(surrogate)
-        if not leaves:
-            raise ValueError(
-                "arguments 'model' and 'guide': got programs without parameters that want gradients; "
-                "expected some to train. Read a bound with elbo_terms."
-            )
+        require(
+            len(leaves) > 0,
+            "arguments 'model' and 'guide'",
+            "programs without parameters that want gradients",
+            "some to train",
+            "Read a bound with elbo_terms.",
+        )
         self._leaves = list({id(leaf): leaf for leaf in (*self.parameters(), *leaves)}.values())
         return leaves
 
@@ -275,8 +276,10 @@ def _check_call(values: list[Any]) -> None:
 
 def _check_sites(*traces: poutine.Trace) -> None:
     for site in (site for trace in traces for site in trace.nodes.values()):
-        if site["type"] == "sample" and site["infer"].get("enumerate"):
-            raise ValueError(
-                f"site {site['name']!r}: got a site that is enumerated; expected draws, of which a compiled "
-                "ELBO is made. Take TraceEnum_ELBO()(model, guide) as it is."
-            )
+        require(
+            site["type"] != "sample" or not site["infer"].get("enumerate"),
+            f"site {site['name']!r}",
+            "a site that is enumerated",
+            "draws, of which a compiled ELBO is made",
+            "Take TraceEnum_ELBO()(model, guide) as it is.",
+        )

@@ -26,17 +26,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyro_diffusion.checks import unchecked
-
-__all__ = [
-    "CompiledGraph",
-    "GraphLoss",
-    "Step",
-    "leaves_of",
-    "modules_called",
-    "restore_buffers",
-    "trace_step",
-]
+from pyro_diffusion.checks import require, unchecked
 
 #: The loss of some tensors, and its gradients.
 Step = Callable[..., tuple[Tensor, list[Tensor]]]
@@ -194,11 +184,13 @@ def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> N
         loss, grads = run(*tensors)
         results.append((loss.item(), torch.cat([g.detach().double().flatten() for g in grads])))
     (ours, our_grads), (theirs, their_grads) = results
-    if not math.isfinite(ours) or not our_grads.isfinite().all():
-        raise ValueError(
-            f"first call of a compiled ELBO: got a loss of {ours:g}, or gradients that are not finite; "
-            "expected finite numbers, by which the graph is checked. Check data and parameters."
-        )
+    require(
+        math.isfinite(ours) and bool(our_grads.isfinite().all()),
+        "first call of a compiled ELBO",
+        f"a loss of {ours:g}, or gradients that are not finite",
+        "finite numbers, by which the graph is checked",
+        "Check data and parameters.",
+    )
     atol = 1e-5 * our_grads.abs().max().item()
     alike = torch.allclose(our_grads, their_grads, rtol=1e-5, atol=atol)
     if not alike or not math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-3):

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import JointStrata, SubsampledProgram
+from pyro_diffusion.checks import require
 from pyro_diffusion.params import check_state_dict
 from pyro_diffusion.scoring import replayed
 from pyro_diffusion.training.batches import ShuffledBatches, check_shares, split_batch
 from pyro_diffusion.training.parallel import agreed_seed, gather, rank_and_size
-
-__all__ = ["SVIModule"]
 
 _NUM_BLOCKS = 5  # of timesteps, whose terms are logged together
 _MANY_BATCHES = 2**20  # more than a rank validates on: no two ranks' noise is seeded alike
@@ -105,11 +104,13 @@ class SVIModule(lightning.LightningModule):
         self._strata: JointStrata | None = None
         self._generators: list[dict[str, Tensor]] = []  # states to continue from, by rank
         self._resumed_at = 0  # the step of the checkpoint
-        if not list(self.parameters()):
-            raise ValueError(
-                "arguments 'model' and 'guide': got programs without parameters of their own; expected "
-                "modules. Put pyro.param statements into a PyroModule, or train with pyro.infer.SVI."
-            )
+        require(
+            any(True for _ in self.parameters()),
+            "arguments 'model' and 'guide'",
+            "programs without parameters of their own",
+            "modules",
+            "Put pyro.param statements into a PyroModule, or train with pyro.infer.SVI.",
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimiser that was asked for, over all parameters of model and guide."""
@@ -283,11 +284,13 @@ def _sums(terms: ELBOTerms) -> Tensor:
 
 def _check_same_step(steps: list[int]) -> None:
     """Raise a ``ValueError`` on every rank if they continue from different steps."""
-    if len(set(steps)) > 1:
-        raise ValueError(
-            f"argument 'ckpt_path': got checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}; "
-            "expected the same one on all. Keep checkpoints in a folder that every node sees."
-        )
+    require(
+        len(set(steps)) <= 1,
+        "argument 'ckpt_path'",
+        f"checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}",
+        "the same one on all",
+        "Keep checkpoints in a folder that every node sees.",
+    )
 
 
 def _first_that_is_not_finite(elbo: Any, x_0: Tensor, given: dict[str, Any]) -> str:

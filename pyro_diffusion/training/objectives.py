@@ -26,9 +26,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.scoring import log_density, replayed, score
-
-__all__ = ["FreeBitsELBO", "KLWarmup", "MinimumVarianceELBO", "bound_by_datum"]
 
 _WARMUP = "Pass min(1.0, step / num_steps) for a linear warm-up."
 
@@ -91,10 +90,13 @@ def _at_least_zero(argument: str, value: Any, remedy: str, where: str = "") -> f
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number < math.inf:
-        raise ValueError(
-            f"argument {argument!r}: got {value!r}{where}; expected a number of at least 0. {remedy}"
-        )
+    require(
+        0 <= number < math.inf,
+        f"argument {argument!r}",
+        f"{value!r}{where}",
+        "a number of at least 0",
+        remedy,
+    )
     return number
 
 

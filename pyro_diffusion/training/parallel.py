@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["agreed_seed", "common_length", "gather", "over_ranks", "rank_and_size", "share"]
+from pyro_diffusion.checks import require
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -55,11 +55,13 @@ def agreed_seed() -> int:
 
 def common_length(lengths: Sequence[int], remedy: str) -> int:
     """The number of rows of several arrays, if it is the same for all and positive."""
-    if not lengths or len(set(lengths)) > 1 or lengths[0] < 1:
-        raise ValueError(
-            f"argument 'data': got {' and '.join(map(str, lengths)) or 'no'} rows; expected as many in "
-            f"each, at least one. {remedy}"
-        )
+    require(
+        len(set(lengths)) == 1 and lengths[0] >= 1,
+        "argument 'data'",
+        f"{' and '.join(map(str, lengths)) or 'no'} rows",
+        "as many in each, at least one",
+        remedy,
+    )
     return lengths[0]
 
 
