@@ -99,9 +99,8 @@ def smc_evidence(
         tqdm(total=steps, desc="evidence", unit="step", delay=5, disable=not progress, leave=False) as bar,
     ):  # fmt: skip
         parts = [_chunk(walk, data, num_particles, num_runs, num_pilot, bar) for data in chunks]
-    log_z, ess, k, least_ess = (
-        torch.cat(x, dim=-1) for x in zip(*(p[:4] for p in parts), strict=True)
-    )
+    *joined, measures = zip(*parts, strict=True)
+    log_z, ess, k, least_ess = (torch.cat(x, dim=-1) for x in joined)
     mean = log_mean(log_z)
     return Evidence(
         log_evidence=mean,
@@ -112,33 +111,26 @@ def smc_evidence(
         estimator="sequential Monte Carlo",
         num_particles=num_particles,
         data=fingerprint(x_0),
-        measure=parts[-1].measure,
+        measure=measures[-1],
     )
-
-
-class _Chunk(NamedTuple):
-    """What the runs of some data came to."""
-
-    log_z: Tensor  #: ``(R, N)``
-    ess: Tensor  #: by timestep, the mean over runs, ``(T, N)``
-    k: Tensor  #: ``(N,)``
-    least_ess: Tensor  #: ``(N,)``
-    measure: str
 
 
 def _chunk(
     walk: ReverseWalk, x_0: Tensor, num_particles: int, num_runs: int, num_pilot: int, bar: tqdm
-) -> _Chunk:
-    """A pilot run of some data, and the runs with the look-ahead that was fitted to it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+    """A pilot run of some data, and the runs with the look-ahead that was fitted to it.
+
+    Returns:
+        The logarithms of Z by run, ``(R, N)``; effective sample sizes by timestep, the mean over runs,
+        ``(T, N)``; the largest Pareto k, ``(N,)``; the least effective sample size, ``(N,)``; the measure.
+    """
     look_ahead = _run(walk, x_0, num_pilot, None, bar).fitted()
     runs = [_run(walk, x_0, num_particles, look_ahead, bar) for _ in range(num_runs)]
-    log_z, ess, at_end, k = (
-        torch.stack([getattr(run, name) for run in runs])
-        for name in ("log_z", "ess", "ess_at_end", "k")
-    )
-    ess, at_end = ess.mean(0), at_end.mean(0)
-    least_ess = torch.where(look_ahead.resampled, ess.min(0).values.minimum(at_end), at_end)
-    return _Chunk(log_z, ess, k.amax(0), least_ess, runs[-1].measure)
+    log_z, k = torch.stack([run.log_z for run in runs]), torch.stack([run.k for run in runs])
+    ess = torch.stack([torch.stack(run.ess[::-1]) for run in runs]).mean(0)
+    at_end = torch.stack([_effective(run.log_weight) for run in runs]).mean(0)
+    least_ess = torch.where(look_ahead.resampled, ess.amin(0).minimum(at_end), at_end)
+    return log_z, ess, k.amax(0), least_ess, runs[-1].measure
 
 
 class _LookAhead(NamedTuple):
@@ -146,89 +138,71 @@ class _LookAhead(NamedTuple):
     resampled: Tensor  #: data that are resampled at all, ``(N,)``
 
 
-class _Run(NamedTuple):
-    log_z: Tensor  #: ``(N,)``
-    ess: Tensor  #: by timestep, ``(T, N)``
-    features: Tensor  #: :math:`f_t` by timestep and particle, ``(T, K, N, 3)``
-    log_weight: Tensor  #: of the path up to :math:`x_t`, ``(T, K, N)``
-    log_weight_at_end: Tensor  #: of the whole path, ``(K, N)``
-    ess_at_end: Tensor  #: ``(N,)``
-    measure: str  #: of the data
-    k: Tensor  #: the largest Pareto k of weights that were averaged, on the way or at the end, ``(N,)``
-
-    def fitted(self) -> _LookAhead:
-        """Least squares of what the rest of the path weighs on the features, each timestep alone."""
-        rest = (self.log_weight_at_end - self.log_weight)[..., None]
-        rest, features = (x - x.mean(1, keepdim=True) for x in (rest, self.features))
-        rest, features = rest.transpose(1, 2), features.transpose(1, 2)  # (T, N, K, …)
-        scale = features.square().sum(-2, keepdim=True).clamp(min=1e-300).sqrt()
-        features = features / scale
-        ridge = 1e-9 * torch.eye(
-            3, dtype=scale.dtype, device=scale.device
-        )  # where two say the same
-        strength = torch.linalg.solve(features.mT @ features + ridge, features.mT @ rest)
-        strength = -(strength / scale.mT).squeeze(-1)
-        weight = self.log_weight_at_end.softmax(0)
-        return _LookAhead(strength, 1 / weight.square().sum(0) < len(weight) / 2)
-
-
 class _Particles:
-    """Particles on the way: weights, and what is resampled by."""
+    """Particles on the way: their weights, and what they are resampled by."""
+
+    measure = ""  #: of the data
 
     def __init__(self, log_weight: Tensor, look_ahead: _LookAhead | None) -> None:
         self.log_weight, self.look_ahead = log_weight, look_ahead
-        self.log_psi = torch.zeros_like(log_weight)
-        self.log_z = torch.zeros_like(log_weight[0])
+        self.log_psi, self.log_z = torch.zeros_like(log_weight), torch.zeros_like(log_weight[0])
+        #: The largest Pareto k of weights that were averaged, on the way or at the end, ``(N,)``.
         self.k = torch.full_like(self.log_z, -math.inf)
-        self.ess: list[Tensor] = []
-        self.seen: list[Tensor] = []
-        self.weights: list[Tensor] = []
+        self.ess: list[Tensor] = []  #: by timestep from T downwards, ``(N,)`` each
+        self.features: list[Tensor] = []  #: likewise :math:`f_t`, ``(K, N, 3)`` each
+        self.weights: list[Tensor] = []  #: likewise of the path up to :math:`x_t`, ``(K, N)`` each
 
     def resampled(
         self, x_t: Tensor, t: int, denoised: Denoised, features: Tensor
     ) -> tuple[Tensor, Denoised]:
         """States and what was said of them, resampled by weight and look-ahead where they are uneven.
 
-        Without a look-ahead no particle is resampled, and what the pilot has seen is kept.
+        Without a look-ahead no particle is resampled, and features and weights are kept.
         """
         if self.look_ahead is None:
-            self.seen.append(features)
+            self.features.append(features)
             self.weights.append(self.log_weight)
             return x_t, denoised
         ahead = -(self.look_ahead.strength[t - 1] * features).sum(-1)
         self.log_weight = self.log_weight + ahead - self.log_psi
-        share = self.log_weight.softmax(0)
-        self.ess.append(1 / share.square().sum(0))
-        uneven = (self.ess[-1] < len(share) / 2) & self.look_ahead.resampled
+        self.ess.append(_effective(self.log_weight))
+        uneven = (self.ess[-1] < len(ahead) / 2) & self.look_ahead.resampled
         if uneven.any():
-            self.log_z = self.log_z + torch.where(uneven, log_mean(self.log_weight), 0.0)
-            self.k = torch.where(uneven, self.k.maximum(tail(self.log_weight)), self.k)
+            in_place = torch.arange(len(ahead), device=ahead.device)[:, None]
+            rows = torch.where(uneven, _systematic(self.log_weight.softmax(0)), in_place)
+            self.average(uneven)
             self.log_weight = torch.where(uneven, 0.0, self.log_weight)
-            in_place = torch.arange(len(share), device=share.device)[:, None]
-            rows = torch.where(uneven, _systematic(share), in_place)
             x_t, ahead, denoised = taken(x_t, rows), taken(ahead, rows), taken(denoised, rows)
         self.log_psi = ahead
         return x_t, denoised
 
-    def run(self, measure: str) -> _Run:
-        """What it all came to, at the end."""
-        log_weight = self.log_weight
-        empty, share = log_weight.new_zeros(0), log_weight.softmax(0)
-        return _Run(
-            log_z=self.log_z + log_mean(log_weight),
-            ess=torch.stack(self.ess[::-1]) if self.ess else empty,
-            features=torch.stack(self.seen[::-1]) if self.seen else empty,
-            log_weight=torch.stack(self.weights[::-1]) if self.weights else empty,
-            log_weight_at_end=log_weight,
-            ess_at_end=1 / share.square().sum(0),
-            measure=measure,
-            k=self.k.maximum(tail(log_weight)),
-        )
+    def average(self, where: Tensor) -> None:
+        """Take the mean of the weights into Z, for some of the data."""
+        self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
+        self.k = torch.where(where, self.k.maximum(tail(self.log_weight)), self.k)
+
+    def fitted(self) -> _LookAhead:
+        """Least squares of what the rest of the path weighs on the features, each timestep alone."""
+        rest = (self.log_weight - torch.stack(self.weights[::-1]))[..., None]
+        features = torch.stack(self.features[::-1])
+        rest, features = (x - x.mean(1, keepdim=True) for x in (rest, features))
+        rest, features = rest.transpose(1, 2), features.transpose(1, 2)  # (T, N, K, …)
+        scale = features.square().sum(-2, keepdim=True).clamp(min=1e-300).sqrt()
+        features = features / scale
+        ridge = 1e-9 * torch.eye(3).to(scale)  # where two say the same
+        strength = torch.linalg.solve(features.mT @ features + ridge, features.mT @ rest)
+        uneven = _effective(self.log_weight) < len(self.log_weight) / 2
+        return _LookAhead(-(strength / scale.mT).squeeze(-1), uneven)
+
+
+def _effective(log_weight: Tensor) -> Tensor:
+    """The effective sample size of log-weights ``(K, N)``, shape ``(N,)``."""
+    return 1 / log_weight.softmax(0).square().sum(0)
 
 
 def _run(
     walk: ReverseWalk, x_0: Tensor, num_particles: int, look_ahead: _LookAhead | None, bar: tqdm
-) -> _Run:
+) -> _Particles:
     """One pass from x_T to x_0 with particles of each datum."""
     x = walk.target(x_0)
     q = walk.start(x)
@@ -245,7 +219,9 @@ def _run(
     end = walk.end(x_t, denoised)
     log_p = log_density(end, as_real(x_0))  # type: ignore[arg-type]
     particles.log_weight = particles.log_weight + log_p - particles.log_psi
-    return particles.run(measure_of(end))
+    particles.average(torch.ones_like(particles.log_z, dtype=torch.bool))
+    particles.measure = measure_of(end)
+    return particles
 
 
 def _features(
