@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyro.distributions as dist
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
@@ -71,7 +70,7 @@ class GaussianLayer(nn.Module):
         super().__init__()
         self.network = FeedForward(input_shape, (2, *output_shape), **settings)
 
-    def forward(self, h: Tensor) -> TorchDistribution:
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
         event_dim = len(self.network.output_shape) - 1
         mean, raw = apply_layer(self.network, h).unbind(-1 - event_dim)
@@ -122,7 +121,7 @@ class BottomUpEncoder(nn.Module):
         """Number of levels, one for each layer."""
         return len(self.layers)
 
-    def transition(self, h: Tensor, t: int) -> TorchDistribution:
+    def transition(self, h: Tensor, t: int) -> dist.TorchDistribution:
         r""":math:`q(h_t \mid h_{t-1})`."""
         return self.layers[t - 1](h)
 
@@ -135,13 +134,13 @@ class TopDownEncoder(nn.Module, ABC):
         """The context ``c`` of embedded data ``x``, computed once for all levels."""
 
     @abstractmethod
-    def initial(self, c: Any) -> TorchDistribution:
+    def initial(self, c: Any) -> dist.TorchDistribution:
         r""":math:`q(h_T \mid x)`."""
 
     @abstractmethod
     def transition(
-        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
-    ) -> TorchDistribution:
+        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], dist.TorchDistribution]
+    ) -> dist.TorchDistribution:
         r""":math:`q(h_{t-1} \mid h_t, x)`; ``decoder(h, t)`` is the model's :math:`p(h_{t-1} \mid h_t)`."""
 
 
@@ -222,7 +221,7 @@ class LadderEncoder(TopDownEncoder):
         """Number of levels, one for each head."""
         return len(self.heads)
 
-    def encode(self, x: Tensor) -> list[TorchDistribution]:
+    def encode(self, x: Tensor) -> list[dist.TorchDistribution]:
         r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
         d, levels = x, []
         for step, head in zip(self.path, self.heads, strict=True):
@@ -230,16 +229,16 @@ class LadderEncoder(TopDownEncoder):
             levels.append(head(d))
         return levels
 
-    def initial(self, c: list[TorchDistribution]) -> TorchDistribution:
+    def initial(self, c: list[dist.TorchDistribution]) -> dist.TorchDistribution:
         return c[-1]
 
     def transition(
         self,
         h: Tensor,
-        c: list[TorchDistribution],
+        c: list[dist.TorchDistribution],
         t: int,
-        decoder: Callable[[Tensor, int], TorchDistribution],
-    ) -> TorchDistribution:
+        decoder: Callable[[Tensor, int], dist.TorchDistribution],
+    ) -> dist.TorchDistribution:
         return _merge(c[t - 2], decoder(h, t))
 
 
@@ -259,7 +258,7 @@ def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:
     return [shape, *(check_shape("latent_sizes", tuple(level), _SIZES) for level in levels)]
 
 
-def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
+def _merge(q_hat: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchDistribution:
     """The product of two Gaussians over one latent, normalised: their precisions add up."""
     q, p = _check_normals(q_hat, p)
     precision = q.scale**-2 + p.scale**-2
@@ -267,7 +266,7 @@ def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
     return dist.Normal(mean, precision.rsqrt()).to_event(len(q_hat.event_shape))
 
 
-def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
+def _check_normals(q_hat: dist.TorchDistribution, p: dist.TorchDistribution) -> list[Any]:
     """The two Normals without their event dimensions, if they are Normals over one latent."""
     if q_hat.event_shape != p.event_shape:
         raise ValueError(

@@ -18,7 +18,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
@@ -174,7 +173,9 @@ class Family(ParamScope, ABC):
             log_jacobian = torch.where(mask, log_jacobian, 0.0)
         return log_jacobian.reshape(len(x_0), -1).sum(1)
 
-    def data_kernel(self, kernel: TorchDistribution, batch_shape: torch.Size) -> TorchDistribution:
+    def data_kernel(
+        self, kernel: dist.TorchDistribution, batch_shape: torch.Size
+    ) -> dist.TorchDistribution:
         """The last kernel in the user's units, everything but the batch as event dimensions."""
         if isinstance(kernel, Independent):
             kernel = kernel.base_dist

@@ -25,7 +25,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -203,17 +202,17 @@ class HierarchicalVAE(Family):
 
     # The kernels of the programs.
 
-    def prior(self) -> TorchDistribution:
+    def prior(self) -> dist.TorchDistribution:
         """:math:`p(h_T) = N(0, I)`."""
         shape = self.latent_shapes[-1]
         zero = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return dist.Normal(zero, 1.0).to_event(len(shape))
 
-    def transition(self, h: Tensor, t: int) -> TorchDistribution:
+    def transition(self, h: Tensor, t: int) -> dist.TorchDistribution:
         r""":math:`p(h_{t-1} \mid h_t)`, t = T … 2."""
         return self._checked(self.decoder[t - 1](h), t - 1, "decoder")
 
-    def decode(self, h: Tensor) -> TorchDistribution:
+    def decode(self, h: Tensor) -> dist.TorchDistribution:
         r""":math:`p(x \mid h_1)`."""
         output = apply_layer(self.decoder[0], h)
         if self.likelihood is not None:
@@ -225,19 +224,19 @@ class HierarchicalVAE(Family):
             )
         return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
 
-    def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
+    def _bottom_up(self, h: Tensor, t: int) -> dist.TorchDistribution:
         return self._checked(self.encoder.transition(h, t), t, "encoder")
 
     def _encode(self, x_0: Tensor, mask: Tensor | None = None) -> Any:
         return self.encoder.encode(self.embed(x_0, mask))
 
-    def _initial(self, c: Any) -> TorchDistribution:
+    def _initial(self, c: Any) -> dist.TorchDistribution:
         return self._checked(self.encoder.initial(c), self.num_timesteps, "encoder")
 
-    def _top_down(self, h: Tensor, c: Any, t: int) -> TorchDistribution:
+    def _top_down(self, h: Tensor, c: Any, t: int) -> dist.TorchDistribution:
         return self._checked(self.encoder.transition(h, c, t, self.transition), t - 1, "encoder")
 
-    def _checked(self, kernel: Any, t: int, layers: str) -> TorchDistribution:
+    def _checked(self, kernel: Any, t: int, layers: str) -> dist.TorchDistribution:
         """A layer's kernel over the latent of level ``t``, if it is a distribution over it."""
         shape = self.latent_shapes[t - 1]
         if getattr(kernel, "event_shape", None) != shape:

@@ -59,7 +59,13 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
     num_particles = _check_comparable(evidence)
     good_k = arviz_bridge.good_k(num_particles)
     reliable = torch.stack([e.pareto_k < good_k for e in evidence.values()]).all(0)
-    _check_bounds(evidence, reliable, good_k)
+    require(
+        bool(reliable.all()) or all(e.elbo is not None for e in evidence.values()),
+        "argument 'evidence'",
+        f"k ≥ {good_k:.2g} for {int((~reliable).sum())} data and no bound to rank them by",
+        "one",
+        "Use importance_evidence, whose draws give both.",
+    )
     scored = zip(*(_scored(e, reliable) for e in evidence.values()), strict=True)
     scores, errors, ks = (dict(zip(evidence, values, strict=True)) for values in scored)
     table = arviz_bridge.compare_scores(scores, errors, ks, num_particles)
@@ -92,7 +98,17 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
         check_argument(f"evidence[{name!r}]", e, Evidence, example)
     (first, reference), *others = evidence.items()
     for name, other in others:
-        _check_alike(first, reference, name, other)
+        for what in ("data", "measure", "estimator", "num_particles"):
+            ours, theirs = getattr(reference, what), getattr(other, what)
+            values = "" if what == "data" else f" ({theirs!r} and {ours!r})"
+            require(
+                ours == theirs and len(reference.ess) == len(other.ess),
+                "argument 'evidence'",
+                f"{name!r} and {first!r} with other {what}{values}",
+                "one and the same for all, data in one order, or the scores differ for reasons that are not "
+                "the models'",
+                "Estimate all of them alike.",
+            )
     require(
         not any(e.pareto_k.isnan().any() for e in evidence.values()),
         "argument 'evidence'",
@@ -101,28 +117,6 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
         "Pass num_particles=1000, say.",
     )
     return reference.num_particles
-
-
-def _check_alike(first: str, reference: Evidence, name: str, other: Evidence) -> None:
-    for what in ("data", "measure", "estimator", "num_particles"):
-        ours, theirs = getattr(reference, what), getattr(other, what)
-        if ours != theirs or len(reference.ess) != len(other.ess):
-            values = "" if what == "data" else f" ({theirs!r} and {ours!r})"
-            raise ValueError(
-                f"argument 'evidence': got {name!r} and {first!r} with other {what}{values}; expected "
-                "one and the same for all, data in one order, or the scores differ for reasons that are "
-                "not the models'. Estimate all of them alike."
-            )
-
-
-def _check_bounds(evidence: Mapping[str, Evidence], reliable: Tensor, good_k: float) -> None:
-    require(
-        bool(reliable.all()) or all(e.elbo is not None for e in evidence.values()),
-        "argument 'evidence'",
-        f"k ≥ {good_k:.2g} for {int((~reliable).sum())} data and no bound to rank them by",
-        "one",
-        "Use importance_evidence, whose draws give both.",
-    )
 
 
 def _scored(e: Evidence, reliable: Tensor) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":

@@ -34,7 +34,6 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.family import Family, Pair, programs
 from pyro_diffusion.networks import evaluating
-from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.walk import ROWS
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def to_arviz(
         "importance": _importance(average(drawn.log_weight)._replace(data=fingerprint(x_0))),
     }
     if isinstance(family, DiffusionModel):
-        groups["constant_data"] = _schedule(family.schedule)
+        groups["constant_data"] = _curves(family)
     return arviz_bridge.as_arviz(groups)
 
 
@@ -263,8 +262,9 @@ def _importance(evidence: Evidence) -> "xarray.Dataset":
     )  # fmt: skip
 
 
-def _schedule(schedule: NoiseSchedule) -> "xarray.Dataset":
-    """The curves of a schedule by timestep. A curve for each entry is averaged over entries."""
+def _curves(diffusion: DiffusionModel) -> "xarray.Dataset":
+    """The curves of the schedule by timestep. A curve for each entry is averaged over entries."""
+    schedule = diffusion.schedule
     t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
     curves = {"alpha_bar": schedule.alpha_bar(t), "log_snr": schedule.log_snr(t)}
     means = {name: x.reshape(len(t), -1).mean(1) for name, x in curves.items()}

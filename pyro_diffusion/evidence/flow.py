@@ -33,7 +33,6 @@ from pyro_diffusion.checks import check_count, check_data, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.networks import evaluating
-from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.walk import look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
@@ -149,11 +148,11 @@ def _velocity(
     diffusion: DiffusionModel, probes: Tensor, *, exact: bool
 ) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
     """dx/dλ and its divergence, for the solver."""
-    schedule, size = diffusion.schedule, diffusion.event_shape.numel()
+    size = diffusion.event_shape.numel()
 
     def at(log_snr: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """At a level, for a path and its divergence so far."""
-        signal, growth = _signal(schedule, log_snr)
+        signal, growth = _signal(diffusion, log_snr)
         x = path[0].to(diffusion.dtype)
         said, products = look(
             diffusion.denoiser,
@@ -172,11 +171,11 @@ def _velocity(
     return at
 
 
-def _signal(schedule: NoiseSchedule, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+def _signal(diffusion: DiffusionModel, log_snr: Tensor) -> tuple[Tensor, Tensor]:
     r"""The signal :math:`a` at a level, and :math:`d \log a / d\lambda`."""
     with torch.enable_grad():
         level = log_snr.detach().double().requires_grad_()
-        signal = schedule.scales(level)[0]
+        signal = diffusion.schedule.scales(level)[0]
         # of a variance-exploding chain the signal is one at every level
         growth = torch.zeros_like(level)
         if signal.requires_grad:
@@ -204,13 +203,15 @@ def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> Non
         "Use importance_evidence.",
     )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
-    if state == 0 and (diffusion.likelihood is not None or levels):
-        what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)
-        raise ValueError(
-            f"argument 'diffusion': got a model with {what} between its states and the data; expected none, "
-            "for the flow has a density of states. Dequantise the data and fit a model without a likelihood, "
-            "ask for a state (state=1), or use importance_evidence."
-        )
+    what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)
+    require(
+        state != 0 or (diffusion.likelihood is None and not levels),
+        "argument 'diffusion'",
+        f"a model with {what} between its states and the data",
+        "none, for the flow has a density of states",
+        "Dequantise the data and fit a model without a likelihood, ask for a state (state=1), or use "
+        "importance_evidence.",
+    )
     if num_probes is not None:
         remedy = "Leave it out for the exact trace of small data."
         check_count("num_probes", num_probes, 2, remedy, "whose spread is the standard error")

@@ -134,11 +134,18 @@ class SVIModule(lightning.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Read the bound of a batch, with every timestep."""
-        self._read("val", batch)
+        x_0, given = split_batch(batch)
+        if not len(x_0):  # the end of a share that is shorter than another rank's
+            return
+        model, guide = self.validation
+        with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
+            torch.manual_seed(rank_and_size()[0] * _MANY_BATCHES + len(self._sums))
+            terms = elbo_terms(
+                model, guide, x_0, num_particles=self.num_particles, progress=False, **given
+            )
+        self._sums.append(_sums(terms))
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As in validation."""
-        self._read("test", batch)
+    test_step = validation_step
 
     def on_fit_start(self) -> None:
         """Give each rank noise of its own, or the generators' states that a checkpoint has for it."""
@@ -146,7 +153,14 @@ class SVIModule(lightning.LightningModule):
         self._strata = None
         self._restore_generators()
         if world_size > 1:
-            _check_same_step(gather(self._resumed_at))
+            steps = gather(self._resumed_at)
+            require(
+                len(set(steps)) == 1,
+                "argument 'ckpt_path'",
+                f"checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}",
+                "the same one on all",
+                "Keep checkpoints in a folder that every node sees.",
+            )
             seed = agreed_seed()
             self._strata = JointStrata(rank, world_size, seed, self.device)
             torch.manual_seed(seed + rank)
@@ -200,18 +214,6 @@ class SVIModule(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the terms."""
         self._mean_terms("test")
-
-    def _read(self, stage: str, batch: Any) -> None:
-        x_0, given = split_batch(batch)
-        if not len(x_0):  # the end of a share that is shorter than another rank's
-            return
-        model, guide = self.validation
-        with torch.random.fork_rng([x_0.device] if x_0.is_cuda else []):
-            torch.manual_seed(rank_and_size()[0] * _MANY_BATCHES + len(self._sums))
-            terms = elbo_terms(
-                model, guide, x_0, num_particles=self.num_particles, progress=False, **given
-            )
-        self._sums.append(_sums(terms))
 
     def _mean_terms(self, stage: str) -> Tensor:
         """Terms by timestep, averaged over the data of all processes, and logged in blocks."""
@@ -280,17 +282,6 @@ def _sums(terms: ELBOTerms) -> Tensor:
     rows = torch.cat([terms.reconstruction[None], terms.transition, terms.prior[None]])
     bits = torch.full_like(rows[:1], terms.bits_per_dim().value)
     return torch.cat([rows, terms.elbo.square()[None], bits, torch.ones_like(bits)]).sum(1)
-
-
-def _check_same_step(steps: list[int]) -> None:
-    """Raise a ``ValueError`` on every rank if they continue from different steps."""
-    require(
-        len(set(steps)) <= 1,
-        "argument 'ckpt_path'",
-        f"checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}",
-        "the same one on all",
-        "Keep checkpoints in a folder that every node sees.",
-    )
 
 
 def _first_that_is_not_finite(elbo: Any, x_0: Tensor, given: dict[str, Any]) -> str:
