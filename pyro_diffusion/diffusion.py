@@ -94,8 +94,10 @@ class DiffusionModel(Family):
             "Use prediction=LevelPrediction(K) without one.",
         )
         if likelihood is not None or transform is not None:
-            argument = "transform" if likelihood is None else "likelihood"
-            denoiser.process.check_has_score(argument, "Leave it out: the data are the states.")
+            denoiser.process.check_has_score(
+                "transform" if likelihood is None else "likelihood",
+                "Leave it out: the data are the states.",
+            )
         self.denoiser = denoiser
 
     @property

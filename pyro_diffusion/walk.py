@@ -89,8 +89,9 @@ class ReverseWalk:
             return denoised.x_0_hat
         schedule, ends = self.diffusion.schedule, torch.tensor([self.state, t + self.state])
         step = ChainStep.between(schedule, *schedule.log_snr(ends.to(x_t.device)))
-        missing = self.process.event_dim - schedule.event_dim
-        return posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=missing)
+        return posterior_mean(
+            x_t, denoised.x_0_hat, step, missing_dim=self.diffusion.process.missing_dim
+        )
 
 
 Pull = Callable[[Denoised, slice], Sequence[Tensor]]
@@ -125,7 +126,7 @@ def look(
     if count <= rows and pull is None:
         return denoiser.denoise(x_t, log_snr), []
     flat = x_t.reshape(count, *denoiser.event_shape)
-    slices = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+    slices = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
     parts = [_look(denoiser, flat[part], log_snr, pull, part) for part in slices]
     joined = [
         None if values[0] is None else torch.cat(values).reshape(batch_shape + values[0].shape[1:])
@@ -143,8 +144,10 @@ def _look(
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
         said = denoiser.denoise(x_t, log_snr)
-        values = [value.sum() for value in pull(said, part)]
-        gradients = [torch.autograd.grad(v, x_t, retain_graph=True)[0] for v in values]
+        gradients = [
+            torch.autograd.grad(value.sum(), x_t, retain_graph=True)[0]
+            for value in pull(said, part)
+        ]
     return Denoised(*(None if x is None else x.detach() for x in said)), gradients  # type: ignore[arg-type]
 
 

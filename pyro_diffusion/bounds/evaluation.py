@@ -75,8 +75,9 @@ class BoundEvaluation(NamedTuple):
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
-        estimate = Estimate.of(self.elbo, self.standard_error)
-        return estimate._replace(monte_carlo_error=self.monte_carlo_error)
+        return Estimate.of(self.elbo, self.standard_error)._replace(
+            monte_carlo_error=self.monte_carlo_error
+        )
 
     def bits_per_dim(self) -> Estimate:
         r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors."""
@@ -153,8 +154,7 @@ def _replicated(
     size = total = min(size, largest)
     values = plan.replicates(size)
     while (error := _error_of_mean(values)) > standard_error and rows.spent < max_rows:
-        times = max(1, 1.2 * (error / standard_error) ** 2 - 1)
-        size = min(math.ceil(total * times), largest)
+        size = min(math.ceil(total * max(1, 1.2 * (error / standard_error) ** 2 - 1)), largest)
         values = (total * values + size * plan.replicates(size)) / (total + size)
         total += size
     if error > standard_error:

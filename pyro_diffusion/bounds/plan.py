@@ -45,8 +45,9 @@ class Rows:
         self.edges = time.edges(_GROUPS).to(x_0.device)
         self.sizes = torch.cat((torch.ones_like(self.edges[:1]), self.edges.diff()))
         # What costs no row: the term at x_T, and the part of the likelihood that a transform makes.
-        last = torch.as_tensor(time.last, device=x_0.device)
-        marginal = time.marginal(diffusion.process, self.embedded, last)
+        marginal = time.marginal(
+            diffusion.process, self.embedded, torch.as_tensor(time.last, device=x_0.device)
+        )
         self.log_volume = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
         if diffusion.transform is not None:
             self.log_volume = diffusion.log_volume(x_0).double()
@@ -87,8 +88,8 @@ class Rows:
             return reconstruction
         # Rows of the reconstruction have no posterior; any kernel will do there.
         there = torch.where(first, torch.as_tensor(time.last, device=t.device), t)
-        q = time.posterior(self.diffusion.process, x_t, x_0, there)
-        return torch.where(first, reconstruction, -score(q, p).term)
+        site = score(time.posterior(self.diffusion.process, x_t, x_0, there), p)
+        return torch.where(first, reconstruction, -site.term)
 
     def systematic(self, num_points: int, shares: Tensor) -> Tensor:
         """One replicate of every datum's bound, less what is known: ``num_points`` rows of each."""
@@ -106,8 +107,8 @@ class Rows:
         """Whole paths: the bound by KLs, less what is known, and what log-ratios add by group of sites."""
         self.spent += len(data) * len(self.walk.timesteps)
         parts = [self._paths(part) for part in data.split(self.batch_size)]
-        bounds, excess = (torch.cat(x) for x in zip(*parts, strict=True))
-        return bounds, excess
+        bounds, excess = zip(*parts, strict=True)
+        return torch.cat(bounds), torch.cat(excess)
 
     def _paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
         walk, x_0 = self.walk, self.embedded[data]
@@ -151,13 +152,12 @@ def planned(rows: Rows, standard_error: float) -> Plan:
 
             def sum_of_paths(size: int) -> Tensor:
                 """Whole paths of every datum, with the coefficients of the pilot."""
-                data = torch.arange(count, device=rows.x_0.device).repeat(size)
-                bound, excess = rows.paths(data)
+                bound, excess = rows.paths(torch.arange(count, device=rows.x_0.device).repeat(size))
                 return (bound - excess @ strength).reshape(size, count).mean(0)
 
             size = math.ceil(1.2 * paths_needed / _PATH_REPLICATES)
-            one = count * int(rows.time.num_timesteps)
-            return Plan(sum_of_paths, size, _PATH_REPLICATES, one, name, shares[:0])
+            rows_of_one = count * int(rows.time.num_timesteps)
+            return Plan(sum_of_paths, size, _PATH_REPLICATES, rows_of_one, name, shares[:0])
     size = math.ceil(1.2 * rows_needed / _REPLICATES)
 
     return Plan(
@@ -190,8 +190,8 @@ def _pilot(rows: Rows) -> tuple[Tensor, float]:
 def _path_pilot(rows: Rows) -> tuple[Tensor, float, str]:
     """Coefficients of the log-ratios by group, a path's variance with them, and what the sum is called."""
     count = min(len(rows.x_0), 8)
-    data = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
-    bound, excess = rows.paths(data.repeat(_PILOT_PATHS))
+    chosen = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
+    bound, excess = rows.paths(chosen.repeat(_PILOT_PATHS))
     bound, excess = bound.reshape(_PILOT_PATHS, count), excess.reshape(_PILOT_PATHS, count, -1)
     bound, excess = (x - x.mean(0) for x in (bound, excess))
     freedom = count * (_PILOT_PATHS - 1)

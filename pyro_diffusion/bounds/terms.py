@@ -107,8 +107,8 @@ class ELBOTerms(NamedTuple):
         evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
         levels = sorted({1 + round((last - 1) * share) for share in evenly})
         lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in (0, *levels)]
-        total = sum(term.value for term in terms[1:])
-        lines.insert(1, (f"sum over {last} latent sites", f"{total:.4f}"))
+        total = f"{sum(term.value for term in terms[1:]):.4f}"
+        lines.insert(1, (f"sum over {last} latent sites", total))
         lines.append(("ELBO", str(self.mean())))
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
@@ -144,12 +144,12 @@ class ELBOTerms(NamedTuple):
         """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
         import xarray
 
-        latent = "mean KL" if self.is_kl else "mean log-ratio"
+        kind = "KL" if self.is_kl else "log-ratio"
         fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
             "elbo": (("data",), self.elbo, "evidence lower bound"),
             "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
             "reconstruction": (("data",), self.reconstruction, "expected log p(x_0 | x_1)"),
-            "transition": (("timestep", "data"), self.transition, f"{latent} at site x_t"),
+            "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),
                 self.term_standard_error[1:-1],
@@ -168,7 +168,7 @@ class ELBOTerms(NamedTuple):
                 "data": range(len(self.prior)),
             },
             attrs={
-                "kind": "KL" if self.is_kl else "log-ratio",
+                "kind": kind,
                 "event_size": self.event_size,
                 "bits_per_dim": bits.value,
                 "bits_per_dim_monte_carlo_error": bits.monte_carlo_error,

@@ -97,11 +97,11 @@ def trajectory_terms(
     chunk_data = min(len(x_0), batch_size)
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)
-    settings = {"unit": "site", "delay": 5, "disable": not progress, "leave": False}
-    with tqdm(total=0, desc=description, **settings) as bar:
+    with tqdm(
+        total=0, desc=description, unit="site", delay=5, disable=not progress, leave=False
+    ) as bar:
         for start in range(0, len(x_0), chunk_data):
-            rows = slice(start, start + chunk_data)
-            data, parts = together(itemgetter(rows), x_0, given)
+            data, parts = together(itemgetter(slice(start, start + chunk_data)), x_0, given)
             for first in range(0, num_particles, chunk_particles):
                 times = min(chunk_particles, num_particles - first)
                 rows_of_all = together(partial(repeated, times=times), data, parts)

@@ -125,8 +125,7 @@ def _scored(e: Evidence, reliable: Tensor) -> "tuple[np.ndarray, np.ndarray, np.
     if e.elbo is not None and e.elbo_standard_error is not None:
         score = torch.where(reliable, score, e.elbo)
         error = torch.where(reliable, error, e.elbo_standard_error)
-    k = e.pareto_k.masked_fill(~reliable, -math.inf)
-    return as_numpy(score), as_numpy(error), as_numpy(k)
+    return as_numpy(score), as_numpy(error), as_numpy(e.pareto_k.masked_fill(~reliable, -math.inf))
 
 
 def _score_in_words(reliable: int, total: int) -> str:

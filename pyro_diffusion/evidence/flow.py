@@ -134,8 +134,8 @@ def _solve(
     divergence = x.new_zeros(1 if num_probes is None else num_probes, len(x), dtype=torch.float64)
     start = (x.double(), divergence)
     velocity = _velocity(diffusion, probes, exact=num_probes is None)
-    log_snr = schedule.log_snr(ends).detach()
     with torch.no_grad():
+        log_snr = schedule.log_snr(ends)
         if ends[0] < ends[1]:
             path = odeint(velocity, start, log_snr, rtol=rtol, atol=atol, method="dopri5")
             start = tuple(values[-1] for values in path)
@@ -160,10 +160,7 @@ def _velocity(
             log_snr.expand(()),
             pull=lambda said, part: [said.x_0_hat * e[part] for e in probes],
         )
-        traces = [
-            (product * e).reshape(len(x), -1) for product, e in zip(products, probes, strict=True)
-        ]
-        trace = torch.stack([each.double().sum(1) for each in traces])
+        trace = (torch.stack(products) * probes).reshape(*probes.shape[:2], -1).double().sum(2)
         trace = trace.sum(0, keepdim=True) if exact else trace
         dx = (growth - 0.5) * path[0] + 0.5 * signal * said.x_0_hat.double()
         return dx, (growth - 0.5) * size + 0.5 * signal * trace
@@ -187,8 +184,8 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
     """Unit vectors for the exact trace, or random signs for each datum."""
     if num_probes is None:
         size = x[0].numel()
-        unit = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
-        return unit.expand(size, *x.shape)
+        unit = torch.eye(size, dtype=x.dtype, device=x.device)
+        return unit.reshape(size, 1, *x.shape[1:]).expand(size, *x.shape)
     return 2.0 * torch.randint(2, (num_probes, *x.shape), dtype=x.dtype, device=x.device) - 1.0
 
 

@@ -191,8 +191,10 @@ class _Particles:
         features = features / scale
         ridge = 1e-9 * torch.eye(3).to(scale)  # where two say the same
         strength = torch.linalg.solve(features.mT @ features + ridge, features.mT @ rest)
-        uneven = _effective(self.log_weight) < len(self.log_weight) / 2
-        return _LookAhead(-(strength / scale.mT).squeeze(-1), uneven)
+        return _LookAhead(
+            strength=-(strength / scale.mT).squeeze(-1),
+            resampled=_effective(self.log_weight) < len(self.log_weight) / 2,
+        )
 
 
 def _effective(log_weight: Tensor) -> Tensor:
@@ -210,8 +212,7 @@ def _run(
     particles, x_t = _Particles(-site.log_ratio, look_ahead), site.x
     for t in walk.timesteps:
         denoised = walk.look(x_t, t)
-        features = _features(walk, x_t, t, denoised, x)
-        x_t, denoised = particles.resampled(x_t, t, denoised, features)
+        x_t, denoised = particles.resampled(x_t, t, denoised, _features(walk, x_t, t, denoised, x))
         if t > 1:
             site = walk.step(x_t, x, t, denoised)
             x_t, particles.log_weight = site.x, particles.log_weight - site.log_ratio

@@ -162,8 +162,7 @@ def _bound(
     result = evaluate_bound(
         diffusion, x_0, standard_error=standard_error, num_timesteps=num_timesteps
     )
-    name = f"by {result.estimator}"
-    return SummaryRow(model, name, "bound", result.mean(), len(x_0), len(x_0))
+    return SummaryRow(model, f"by {result.estimator}", "bound", result.mean(), len(x_0), len(x_0))
 
 
 def _estimate(model: str, evidence: Evidence) -> SummaryRow:

@@ -151,8 +151,13 @@ class ShuffledBatches(Batches):
 
     def state_dict(self) -> dict[str, int]:
         """The position, with the seed, the number of rows and the step that it depends on."""
-        position = {name: getattr(self, name) for name in ("epoch", "taken", "seed", "num_data")}
-        return position | {"step": self._step}
+        return {
+            "epoch": self.epoch,
+            "taken": self.taken,
+            "seed": self.seed,
+            "num_data": self.num_data,
+            "step": self._step,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Continue from a position in the same data, with as many rows a step on all ranks together."""
@@ -194,8 +199,8 @@ class OrderedBatches(Batches):
     """
 
     def __len__(self) -> int:
-        largest = math.ceil(self.num_data / rank_and_size()[1])
-        return math.ceil(largest / self.batch_size)
+        largest_share = math.ceil(self.num_data / rank_and_size()[1])
+        return math.ceil(largest_share / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         rows = share(self.num_data)
