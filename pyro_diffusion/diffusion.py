@@ -52,7 +52,7 @@ class DiffusionModel(Family):
     ``subsampled()`` is the pair one trains with. All of them share the parameters of this object.
 
     Args:
-        denoiser: The reverse kernels, which bring schedule and event shape.
+        denoiser: The reverse kernels. Schedule and event shape are those of the denoiser.
         likelihood: :math:`p(x_0 \mid x_1)` given :math:`\hat x_0(x_1)`, and the embedding of the
             data; ``None`` takes the denoiser's own: its kernel at ``t = 1`` and the data as they are,
             or its levels if it predicts levels.
@@ -199,8 +199,9 @@ class DiffusionModel(Family):
                 - \mathrm{KL}\big(q(x_{\lambda(1)} \mid x_0) \,\|\, p\big)
                 + \tfrac12 \int_0^1 \tfrac{d\,\mathrm{SNR}}{du}\, E \lVert x_0 - \hat x_0(x_u) \rVert^2\, du .
 
-        Of the curve only the ends are in it, and of the reverse kernels only the mean: their variances
-        have one limit. Used as :meth:`subsampled` is, for training or for evaluation.
+        It depends on the schedule through the ends of the curve only, and on the reverse kernels through
+        their means only, because all variances have the same limit. The pair is used like that of
+        :meth:`subsampled`, for training or for evaluation.
 
         Args:
             num_timesteps: Draws ``k`` for each datum, and rows of the network that a step costs.
@@ -225,7 +226,7 @@ class DiffusionModel(Family):
         )
 
     def with_both_ends(self) -> Self:
-        r"""The model itself; of one step, which stands at :math:`\lambda(1)` alone, that of two."""
+        r"""The model; for a model of one step, whose only state is at :math:`\lambda(1)`, that of two."""
         return self if self.schedule.num_timesteps > 1 else self.with_num_timesteps(2)
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
@@ -239,8 +240,8 @@ class DiffusionModel(Family):
     def strided(self, timesteps: int | Sequence[int]) -> Self:
         r"""The same model, parameters and their names included, on some of its timesteps.
 
-        Its states are states of this chain, and its programs are a chain of fewer, longer steps: with fewer
-        network calls, and a bound of its own.
+        Its states are states of this chain. Its programs take fewer and longer steps, with fewer network
+        calls, and have a bound of their own.
 
         Args:
             timesteps: Increasing whole numbers in ``1 … T``; or how many, evenly spaced from the first to the
@@ -278,7 +279,7 @@ class DiffusionModel(Family):
         return self.process.gap
 
     def state_mask(self, mask: Tensor) -> Tensor:
-        """Observed entries of a state: latents are the data's entries with noise."""
+        """Observed entries of a state: those whose entry of the datum was observed."""
         return self.embed_mask(mask)
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -348,12 +349,12 @@ _MOVED: dict[str, tuple[str, Callable[[DiffusionModel], Any]]] = {
 
 
 class BernoulliDiffusion(DiffusionModel):
-    r"""A diffusion model of bits: the same chains, whose denoiser brings binomial kernels.
+    r"""A diffusion model of bits: the same chains, with the binomial kernels of its denoiser.
 
     The name is that of version 0.1. ``DiffusionModel(denoiser)`` is the same model.
 
     Args:
-        denoiser: The reverse kernels, which bring schedule, rate and event shape.
+        denoiser: The reverse kernels. Schedule, rate and event shape are those of the denoiser.
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
 
     Raises:

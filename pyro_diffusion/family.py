@@ -101,7 +101,7 @@ class Family(ParamScope, ABC):
             return self.model(context=context, num_samples=num_samples)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        """A family is not a program, and says so where it is called as one."""
+        """Refuse a call: a family is no program, but has programs."""
         raise ValueError(
             f"argument 'model' or 'guide': got a {type(self).__name__}; expected one of its programs. Pass "
             "its .model and its .guide, as in SVI(family.model, family.guide, …)."

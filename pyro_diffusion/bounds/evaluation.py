@@ -1,8 +1,8 @@
-r"""The bound to an asked-for Monte Carlo error, for the least network rows.
+r"""The mean bound over data to a Monte Carlo error that is asked for, with few network rows.
 
-A full sum over a chain of :math:`T` steps costs :math:`N T` network rows and is far more exact than anybody
-asks. Most of its terms are small or quiet. :func:`evaluate_bound` spends rows where the noise is, in one of
-two ways, and a pilot run says which:
+A full sum over a chain of :math:`T` steps costs :math:`N T` network rows. It is more exact than needed, since
+most of its terms are small or have little noise. :func:`evaluate_bound` spends rows where the noise is, in
+one of two ways, and chooses between them after a pilot run:
 
 *Single timesteps.* Each datum has a few, drawn systematically (:math:`h` evenly spaced points through the
 quantile function) from a law that follows the noise of the terms,
@@ -11,7 +11,8 @@ quantile function) from a law that follows the noise of the terms,
     \widehat{\mathrm{ELBO}} = -L_T - \frac1h \sum_{i=1}^h \frac{L_{t_i}}{\pi(t_i)}, \qquad
     \pi(t) \propto \sqrt{\operatorname{Var} L_t} .
 
-Of a row alone the analytic KL is the quietest estimate, being the mean of the log-ratio given :math:`x_t`.
+For a single row the analytic KL has the least noise, because it is the mean of the log-ratio given
+:math:`x_t`.
 
 *Whole paths*, where the error asked for needs that many rows. Along a path log-ratios cancel: at an exact
 denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is noisy. In between it is
@@ -20,12 +21,12 @@ denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is
     L_t = \mathrm{KL}_t
         + c_t \Big( \log \frac{q(x_{t-1} \mid x_t, x_0)}{p(x_{t-1} \mid x_t)} - \mathrm{KL}_t \Big),
 
-whose bracket has mean zero, with :math:`c_t` zero (KL), one (path) or fitted (a control variate), whichever
-was the quietest in the pilot.
+whose bracket has mean zero. The coefficient :math:`c_t` is zero (KL), one (path) or fitted (a control
+variate), whichever had the least noise in the pilot run.
 
-All data together cover the timesteps evenly. Independent replicates of the whole give the error, whatever the
-way of drawing. It is looked at rarely: each time that it is too large the rows are doubled at least, so that
-stopping where it happens to be small biases the mean little.
+All data together cover the timesteps evenly. Independent replicates give the error of either way. The error
+is looked at rarely, because stopping where it happens to be small biases the mean: each time that it is too
+large, the rows are at least doubled.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).

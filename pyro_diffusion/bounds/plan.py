@@ -44,7 +44,7 @@ class Rows:
         self.spent = 0
         self.edges = time.edges(_GROUPS).to(x_0.device)
         self.sizes = torch.cat((torch.ones_like(self.edges[:1]), self.edges.diff()))
-        # What costs no row: the term at x_T, and the part of the likelihood that a transform makes.
+        # Two parts of the bound cost no row: the term at x_T, and a transform's share of the likelihood.
         marginal = time.marginal(
             diffusion.process, self.embedded, torch.as_tensor(time.last, device=x_0.device)
         )
@@ -92,7 +92,7 @@ class Rows:
         return torch.where(first, reconstruction, -site.term)
 
     def systematic(self, num_points: int, shares: Tensor) -> Tensor:
-        """One replicate of every datum's bound, less what is known: ``num_points`` rows of each."""
+        """One replicate of every datum's bound, without ``known``: ``num_points`` rows of each."""
         count, device = len(self.x_0), self.x_0.device
         offset = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         points = (torch.arange(num_points, device=device)[:, None] + offset.double()) / num_points
@@ -104,7 +104,7 @@ class Rows:
         return (terms.reshape(group.shape) * (self.sizes / shares)[group]).mean(0)
 
     def paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole paths: the bound by KLs, less what is known, and what log-ratios add by group of sites."""
+        """The bound of whole paths by KLs, without ``known``, and what log-ratios add by group of sites."""
         self.spent += len(data) * len(self.walk.timesteps)
         parts = [self._paths(part) for part in data.split(self.batch_size)]
         bounds, excess = zip(*parts, strict=True)
@@ -128,7 +128,7 @@ class Rows:
 class Plan(NamedTuple):
     """A way to draw the bound of every datum."""
 
-    replicate: Callable[[int], Tensor]  # of every datum's bound less what is known, for a size
+    replicate: Callable[[int], Tensor]  # of every datum's bound without Rows.known, for a size
     size: int  # to begin with: timesteps, or paths, of each datum
     num_replicates: int
     rows_of_one: int  # network rows of a replicate of size one
@@ -179,7 +179,7 @@ def _pilot(rows: Rows) -> tuple[Tensor, float]:
         pairs.transpose(0, 1).flatten(1).var(1)
     )  # over data as well: few rows see few of them
     noise = (pairs[0] - pairs[1]).square().mean(1) / 2
-    # A tenth of the rows by size: where a term is large, what little noise the pilot saw may be too little.
+    # A tenth of the rows goes by the terms' size: of a large one the pilot may have seen too little noise.
     root, size = (rows.sizes * x for x in (variance.sqrt(), pairs.square().mean((0, 2)).sqrt()))
     shares = 0.9 * root / root.sum().clamp(min=1e-300) + 0.1 * size / size.sum().clamp(min=1e-300)
     shares = shares.clamp(min=1e-6)

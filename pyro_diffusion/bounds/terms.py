@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class Estimate(NamedTuple):
     """A mean over data with its two errors, each one standard deviation.
 
-    The Monte Carlo noise is taken out of the sampling error. Where it hides the spread over data, the
-    sampling error is the smallest that could have been told from none: an upper limit, not zero. With
-    a single particle the noise is not known, and the sampling error holds both.
+    The Monte Carlo noise is taken out of the sampling error. Where the noise hides the spread over data,
+    the sampling error is the smallest one that could be detected: an upper limit, and not zero. With a
+    single particle the noise is not known, and the sampling error contains both.
     """
 
     value: float  #: the estimate

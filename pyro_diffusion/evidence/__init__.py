@@ -1,7 +1,8 @@
-r"""Evidence: estimates of :math:`\log p(x_0)` above the bound, told apart by the model that they estimate.
+r"""Evidence: estimates of :math:`\log p(x_0)` above the bound.
 
-Importance weights over whole paths, sequential Monte Carlo along the reverse chain, and the density of the
-probability flow. :func:`summary` holds them and the bounds against each other.
+There are three: importance weights over whole paths, sequential Monte Carlo along the reverse chain, and the
+density of the probability flow, which is another model. :func:`summary` compares those of one model with each
+other and with the bounds.
 """
 
 from pyro_diffusion.evidence.evidence import Evidence, average, fingerprint, tail

@@ -55,8 +55,8 @@ def ode_log_likelihood(
     variance of the data. A larger ``log_snr_max`` makes it smaller.
 
     Args:
-        diffusion: The model; without a likelihood, for the flow has a density and knows no other
-            data. Dequantise grey levels first, and it is the density of what you made of them.
+        diffusion: The model; without a likelihood, because the flow has a density of real numbers only.
+            Add noise to grey levels first (dequantise them): the result is the density of the noisy data.
         x_0: Data, shape ``(N,)`` + the shape of one datum; states in the chain's space if ``state`` is
             not zero.
         state: Timestep ``t`` of the states; 0 for data.
@@ -67,9 +67,9 @@ def ode_log_likelihood(
         batch_size: Data that share a solution's steps.
 
     Returns:
-        :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is that of the stochastic trace, zero
-        for the exact one; the solver's error is besides, of the order of the tolerances (``estimator``
-        names them). Weights and their diagnostics are NaN.
+        :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is that of the stochastic trace, and
+        zero for the exact one. It leaves out the solver's error, which is of the order of the tolerances
+        (``estimator`` names them). Weights and their diagnostics are NaN.
 
     Raises:
         ValueError: A model with a likelihood, over levels or bits, or with a curve for each entry;

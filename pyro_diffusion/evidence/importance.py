@@ -7,11 +7,11 @@ The bound's expectation is over trajectories of the guide, :math:`E_q \log w` wi
     \log p_\theta(x_0) = \log E_q\, w = \mathrm{ELBO}
         + \mathrm{KL}\big(q(x_{1:T} \mid x_0) \,\|\, p_\theta(x_{1:T} \mid x_0)\big) \quad \text{(E9)},
 
-so that averaging the weights themselves closes the gap, as far as they can be averaged:
-:math:`\hat p` is unbiased, :math:`\log \hat p` is below :math:`\log p` in expectation, and how far is a
-matter of the weights' tail. Effective sample size and Pareto :math:`\hat k` grade it, datum by datum. They
-grade the *guide*: a :math:`\hat k` above 0.7 says that the estimate cannot be trusted, not that the
-model is bad, and it rises with the length of the chain.
+so that an average of the weights themselves closes the gap. The average :math:`\hat p` is unbiased, and
+:math:`\log \hat p` is below :math:`\log p` in expectation. How far depends on the tail of the weights, which
+effective sample size and Pareto :math:`\hat k` measure for each datum. Both measure the *guide*: a
+:math:`\hat k` above 0.7 says that the estimate cannot be trusted, not that the model is bad. It rises with
+the length of the chain.
 
 References:
     Importance Weighted Autoencoders (Burda et al., 2016), section 3. https://arxiv.org/abs/1509.00519

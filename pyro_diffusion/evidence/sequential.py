@@ -1,9 +1,9 @@
 r"""Sequential Monte Carlo along the reverse chain: evidence where whole paths' weights are too uneven.
 
-Importance weights of whole trajectories multiply up over the chain. Sequential Monte Carlo spends its
-particles where they matter, by resampling on the way from :math:`x_T` to :math:`x_0`. What it resamples by
-decides everything: with the ratios so far it throws away just the particles that would have come out
-best, for what a step loses the next ones give back. The intermediate targets must look ahead,
+The importance weight of a trajectory is a product over the chain. Sequential Monte Carlo resamples its
+particles on the way from :math:`x_T` to :math:`x_0`, so that there are more of them where weights are large.
+It must not resample by the weights so far: what a particle loses in one step it gains in the next ones, and
+the best would be thrown away. The intermediate targets look ahead,
 
 .. math::
     \pi_t(x_{t:T}) &\propto p(x_{t:T})\, \psi_t(x_t), \qquad
@@ -13,11 +13,11 @@ best, for what a step loses the next ones give back. The intermediate targets mu
         \frac{\lVert x_t \rVert^2}{a_t^2 + \sigma_t^2} \Big),
 
 with :math:`v_t` the variance of :math:`x_0` given :math:`x_t` that the kernel's own variance implies. The
-strengths :math:`c_t` are fitted by least squares, datum by datum and timestep by timestep, to the weights
-that the rest of the path had in a pilot run: one half, nothing and nothing for an exact denoiser of Gaussian
-data, whose targets then have constant weights; what a wrong one does to the noise and to the size of a state
-is in the other two. The pilot is independent of the runs, so that :math:`\hat Z` is unbiased whatever
-:math:`\psi` is; :math:`\log \hat Z` is low in expectation, by half its variance to first order.
+strengths :math:`c_t` are fitted by least squares, for each datum and timestep, to the weights that the rest
+of the path had in a pilot run. For an exact denoiser of Gaussian data they are one half, zero and zero, and
+all weights are constant. The second and the third feature correct for errors of a denoiser in the noise and
+in the size of a state. The pilot run is independent of the others, so that :math:`\hat Z` is unbiased for
+every :math:`\psi`; :math:`\log \hat Z` is low in expectation, by half its variance to first order.
 
 References:
     Sequential Monte Carlo Samplers (Del Moral et al., 2006). https://doi.org/10.1111/j.1467-9868.2006.00553.x
@@ -54,8 +54,8 @@ def smc_evidence(
 ) -> Evidence:
     r"""Sequential Monte Carlo: :math:`\log \hat p(x_0)` with a look-ahead through :math:`\hat x_0`.
 
-    A datum whose whole paths already have even weights in the pilot run is not resampled: it is an
-    importance average then. Resampling is systematic, where the effective sample size falls below half of
+    A datum whose whole paths have even weights in the pilot run is not resampled, and its estimate is an
+    importance average. Resampling is systematic, where the effective sample size falls below half of
     the particles.
 
     Args:

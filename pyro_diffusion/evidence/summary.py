@@ -3,8 +3,8 @@ r"""Every estimate of :math:`\log p(x_0)` of one model on one data set, told apa
 Three densities go by the name of a diffusion model's likelihood. The *chain* of :math:`T` steps has one; the
 chain *without end*, :math:`T \to \infty`, has another; and the *probability flow*, an ordinary differential
 equation with the same score, has a third. They agree for an exact denoiser, and for no other. Within a group
-there are bounds, which are below in expectation, and estimates, which agree within their errors or are wrong:
-:func:`summary` asserts that, and compares nothing across groups.
+there are bounds, which are below in expectation, and estimates, which agree within their errors. If they do
+not, one of them is wrong, and :func:`summary` raises an error. It compares nothing across groups.
 
 References:
     Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), section 4 (which
@@ -101,7 +101,7 @@ def summary(
     num_particles: int = 64,
     num_runs: int = 4,
 ) -> Summary:
-    r"""All that can be said of :math:`\log p(x_0)`, in groups that are different models.
+    r"""All estimates and bounds of :math:`\log p(x_0)`, in a group for each of the three densities.
 
     Sequential Monte Carlo costs ``(num_runs · num_particles + 128) · T`` network rows a datum and importance
     weights ``num_particles · T``: begin with few data. What does not apply is left out: the chain without end

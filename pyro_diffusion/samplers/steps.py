@@ -3,8 +3,8 @@ r"""A step of a sampler as coefficients that are known before the first step.
 .. math::
     x_{t-1} = A_t\, x_t + B_t\, \hat x_0(x_t) + E_t\, \hat x_0(x_{t+1}) + C_t\, z, \qquad z \sim N(0, I) .
 
-Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the two maps are
-one: a step is the network's call, a normal draw and a few additions.
+Where the estimate is linear in a network's output :math:`o`, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the step
+is written in terms of :math:`o`: the network's call, a normal draw and a few additions.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from pyro_diffusion.schedules import NoiseSchedule
 class Update(NamedTuple):
     r"""Coefficients of the steps to :math:`x_{t-1}`, :math:`t = T … 2`, a row for each; float64.
 
-    Shapes are ``(T − 1,)`` + the schedule's event shape. What is ``None`` does not enter.
+    Shapes are ``(T − 1,)`` + the schedule's event shape. ``None`` leaves a term out.
     """
 
     of_x_t: Tensor  #: :math:`A_t`
