@@ -56,12 +56,17 @@ def plot_bound(terms: ELBOTerms, ax: "Axes | None" = None, **errorbar: Any) -> "
         return _plot_levels(terms, ax, **errorbar)
     t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).reshape(-1, 3).T
-    kind = "KL" if terms.is_kl else "log-ratio"
-    label = f"{kind} at $x_t$, sum {value.sum():.3g}; bars: Monte Carlo error"
+    label = f"{terms.kinds[1]} at $x_t$, sum {value.sum():.3g}; bars: Monte Carlo error"
     style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8} | errorbar | {"label": label}
     ax.errorbar(t, value, np.nan_to_num(monte_carlo), **style)
-    band = (value - sampling, value + sampling)
-    ax.fill_between(t, *band, alpha=0.25, lw=0, label="sampling error of the mean")
+    ax.fill_between(
+        t,
+        value - sampling,
+        value + sampling,
+        alpha=0.25,
+        lw=0,
+        label="sampling error of the mean",
+    )
     _write_ends(ax, terms, f"prior term at $x_T$: {prior.value:.3g}")
     if terms.is_kl and len(value) and bool((value > 0).all()):
         ax.set_yscale("log")
@@ -88,8 +93,8 @@ def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
 
 def _write_ends(ax: "Axes", terms: ELBOTerms, line: str) -> None:
     """The bound as title; the reconstruction term and one more line in the legend."""
-    reconstruction = f"reconstruction $E\\,\\log p(x_0|x_1)$: {terms.term_means()[0].value:.3g}"
-    for label in (reconstruction, line):
+    value = terms.term_means()[0].value
+    for label in (f"reconstruction $E\\,\\log p(x_0|x_1)$: {value:.3g}", line):
         ax.plot([], [], " ", label=label)
     ax.set_title(f"bound, nats per datum\n{terms.mean()}", fontsize="medium")
 
@@ -179,8 +184,7 @@ def plot_trajectory(
     with evaluating(diffusion):
         forward = poutine.trace(diffusion.guide).get_trace(x_0).nodes
         reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0)).nodes
-        x_1 = reverse["x_1"]["value"]
-        x_0_hat = diffusion.denoiser.x_0_hat(x_1, diffusion.schedule.log_snr(1))
+        x_0_hat = diffusion.denoiser.x_0_hat(reverse["x_1"]["value"], diffusion.schedule.log_snr(1))
     chains = {
         "forward, $q$": (forward, diffusion.embed(x_0)),
         "reverse, $p$": (reverse, x_0_hat),

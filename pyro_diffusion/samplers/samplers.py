@@ -18,8 +18,8 @@ sampler                a step is                                   as steps beco
 
 With ``eta = 1`` the last two draw the chain's noise as well, and solve the reverse diffusion. Where the
 estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, a step is the network's
-call, a normal draw and a few additions. The last step is the model's :math:`p(x_0 \mid x_1)`, with its likelihood
-and transform.
+call, a normal draw and a few additions. The last step is the model's :math:`p(x_0 \mid x_1)`, with its
+likelihood and transform.
 
 References:
     Denoising Diffusion Implicit Models (Song et al., 2021). https://arxiv.org/abs/2010.02502
