@@ -109,14 +109,14 @@ class HierarchicalVAE(Family):
         self.latent_shapes = shapes[1:]
         if encoder is not None and decoder is not None:
             check_unused(settings, "an encoder and a decoder")
-        if encoder is None:
-            encoder = BottomUpEncoder(event_shape, latent_sizes, **settings)
-        self.encoder = check_argument(
-            "encoder", encoder, BottomUpEncoder | TopDownEncoder, _ENCODER
+        self.encoder = (
+            BottomUpEncoder(event_shape, latent_sizes, **settings)
+            if encoder is None
+            else check_argument("encoder", encoder, BottomUpEncoder | TopDownEncoder, _ENCODER)
         )
-        if isinstance(encoder, BottomUpEncoder | LadderEncoder):
-            _check_shapes(encoder.shapes, shapes)
-            _check_number("encoder", encoder.num_levels, self.num_timesteps)
+        if isinstance(self.encoder, BottomUpEncoder | LadderEncoder):
+            _check_shapes(self.encoder.shapes, shapes)
+            _check_number("encoder", self.encoder.num_levels, self.num_timesteps)
         self.decoder = nn.ModuleList(self._layers(settings) if decoder is None else decoder)
         _check_number("decoder", len(self.decoder), self.num_timesteps)
 

@@ -48,9 +48,11 @@ class Rows:
         marginal = time.marginal(
             diffusion.process, self.embedded, torch.as_tensor(time.last, device=x_0.device)
         )
-        self.log_volume = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-        if diffusion.transform is not None:
-            self.log_volume = diffusion.log_volume(x_0).double()
+        self.log_volume = (
+            torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+            if diffusion.transform is None
+            else diffusion.log_volume(x_0).double()
+        )
         prior_kl = score(marginal, diffusion.prior()).kl
         if prior_kl is None:
             raise ValueError(
@@ -169,10 +171,11 @@ def _pilot(rows: Rows) -> tuple[Tensor, float]:
     r"""How often to draw each group of timesteps, and the noise of a datum's single row by that."""
     num_pairs = max(16, _PILOT // len(rows.sizes))
     groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(num_pairs)
-    # Every datum is seen, if there are few.
-    data = torch.randperm(len(groups), device=groups.device) % len(rows.x_0)
-    if len(rows.x_0) > len(groups):
-        data = torch.randint(len(rows.x_0), groups.shape, device=groups.device)
+    data = (
+        torch.randint(len(rows.x_0), groups.shape, device=groups.device)
+        if len(rows.x_0) > len(groups)
+        else torch.randperm(len(groups), device=groups.device) % len(rows.x_0)  # each is seen
+    )
     t = rows.timesteps(groups, torch.rand(groups.shape, dtype=torch.float64, device=groups.device))
     pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, num_pairs)
     variance = (

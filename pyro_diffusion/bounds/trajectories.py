@@ -91,9 +91,11 @@ def trajectory_terms(
     num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
     x_0 = check_data(x_0, given.mask)
     check_rows(x_0, given)
-    if batch_size is None:
-        batch_size = _default_batch_size(model, x_0)
-    batch_size = check_count("batch_size", batch_size, 1, _PARTICLES)
+    batch_size = (
+        _default_batch_size(model, x_0)
+        if batch_size is None
+        else check_count("batch_size", batch_size, 1, _PARTICLES)
+    )
     chunk_data = min(len(x_0), batch_size)
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
     num_chunks = math.ceil(len(x_0) / chunk_data) * math.ceil(num_particles / chunk_particles)

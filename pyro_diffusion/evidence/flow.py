@@ -91,11 +91,10 @@ def ode_log_likelihood(
     with evaluating(diffusion):
         parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(batch_size)]
     log_p = torch.cat(parts, dim=1)
-    error = torch.zeros_like(log_p[0])
-    if num_probes is not None:
-        error = log_p.std(0) / math.sqrt(num_probes)
+    exact = num_probes is None
+    error = torch.zeros_like(log_p[0]) if exact else log_p.std(0) / math.sqrt(len(log_p))
     nan = torch.full_like(error, math.nan)
-    trace = "exact trace" if num_probes is None else f"{num_probes} probes"
+    trace = "exact trace" if exact else f"{num_probes} probes"
     return Evidence(
         log_evidence=log_p.mean(0),
         standard_error=error,

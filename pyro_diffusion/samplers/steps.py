@@ -49,9 +49,12 @@ class Linear(NamedTuple):
 
 def linear_map(denoiser: Any) -> Linear | None:
     """How the estimate follows from the network's output, if linearly and with one number for each entry."""
-    if not is_plain(denoiser) or denoiser.schedule.event_dim:
-        return None
-    if denoiser.prediction.num_outputs > 1 or denoiser.variance.num_outputs:
+    if (
+        not is_plain(denoiser)
+        or denoiser.schedule.event_dim
+        or denoiser.prediction.num_outputs > 1
+        or denoiser.variance.num_outputs
+    ):
         return None
     schedule, prediction = denoiser.schedule, denoiser.prediction
     signal, noise = schedule.scales(schedule.log_snr(downwards(schedule)))

@@ -96,9 +96,8 @@ class SVIModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.elbo = elbo(model, guide)
-        self.optimizer = optimizer
         self.validation = _whole(model, guide) if validation is None else validation
-        self.num_particles = num_particles
+        self.optimizer, self.num_particles = optimizer, num_particles
         self.history: dict[int, Tensor] = {}
         self._sums: list[Tensor] = []
         self._strata: JointStrata | None = None

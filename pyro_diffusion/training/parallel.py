@@ -11,8 +11,7 @@ started them (``torchrun``, Lightning's Trainer). Where it was not initialised t
 rank 0 of one and has all the data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,38 +99,24 @@ def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
     count = common_length([x if isinstance(x, int) else len(x) for x in data], remedy)
     if rank_and_size()[1] == 1:
         return function(*data)
-    rows = share(count)
-    mine, error = None, None
-    with _noise_of_its_own():
-        if rows.stop > rows.start:
-            try:
-                mine = function(*(_part(x, rows) for x in data))
-            except Exception as caught:
-                error = caught
-    parts = gather(
-        (_on_cpu(mine), _device_type(mine), rows.stop - rows.start, error and str(error))
-    )
+    rows, seed = share(count), agreed_seed()
+    size, mine, error = rows.stop - rows.start, None, None
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):  # other noise on every rank
+        torch.manual_seed(seed + rank_and_size()[0])
+        try:
+            if size:
+                mine = function(*(size if isinstance(x, int) else x[rows] for x in data))
+        except Exception as caught:
+            error = caught
+    parts = gather((_on_cpu(mine), _device_type(mine), size, error and str(error)))
     if error is not None:
         raise error
     for rank, (_, _, _, said) in enumerate(parts):
         if said is not None:
             raise ValueError(f"rank {rank}: {said}")
-    values, devices, sizes, _ = zip(*(part for part in parts if part[2]), strict=True)
-    return _joined(values, sizes, devices[0])
-
-
-def _part(x: Any, rows: slice) -> Any:
-    return rows.stop - rows.start if isinstance(x, int) else x[rows]
-
-
-@contextmanager
-def _noise_of_its_own() -> Iterator[None]:
-    """Draw different numbers on every rank, and leave the generators where they were."""
-    seed = agreed_seed()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed + rank_and_size()[0])
-        yield
+    values, kinds, sizes, _ = zip(*(part for part in parts if part[2]), strict=True)
+    return _joined(values, sizes, kinds[0])
 
 
 def _device_type(value: Any) -> str:
