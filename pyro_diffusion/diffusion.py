@@ -284,12 +284,6 @@ class DiffusionModel(Family):
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
         """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved."""
-        if mask is not None and self.gap is None:
-            raise ValueError(
-                f"argument 'mask': got one for a chain of {self.process.states}; expected none, because "
-                "what stands for a gap would be a state as well. Leave out data with gaps, or use a "
-                "DiffusionModel with LevelPrediction(K)."
-            )
         return self.process.check_states(super().embed(x_0, mask))
 
     def prior(self) -> TorchDistribution:

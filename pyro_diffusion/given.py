@@ -100,9 +100,9 @@ def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
         return x_t
     if gap is None:
         raise ValueError(
-            "argument 'mask': got one for a chain of bits or of categories; expected none, because what "
-            "stands for a gap would be a state as well. Leave out data with gaps, or use a DiffusionModel "
-            "with LevelPrediction(K)."
+            "argument 'mask': got one for states that have no value for a gap; expected none, because "
+            "whatever stood there, of bits or categories, would be a state as well. Leave out data with "
+            "gaps, or use a NeuralDenoiser with LevelPrediction(K)."
         )
     return torch.where(mask, x_t, gap)
 

@@ -622,7 +622,9 @@ def test_what_it_cannot_take_is_refused_in_words():
         diffusion.denoiser.score(x_0.float(), torch.tensor(0.0))
     with pytest.raises(ValueError, match=lacking):
         DiffusionModel(diffusion.denoiser, CategoricalLikelihood(3))
-    with pytest.raises(ValueError, match="argument 'mask': got one for a chain of categories"):
+    with pytest.raises(
+        ValueError, match="argument 'mask': got one for states that have no value for a gap"
+    ):
         diffusion.guide(x_0, mask=x_0 >= 0)
     with pytest.raises(ValueError, match="argument 'num_categories'"):
         NeuralCategoricalDenoiser(MLP((4, 1)), schedule, (4,), num_categories=1)

@@ -124,7 +124,7 @@ class Denoiser(nn.Module, ABC):
             ValueError: A state of another event shape, a timestep outside ``{1, …, T}``, an estimate that
                 is not finite, or a context for a denoiser that takes none.
         """
-        t = self.schedule.check_timestep(t, at_least=1)
+        self.schedule.check_timestep(t, at_least=1)
         denoised = self.denoise(x_t, self.schedule.log_snr(t), **self.check_given(given))
         return self.reverse_kernel(x_t, t, denoised)
 
@@ -177,7 +177,7 @@ def call_network(
     log_snr: Tensor,
     batch_shape: torch.Size,
     *,
-    needed_by: str,
+    needed_by: tuple[Any, ...],
     count: int = 1,
     context: Any = None,
     null: Tensor | None = None,
@@ -190,7 +190,7 @@ def call_network(
         state: What the network sees, ``batch_shape`` + its shape.
         log_snr: Log-SNR, broadcastable to ``batch_shape``.
         batch_shape: Batch shape of the states.
-        needed_by: What needs the output, for the error message.
+        needed_by: What needs the output; its words are made for the error message only.
         count: Numbers for each entry of a state. If there are several, the output has one more axis.
         context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
         null: Rows without a context, ``(N,)``.
@@ -216,7 +216,8 @@ def call_network(
         raise ValueError(
             f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
             f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the states it was given, "
-            f"as {needed_by} needs. Keep the batch axis in front; MLP takes num_outputs={count}."
+            f"as {' with '.join(map(str, needed_by))} needs. Keep the batch axis in front; MLP takes "
+            f"num_outputs={count}."
         )
     remedy = "Lower the learning rate or clip gradients, and check the data's scale."
     check_finite("argument 'network'", output, remedy)

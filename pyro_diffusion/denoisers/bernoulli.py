@@ -131,7 +131,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
             spins,
             log_snr,
             self.batch_shape(x_t),
-            needed_by="a chain of bits",
+            needed_by=("a chain of bits",),
             context=context,
             null=null,
         )

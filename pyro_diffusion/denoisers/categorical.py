@@ -91,7 +91,7 @@ class NeuralCategoricalDenoiser(Denoiser):
             2 * process.is_category(x_t).to(x_t.dtype) - 1,
             log_snr,
             self.batch_shape(x_t),
-            needed_by="a chain of categories, whose network sees them one-hot",
+            needed_by=("a chain of categories, whose network sees them one-hot",),
             context=context,
             null=null,
         )

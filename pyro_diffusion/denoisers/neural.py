@@ -90,7 +90,7 @@ class NeuralDenoiser(Denoiser):
             state,
             log_snr.mean(dims) if dims else log_snr,
             batch_shape,
-            needed_by=f"{self.prediction} with {self.variance}",
+            needed_by=(self.prediction, self.variance),
             count=count,
             context=context,
             null=null,
