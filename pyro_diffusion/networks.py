@@ -28,7 +28,6 @@ __all__ = [
     "apply_layer",
     "evaluating",
     "network_dtype",
-    "state_dtype",
 ]
 
 _DEFAULT = "Leave it out to take the default."
@@ -52,11 +51,6 @@ def network_dtype(network: nn.Module) -> torch.dtype:
     """Dtype of a network's first floating-point parameter: the dtype in which it takes its states."""
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return next(floating, torch.get_default_dtype())
-
-
-def state_dtype(network: nn.Module) -> torch.dtype:
-    """Dtype of the states of a network's chain: its own, and float32 for a network of half precision."""
-    return torch.promote_types(network_dtype(network), torch.float32)
 
 
 def apply_layer(layer: nn.Module, h: Tensor) -> Any:

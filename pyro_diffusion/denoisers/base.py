@@ -171,57 +171,68 @@ class Denoiser(nn.Module, ABC):
         return x_t.shape[:batch_dim]
 
 
-def call_network(
-    network: nn.Module,
-    state: Tensor,
-    log_snr: Tensor,
-    batch_shape: torch.Size,
-    *,
-    needed_by: tuple[Any, ...],
-    count: int = 1,
-    context: Any = None,
-    null: Tensor | None = None,
-) -> Tensor:
-    """A network's output for states with any batch shape; the network sees one flat batch axis.
+class Networked:
+    """A denoiser that asks a network: the dtype of its states, and one way to call the network."""
 
-    Args:
-        network: Called as ``network(state, log_snr)``, with a context as ``network(state, log_snr,
-            context)``, and with dropped contexts as ``network(state, log_snr, context, null)``.
-        state: What the network sees, ``batch_shape`` + its shape.
-        log_snr: Log-SNR, broadcastable to ``batch_shape``.
-        batch_shape: Batch shape of the states.
-        needed_by: What needs the output; its words are made for the error message only.
-        count: Numbers for each entry of a state. If there are several, the output has one more axis.
-        context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
-        null: Rows without a context, ``(N,)``.
+    network: nn.Module
 
-    Returns:
-        The output in the state's dtype, of the state's shape, ``+ (count,)`` if ``count > 1``.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's first parameter; float32 for a network of half precision."""
+        return torch.promote_types(network_dtype(self.network), torch.float32)
 
-    Raises:
-        ValueError: A network that does not take these arguments; an output of another shape, or one that is
-            not finite.
-    """
-    dtype = network_dtype(network)
-    flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
-    extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
-    level = log_snr.expand(batch_shape).reshape(-1).to(dtype)
-    try:
-        output = network(flat, level, *extra)
-    except TypeError:
-        _check_signature(network, ("x_t", "log_snr", "context", "null")[: 2 + len(extra)])
-        raise
-    per_entry = (count,) if count > 1 else ()
-    if output.shape != flat.shape + per_entry:
-        raise ValueError(
-            f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
-            f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the states it was given, "
-            f"as {' with '.join(map(str, needed_by))} needs. Keep the batch axis in front; MLP takes "
-            f"num_outputs={count}."
-        )
-    remedy = "Lower the learning rate or clip gradients, and check the data's scale."
-    check_finite("argument 'network'", output, remedy)
-    return output.reshape(state.shape + per_entry).to(state.dtype)
+    def call_network(
+        self,
+        state: Tensor,
+        log_snr: Tensor,
+        batch_shape: torch.Size,
+        *,
+        needed_by: tuple[Any, ...],
+        count: int = 1,
+        context: Any = None,
+        null: Tensor | None = None,
+    ) -> Tensor:
+        """The network's output for states with any batch shape; the network sees one flat batch axis.
+
+        It is called as ``network(state, log_snr)``, with a context as ``network(state, log_snr, context)``,
+        and with dropped contexts as ``network(state, log_snr, context, null)``.
+
+        Args:
+            state: What the network sees, ``batch_shape`` + its shape.
+            log_snr: Log-SNR, broadcastable to ``batch_shape``.
+            batch_shape: Batch shape of the states.
+            needed_by: What needs the output; its words are made for the error message only.
+            count: Numbers for each entry of a state. If there are several, the output has one more axis.
+            context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
+            null: Rows without a context, ``(N,)``.
+
+        Returns:
+            The output in the state's dtype, of the state's shape, ``+ (count,)`` if ``count > 1``.
+
+        Raises:
+            ValueError: A network that does not take these arguments; an output of another shape, or one that
+                is not finite.
+        """
+        network, dtype = self.network, network_dtype(self.network)
+        flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
+        extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
+        level = log_snr.expand(batch_shape).reshape(-1).to(dtype)
+        try:
+            output = network(flat, level, *extra)
+        except TypeError:
+            _check_signature(network, ("x_t", "log_snr", "context", "null")[: 2 + len(extra)])
+            raise
+        per_entry = (count,) if count > 1 else ()
+        if output.shape != flat.shape + per_entry:
+            raise ValueError(
+                f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
+                f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the states it was "
+                f"given, as {' with '.join(map(str, needed_by))} needs. Keep the batch axis in front; "
+                f"MLP takes num_outputs={count}."
+            )
+        remedy = "Lower the learning rate or clip gradients, and check the data's scale."
+        check_finite("argument 'network'", output, remedy)
+        return output.reshape(state.shape + per_entry).to(state.dtype)
 
 
 def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:

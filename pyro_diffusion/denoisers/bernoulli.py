@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_values, require
-from pyro_diffusion.denoisers.base import Denoiser, call_network
-from pyro_diffusion.networks import state_dtype
+from pyro_diffusion.denoisers.base import Denoiser, Networked
 from pyro_diffusion.processes import BernoulliProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
 
@@ -72,7 +71,7 @@ class BernoulliDenoiser(Denoiser, ABC):
         return f"event_shape={tuple(self.event_shape)}, rate={self.rate}"
 
 
-class NeuralBernoulliDenoiser(BernoulliDenoiser):
+class NeuralBernoulliDenoiser(Networked, BernoulliDenoiser):
     r""":math:`\pi` from a network, which predicts each bit given all others.
 
     With the known law of :math:`x_{t,i}` its logits :math:`\ell_i` become the posterior's,
@@ -111,11 +110,6 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
         super().__init__(schedule, event_shape, rate)
         self.network = check_argument("network", network, nn.Module, "MLP((20,))")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the network's first parameter; float32 for a network of half precision."""
-        return state_dtype(self.network)
-
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
@@ -126,8 +120,7 @@ class NeuralBernoulliDenoiser(BernoulliDenoiser):
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Tensor:
         spins = 2 * x_t - 1
-        output = call_network(
-            self.network,
+        output = self.call_network(
             spins,
             log_snr,
             self.batch_shape(x_t),

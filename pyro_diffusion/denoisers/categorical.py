@@ -6,18 +6,16 @@ The kernel follows from :math:`\pi_k(x_t)`, the probability that an entry of :ma
 
 from typing import Any
 
-import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_count, check_values
-from pyro_diffusion.denoisers.base import Denoiser, call_network
-from pyro_diffusion.networks import state_dtype
+from pyro_diffusion.denoisers.base import Denoiser, Networked
 from pyro_diffusion.processes import CategoricalProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
 
 
-class NeuralCategoricalDenoiser(Denoiser):
+class NeuralCategoricalDenoiser(Networked, Denoiser):
     r""":math:`\pi` from a network, which predicts each entry given all others.
 
     With the known law of an entry of :math:`x_t` the network's logits :math:`\ell_k` become the posterior's,
@@ -77,17 +75,11 @@ class NeuralCategoricalDenoiser(Denoiser):
         """Uniform noise on the schedule; made on demand."""
         return CategoricalProcess(self.schedule, self.event_shape, self.num_categories)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the network's first parameter; float32 for a network of half precision."""
-        return state_dtype(self.network)
-
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
         process = self.process
-        output = call_network(
-            self.network,
+        output = self.call_network(
             2 * process.is_category(x_t).to(x_t.dtype) - 1,
             log_snr,
             self.batch_shape(x_t),

@@ -2,20 +2,18 @@ r"""The denoiser to train: reverse kernels from the output of a network."""
 
 from typing import Any
 
-import torch
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
-from pyro_diffusion.denoisers.base import Denoiser, call_network
+from pyro_diffusion.denoisers.base import Denoiser, Networked
 from pyro_diffusion.denoisers.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.denoisers.variances import ForwardVariance, ReverseVariance
-from pyro_diffusion.networks import state_dtype
 from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
 
 
-class NeuralDenoiser(Denoiser):
+class NeuralDenoiser(Networked, Denoiser):
     r"""Reverse kernels from a network: :math:`N(\tilde\mu_t(x_t, \hat x_0), \Sigma_t)`.
 
     Args:
@@ -67,11 +65,6 @@ class NeuralDenoiser(Denoiser):
     def process(self) -> GaussianProcess:
         return GaussianProcess(self.schedule, self.event_shape)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the network's first parameter; float32 for a network of half precision."""
-        return state_dtype(self.network)
-
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
@@ -85,8 +78,7 @@ class NeuralDenoiser(Denoiser):
         state, count = x_t / scale, self.prediction.num_outputs + self.variance.num_outputs
         # If each entry has a log-SNR of its own, the network takes their mean.
         dims = tuple(range(-self.schedule.event_dim, 0))
-        output = call_network(
-            self.network,
+        output = self.call_network(
             state,
             log_snr.mean(dims) if dims else log_snr,
             batch_shape,
