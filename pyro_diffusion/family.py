@@ -131,7 +131,7 @@ class Family(ParamScope, ABC):
         return self.likelihood
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; zero where unobserved."""
+        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved."""
         if x_0.device != self.device:
             raise ValueError(
                 f"argument 'x_0': got data on {x_0.device}; expected {self.device}, where "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.distributions import WrappedSite
 
 __all__ = [
@@ -49,6 +50,33 @@ class Given(NamedTuple):
     mask: Tensor | None = None  #: observed entries, boolean, of the data's shape
     context: Any = None  #: a tensor, or a tuple or dictionary of tensors, ``(N, …)`` each
     null: Tensor | None = None  #: rows whose context was dropped, boolean, ``(N,)``
+
+    @classmethod
+    def of(cls, **given: Any) -> "Given":
+        """What goes with data, from arguments by name.
+
+        Raises:
+            ValueError: Another name.
+        """
+        unknown = set(given) - set(cls._fields)
+        require(
+            not unknown,
+            f"argument {min(unknown, default='')!r}",
+            "a name that programs and readers do not know",
+            "mask=, context= or null=",
+            "Check the spelling.",
+        )
+        return cls(**given)
+
+    def check_rows(self, count: int) -> None:
+        """Raise a ``ValueError`` if a context has another number of rows than the data."""
+        for part in pytree.tree_leaves((self.context, self.null)):
+            rows = len(part) if isinstance(part, Tensor) and part.dim() else count
+            if rows != count:
+                raise ValueError(
+                    f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
+                    "each datum. Expand a context that all data share, and slice it together with the data."
+                )
 
     def arguments(self) -> dict[str, Any]:
         """What is given, by the names of a program's arguments."""

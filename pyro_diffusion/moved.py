@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ MODULES: Mapping[str, Sequence[str]] = {
     "evaluation": ("bounds",),
     "families": ("family",),
     "flow": ("evidence",),
-    "kernels": ("processes.gaussian", "processes.base", "distributions"),
+    "kernels": ("processes.base", "processes.gaussian", "distributions"),
     "objectives": ("training.objectives",),
     "observations": ("checks", "given"),
     "parallel": ("training.parallel",),
@@ -45,6 +46,7 @@ class _Moved(ModuleType):
 
     def __init__(self, name: str, rooms: Sequence[str]) -> None:
         super().__init__(f"{PACKAGE}.{name}", f"Moved in version 0.2 to {', '.join(rooms)}.")
+        self.__spec__ = ModuleSpec(self.__name__, None)
         self.__dict__["_rooms"] = rooms
 
     def __getattr__(self, name: str) -> Any:

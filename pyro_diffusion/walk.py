@@ -1,12 +1,12 @@
 r"""The reverse chain walked step by step, outside of a Pyro program.
 
-Evidence by paths and by particles, samplers and posterior sampling all go from :math:`x_T` to :math:`x_0`.
-They take their steps from one :class:`ReverseWalk`:
+Paths of ``evaluate_bound``, sequential Monte Carlo and samplers go from :math:`x_T` to :math:`x_0`. They take
+their steps from one :class:`ReverseWalk`:
 
 - ``start``: the law of :math:`x_T`, :math:`q(x_T \mid x)` towards a target :math:`x`, or :math:`p(x_T)`;
 - ``look``: what the denoiser says of the datum at :math:`x_t`;
 - ``kernel`` and ``posterior``: :math:`p_\theta(x_{t-1} \mid x_t)` and :math:`q(x_{t-1} \mid x_t, x)`;
-- ``step``: a draw of the posterior with both densities, whose ratio is the step's weight;
+- ``step``: a draw of the posterior with both densities; the step's weight is kernel over posterior;
 - ``end``: :math:`p_\theta(x_0 \mid x_1)`.
 
 The target is a datum, or a state :math:`x_s` at any timestep: then the walk is that of the chain
@@ -38,11 +38,19 @@ class ReverseWalk:
         diffusion: The model.
         state: Timestep :math:`s` of the target, in ``{0, …, T − 1}``; 0 is the datum.
         rows: Network rows at a time.
+        denoiser: Denoiser in place of the model's own, such as one with a compiled network.
     """
 
-    def __init__(self, diffusion: DiffusionModel, state: int = 0, *, rows: int = ROWS) -> None:
+    def __init__(
+        self,
+        diffusion: DiffusionModel,
+        state: int = 0,
+        *,
+        rows: int = ROWS,
+        denoiser: Denoiser | None = None,
+    ) -> None:
         self.diffusion, self.state, self.rows = diffusion, state, rows
-        self.denoiser = diffusion.denoiser
+        self.denoiser = diffusion.denoiser if denoiser is None else denoiser
         self.process = diffusion.process.tail(state) if state else diffusion.process
 
     @property

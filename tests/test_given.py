@@ -186,6 +186,37 @@ def test_an_error_names_the_site_of_its_kernel():
             model(torch.zeros(4, 3))
 
 
+def test_rows_and_names_that_do_not_fit_are_refused_in_words():
+    diffusion = conditional()
+    x_0, context = data()
+    short = {"mean": context["mean"][:1]}
+    for run in (
+        lambda: SVI(diffusion.model, diffusion.guide, Adam({}), Trace_ELBO()).step(x_0, short),
+        lambda: diffusion.subsampled().guide(x_0, short),
+        lambda: diffusion.sample(3, context),
+        lambda: elbo_terms(diffusion, x_0, context=short),
+    ):
+        with pytest.raises(
+            ValueError, match="argument 'context': got shape .* a row for each datum"
+        ):
+            run()
+    with pytest.raises(ValueError, match="argument 'masks': got a name"):
+        diffusion.model(x_0, context, masks=x_0 > 0)
+    with pytest.raises(ValueError, match="argument 'num_data': got 100 with plate=False"):
+        diffusion.model(x_0, context, plate=False, num_data=100)
+
+
+def test_sites_of_a_subsampled_pair_have_names():
+    diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(4)))
+    for pair, names in (
+        (diffusion.subsampled(), ("x_4", "t", "x_t", "x_{t-1}", "x_0")),
+        (diffusion.continuous(), ("x_inf", "t", "x_t", "dx_t", "x_0")),
+    ):
+        trace = poutine.trace(pair.model).get_trace(torch.zeros(3, 2))
+        assert pair.model.site_names == names
+        assert set(names) <= set(trace.nodes)
+
+
 @pytest.mark.parametrize("subsampled", [False, True])
 def test_a_chain_inside_a_bigger_program(subsampled):
     """In the caller's plate, under a prefix, unscaled; the bound is that of the chain alone."""

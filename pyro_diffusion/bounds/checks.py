@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.checks import require
-from pyro_diffusion.given import Given
 from pyro_diffusion.params import ParamScope
 
 
@@ -40,16 +38,6 @@ def _subsampled() -> ValueError:
         "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide; they have "
         "the same bound."
     )
-
-
-def check_rows(x_0: torch.Tensor, given: Given) -> None:
-    """Raise a ``ValueError`` if a context has another number of rows than the data."""
-    for context in pytree.tree_leaves((given.context, given.null)):
-        shape = getattr(context, "shape", x_0.shape)
-        got = f"shape {tuple(shape)} for {len(x_0)} data"
-        remedy = "Expand a context that all data share, and slice it together with the data."
-        fits = shape[:1] == x_0.shape[:1]
-        require(fits, "argument 'context'", got, "a row for each datum", remedy)
 
 
 def check_data_plate(msg: Any, rows: int) -> None:

@@ -80,7 +80,7 @@ def elbo_terms(
         (torch.Size([4, 3]), True)
     """
     model, guide, x_0 = unpacked(model, guide, x_0)
-    moments, what = TermMoments(), Given(**given)
+    moments, what = TermMoments(), Given.of(**given)
     for start, sites in trajectory_terms(
         model, guide, x_0, what, num_particles=num_particles, analytic_kl=analytic_kl,
         batch_size=batch_size, progress=progress,

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 from pyro_diffusion.bounds.checks import (
     check_data_plate,
     check_programs,
-    check_rows,
     check_same_masks,
     check_sites,
     latents_differ,
@@ -56,7 +55,7 @@ class Sites(NamedTuple):
 
     @property
     def log_weight(self) -> Tensor:
-        """The ratio p/q of every trajectory, where no KL is analytic; with KLs, its draw of the bound."""
+        """log p − log q of every trajectory if all terms are log-ratios; with KLs, its draw of the bound."""
         return self.values[0] - self.values[1:].sum(0)
 
     def by_particle(self, shape: tuple[int, int]) -> "Sites":
@@ -90,7 +89,7 @@ def trajectory_terms(
     check_programs(model, guide)
     num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
     x_0 = check_data(x_0, given.mask)
-    check_rows(x_0, given)
+    given.check_rows(len(x_0))
     batch_size = (
         _default_batch_size(model, x_0)
         if batch_size is None

@@ -135,7 +135,7 @@ class Program(nn.Module):
             x_0: Data; ``None`` for a model that draws them.
             given: What goes with the data.
             num_data: Size of the data set of which the data are a batch.
-            num_samples: Number of data to draw if none are given.
+            num_samples: Number of data to draw if none are given; without a plate the caller's says it.
             plate: Whether the program has a plate of its own, scaled to ``num_data``.
             prefix: Put in front of the sites' names, with a dot.
         """
@@ -143,6 +143,15 @@ class Program(nn.Module):
         state_mask = getattr(self.owner, "state_mask", None)
         of_state = state_mask(given.mask) if state_mask and given.mask is not None else None
         size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
+        if plate or x_0 is not None:
+            given.check_rows(size)
+        require(
+            plate or num_data is None,
+            "argument 'num_data'",
+            f"{num_data!r} with plate=False",
+            "None, because the caller's plate has a scale of its own",
+            "Give num_data to the plate's program, or leave out plate=False.",
+        )
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
             if plate and num_data is not None and check_count("num_data", num_data, 1, _COUNTS):

@@ -5,7 +5,7 @@ program         sites, in order   takes                                         
 =============== ================= ======================================================= ============
 GenerativeChain :math:`x_T → x_0` ``prior()``, ``transition(x_t, t)``, ``likelihood``     E7
 BottomUpGuide   :math:`x_1 → x_T` ``transition(x_{t-1}, t)``                              E4, left
-TopDownGuide    :math:`x_T → x_1` ``encode(x_0)``, ``initial(c)``, ``transition``         E4, right
+TopDownGuide    :math:`x_T → x_1` ``encode(x_0)``, ``initial(code)``, ``transition``      E4, right
 =============== ================= ======================================================= ============
 
 The kernels return Pyro distributions. Fixed linear-Gaussian kernels make a diffusion model, learned ones a
@@ -66,7 +66,7 @@ class GenerativeChain(GenerativeProgram):
     ) -> Tensor:  # fmt: skip
         """Sample sites ``x_T … x_1`` and observe ``x_0``, or draw ``num_samples`` of it; returns ``x_0``."""
         with self.over_data(
-            x_0, Given(context=context, **given), num_data=num_data, num_samples=num_samples,
+            x_0, Given.of(context=context, **given), num_data=num_data, num_samples=num_samples,
             plate=plate, prefix=prefix,
         ) as run:  # fmt: skip
             x_t = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
@@ -134,7 +134,7 @@ class BottomUpGuide(Program):
         # A single site has no order.
         site = BottomUpSite if self.num_timesteps > 1 else _identity
         with self.over_data(
-            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+            x_0, Given.of(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
         ) as run:
             x_t = self.embed(run.x_0, **run.given)
             for t in range(1, self.num_timesteps + 1):
@@ -150,7 +150,7 @@ class BottomUpGuide(Program):
         kernel, steps = self.transition.function, self.num_timesteps - t
         return BottomUpGuide(
             lambda x_s, s: kernel(x_s, s + t),
-            num_timesteps=steps, embed=as_real, owner=self.owner, below=self.below,
+            num_timesteps=steps, embed=lambda x, mask=None: as_real(x), owner=self.owner, below=self.below,
         )  # fmt: skip
 
 
@@ -158,10 +158,10 @@ class TopDownGuide(Program):
     r"""The encoder in the model's order, :math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` (E4).
 
     Args:
-        encode: ``encode(x_0)``, under a mask ``encode(x_0, mask=mask)``, gives the code ``c``,
+        encode: ``encode(x_0)``, under a mask ``encode(x_0, mask=mask)``, gives the code,
             computed once.
-        initial: ``initial(c)`` gives :math:`q(x_T \mid x_0)`.
-        transition: ``transition(x_t, c, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t = T … 2``.
+        initial: ``initial(code)`` gives :math:`q(x_T \mid x_0)`.
+        transition: ``transition(x_t, code, t)`` gives :math:`q(x_{t-1} \mid x_t, x_0)`, ``t = T … 2``.
         num_timesteps: Number of latent states :math:`T`.
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
         below: Path below the owner to the guide's own parameters.
@@ -183,12 +183,14 @@ class TopDownGuide(Program):
     ) -> None:  # fmt: skip
         """Sample sites ``x_T … x_1`` for data of shape ``(N,) + event_shape``."""
         with self.over_data(
-            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+            x_0, Given.of(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
         ) as run:
-            c = self.encode(run.x_0, **run.given)
-            x_t = pyro.sample(f"x_{self.num_timesteps}", self.initial(c), infer=STATE)
+            code = self.encode(run.x_0, **run.given)
+            x_t = pyro.sample(
+                f"x_{self.num_timesteps}", self.initial(code, **run.context), infer=STATE
+            )
             for t in range(self.num_timesteps, 1, -1):
-                kernel = self.transition(x_t, c, t, **run.context)
+                kernel = self.transition(x_t, code, t, **run.context)
                 x_t = pyro.sample(f"x_{t - 1}", kernel, infer=STATE)
 
 

@@ -38,9 +38,9 @@ class TimestepPlate:
 
     The plate ``"timesteps"`` has size ``k`` and dim −2. In it the sites ``t`` and ``x_t`` carry the draw from
     guide to model and have no term. A draw has its term either at the step's site or at ``x_0``. The other
-    one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` needs no network,
-    and every draw has it. Every draw also has the whole log-Jacobian of a transform, by a factor of
-    expectation zero, so that the log-Jacobian adds no variance.
+    one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` needs no network
+    and is stated once for each datum. So is what the draws lack of a transform's log-Jacobian, by a factor of
+    expectation zero: the log-Jacobian adds no variance.
 
     Args:
         diffusion: The model, whose kernels the pair uses and whose parameters it states.
@@ -79,6 +79,11 @@ class SubsampledProgram(Program):
         super().__init__(time.num_timesteps, {}, diffusion, below)
         self.time, self.law, self.num_draws = time, law, num_draws
 
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the sites, in the model's order."""
+        return (f"x_{self.num_timesteps}", "t", "x_t", self.time.step_site, "x_0")
+
     @contextmanager
     def over_timesteps(self, state: Tensor, prefix: str) -> Iterator[Drawn]:
         """Open the plate of the draws and sample site ``t``, on the device of ``state`` and in its dtype."""
@@ -101,7 +106,7 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
         num_samples: int = 1, plate: bool = True, prefix: str = "", **given: Any,
     ) -> None:  # fmt: skip
         with self.over_data(
-            x_0, Given(context=context, **given), num_data=num_data, num_samples=num_samples,
+            x_0, Given.of(context=context, **given), num_data=num_data, num_samples=num_samples,
             plate=plate, prefix=prefix,
         ) as run:  # fmt: skip
             x_T = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
@@ -133,16 +138,16 @@ class _SubsampledGuide(SubsampledProgram):
     ) -> None:  # fmt: skip
         time, process = self.time, self.owner.process
         with self.over_data(
-            x_0, Given(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
+            x_0, Given.of(context=context, **given), num_data=num_data, plate=plate, prefix=prefix
         ) as run:
-            c = self.embed(run.x_0, **run.given)
-            last = torch.as_tensor(time.last, device=c.device)
-            x_T = time.marginal(process, c, last)
+            embedded = self.embed(run.x_0, **run.given)
+            last = torch.as_tensor(time.last, device=embedded.device)
+            x_T = time.marginal(process, embedded, last)
             pyro.sample(f"x_{self.num_timesteps}", x_T, infer=STATE)
-            with self.over_timesteps(c, prefix) as drawn:
-                x_t = pyro.sample("x_t", CarriedSite(time.marginal(process, c, drawn.t)))
+            with self.over_timesteps(embedded, prefix) as drawn:
+                x_t = pyro.sample("x_t", CarriedSite(time.marginal(process, embedded, drawn.t)))
                 # Rows of the reconstruction are masked, and may have any kernel with a density.
                 t = torch.where(drawn.is_first, last, drawn.t)
-                step = time.posterior(process, x_t, c, t)
+                step = time.posterior(process, x_t, embedded, t)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
                     pyro.sample(time.step_site, step, infer=STATE)

@@ -1,7 +1,8 @@
 r"""Denoisers: modules whose forward *returns* :math:`p_\theta(x_{t-1} \mid x_t)` (E6).
 
 A denoiser estimates the datum, :math:`\hat x_0(x_t, \lambda_t)`. Its reverse kernel is the posterior
-:math:`q(x_{t-1} \mid x_t, x_0)` of the forward process at that estimate. For Gaussian noise the mean is
+:math:`q(x_{t-1} \mid x_t, x_0)` of the forward process at that estimate; of bits and categories it is the
+posterior averaged over what the datum may be. For Gaussian noise the mean is
 :math:`\tilde\mu_t(x_t, \hat x_0)`, which is exact for the true :math:`E[x_0 \mid x_t]` because
 :math:`\tilde\mu_t` is linear in :math:`x_0`. Tweedie's formula gives the score,
 
@@ -146,7 +147,9 @@ class Denoiser(nn.Module, ABC):
             Tweedie's Formula and Selection Bias (Efron, 2011).
             https://doi.org/10.1198/jasa.2011.tm11181
         """
-        self.process.check_has_score("x_t", "Take x_0_hat, the mean of the datum.")
+        self.process.check_has_score(
+            "x_t", "Take denoise(x_t, log_snr), what the denoiser says of the datum."
+        )
         signal, noise = (pad(c, self.missing_dim, x_t.dtype) for c in self.schedule.scales(log_snr))
         return (signal * self.x_0_hat(x_t, log_snr, **given) - x_t) / noise**2
 

@@ -156,7 +156,7 @@ def _velocity(
         said, products = look(
             diffusion.denoiser,
             x,
-            log_snr.expand(()),
+            log_snr,
             pull=lambda said, part: [said.x_0_hat * e[part] for e in probes],
         )
         trace = (torch.stack(products) * probes).reshape(*probes.shape[:2], -1).double().sum(2)

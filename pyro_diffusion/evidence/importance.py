@@ -88,7 +88,7 @@ def importance_evidence(
             return at_the_end(chain.prior(), x_0, num_particles)
         chain, q = chain.of_state(state), q.of_state(state)
     chunks: dict[int, list[Tensor]] = defaultdict(list)
-    what = Given(**given)
+    what = Given.of(**given)
     for start, sites in trajectory_terms(
         chain, q, x_0, what, num_particles=num_particles, analytic_kl=False,
         batch_size=batch_size, progress=progress, description="evidence",

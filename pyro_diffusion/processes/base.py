@@ -93,7 +93,7 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def reverse(self, x_t: Tensor, denoised: Denoised, t: int | Tensor) -> TorchDistribution:
-        r"""The posterior with an estimate in place of the datum; ``t`` in ``{1, …, T}``."""
+        r"""The posterior at the estimate, or averaged over what the datum may be; ``t`` in ``{1, …, T}``."""
 
     # The continuous chain.
 

@@ -10,7 +10,7 @@ and with :math:`s = t - 1`, all of them follow from :math:`x_t = a_t x_0 + \sigm
     q(x_s \mid x_t, x_0) &= N\!\big(\tfrac{a_s}{a_t} e^{\lambda_t - \lambda_s} x_t
         + a_s (1 - e^{\lambda_t - \lambda_s}) x_0,\; \sigma_s^2 (1 - e^{\lambda_t - \lambda_s}) I\big)
         && \text{(E3)} \\
-    p(x_T) &= N(0, I) && \text{(E5)}
+    p(x_T) &= N(0, (a_T^2 + \sigma_T^2) I) && \text{(E5)}
 
 For :math:`a_t = \sqrt{\bar\alpha_t}, \sigma_t = \sqrt{1 - \bar\alpha_t}` these are the usual
 :math:`N(\sqrt{\alpha_t} x_s, (1 - \alpha_t) I)` and so on. The form above holds for a
@@ -107,7 +107,7 @@ class GaussianProcess(ForwardProcess):
         return gaussian(torch.zeros_like(scale), scale, self.event_dim)
 
     def transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`N(\sqrt{\alpha_t}\, x_{t-1}, (1-\alpha_t) I)` (E1)."""
+        r""":math:`N(\tfrac{a_t}{a_{t-1}} x_{t-1}, \sigma_t^2 (1 - e^{\lambda_t - \lambda_{t-1}}) I)` (E1)."""
         step = chain_step(t, self.schedule)
         mean = self._pad(step.signal / step.signal_prev, x_prev) * x_prev
         return self._gaussian(mean, step.noise * step.share.sqrt())
@@ -145,7 +145,7 @@ class GaussianProcess(ForwardProcess):
         return gaussian(mean, scale, self.event_dim)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r"""The observation of the datum in a step of length :math:`du`, in units of :math:`\sqrt{du}`,
+        r"""What the channel below says of the datum in a unit of time, at the rate of :math:`u`,
 
         .. math::
             N\Big(\sqrt{-\tfrac{d\,\mathrm{SNR}}{du}}\; x_0,\; I\Big), \qquad

@@ -160,12 +160,14 @@ class Sampler(ABC):
         r""":math:`x_0` from :math:`x_1`: a draw, or the mean if nothing is drawn and there is one."""
         remedy = "Lower the learning rate or clip gradients, and check the data's scale."
         check_finite("argument 'network', the states that it leads to", x_1, remedy)
-        walk = ReverseWalk(model)
+        walk = ReverseWalk(model)  # a single look, which is not worth a graph of its own
         denoised = walk.look(x_1, 1)
-        kernel = model.decode_inside(x_1, denoised)
-        if not self.deterministic or kernel.support.is_discrete:
-            return walk.end(x_1, denoised)()
-        return kernel.mean if model.transform is None else model.transform.inv(kernel.mean)
+        if self.deterministic:
+            kernel = model.decode_inside(x_1, denoised)
+            if not kernel.support.is_discrete:
+                mean = kernel.mean
+                return mean if model.transform is None else model.transform.inv(mean)
+        return walk.end(x_1, denoised)()
 
 
 class AncestralSampler(Sampler):
@@ -211,8 +213,7 @@ class AncestralSampler(Sampler):
         denoiser: Any = model.denoiser
         if is_plain(denoiser) and not denoiser.variance.num_outputs:
             return super()._chain(model, x_t, progress)
-        walk = ReverseWalk(model)
-        walk.denoiser = self._denoiser(model)
+        walk = ReverseWalk(model, denoiser=self._denoiser(model))
         for t in _bar(list(walk.timesteps[:-1]), progress):
             x_t = walk.kernel(x_t, t, walk.look(x_t, t))()
         return x_t
