@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_count, check_data, check_observed, require
-from pyro_diffusion.given import Given, ObservedEntries, seen, takes
+from pyro_diffusion.given import Given, ObservedEntries, as_real, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
 
@@ -182,7 +182,7 @@ class GenerativeProgram(Program):
             "data alone",
             "Leave it out, or build the model with a denoiser, or layers, that take a context.",
         )
-        return check_observed(x_0, given.mask)
+        return as_real(check_observed(x_0, given.mask))
 
 
 def joined(prefix: str, name: str) -> str:

@@ -74,7 +74,7 @@ class GenerativeChain(GenerativeProgram):
                 kernel = self.transition(run.seen(x_t), t, **run.context)
                 x_t = pyro.sample(f"x_{t - 1}", kernel, infer=STATE)
             kernel = check_event_shape(self.likelihood(run.seen(x_t), **run.context), run.x_0)
-            return pyro.sample("x_0", kernel, obs=as_real(run.x_0), infer=STATE)
+            return pyro.sample("x_0", kernel, obs=run.x_0, infer=STATE)
 
     def from_state(self, x_t: Tensor, t: int) -> "GenerativeChain":
         r"""The rest of the chain, :math:`p(x_{0:t-1} \mid x_t)`: a program of ``t`` steps.

@@ -30,7 +30,7 @@ from pyro_diffusion.chains.time import Time
 from pyro_diffusion.chains.timesteps import StratifiedTimesteps, Timesteps
 from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import CarriedSite
-from pyro_diffusion.given import STATE, Given, as_real
+from pyro_diffusion.given import STATE, Given
 
 
 class TimestepPlate:
@@ -117,7 +117,7 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
                     pyro.sample(self.time.step_site, step, infer=STATE)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=drawn.is_first):
                     likelihood = check_event_shape(likelihood, run.x_0)
-                    pyro.sample("x_0", likelihood, obs=as_real(run.x_0), infer=STATE)
+                    pyro.sample("x_0", likelihood, obs=run.x_0, infer=STATE)
             self._complete_volume(run.x_0, run.given.get("mask"), drawn)
 
     def _complete_volume(self, x_0: Tensor | None, mask: Tensor | None, drawn: Drawn) -> None:
