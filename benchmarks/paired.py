@@ -73,7 +73,10 @@ def report(pairs, trees, args):
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "paired.json"
     commits = {name: commit(tree) for name, tree in trees.items()}
-    path.write_text(json.dumps({"pairs": len(pairs), "commits": commits, "rows": table}, indent=1))
+    numbers = {"pairs": len(pairs), "commits": commits, "rows": table}
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(numbers, indent=1) + "\n")
+    os.replace(aside, path)
     print(f"\nwrote {path}")
 
 

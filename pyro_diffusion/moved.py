@@ -50,7 +50,7 @@ class _Moved(ModuleType):
         self.__dict__["_rooms"] = rooms
 
     def __getattr__(self, name: str) -> Any:
-        return _found(self.__name__, name, self.__dict__["_rooms"], 3)
+        return _found(self.__name__, name, self.__dict__["_rooms"])
 
 
 def keep_modules() -> None:
@@ -73,12 +73,12 @@ def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             if module == PACKAGE and name in MODULES:
                 return sys.modules[f"{PACKAGE}.{name}"]
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        return _found(module, name, (names[name],), 3)
+        return _found(module, name, (names[name],))
 
     return get
 
 
-def _found(module: str, name: str, rooms: Sequence[str], depth: int) -> Any:
+def _found(module: str, name: str, rooms: Sequence[str]) -> Any:
     if not name.startswith("__"):
         for room in rooms:
             new = RENAMED.get((module.removeprefix(f"{PACKAGE}."), name), name)
@@ -87,7 +87,7 @@ def _found(module: str, name: str, rooms: Sequence[str], depth: int) -> Any:
                 warnings.warn(
                     f"{module}.{name} has moved to {PACKAGE}.{room}.{new}; the old name goes in 0.3",
                     DeprecationWarning,
-                    stacklevel=depth,
+                    stacklevel=3,  # of who asked: this function, and a module's __getattr__, are between
                 )
                 return value
     raise AttributeError(f"module {module!r} has no attribute {name!r}")

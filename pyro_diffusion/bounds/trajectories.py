@@ -169,9 +169,8 @@ class _Score(Messenger):
         super().__init__()
         self.drawn, self.rows, self.bar, self.keep, self.analytic = drawn, rows, bar, keep, analytic
         self.guide_order = iter(list(drawn))
-        self.in_order = (
-            True  # whether the model has visited its latents in the guide's order so far
-        )
+        # Whether the model has visited its latents in the guide's order so far.
+        self.in_order = True
         self.log_q: Tensor = torch.zeros(())
         self.log_ratio: dict[str, Tensor] = {}
         self.kl: dict[str, Tensor] = {}

@@ -109,9 +109,10 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
             x_0, Given.of(context=context, **given), num_data=num_data, num_samples=num_samples,
             plate=plate, prefix=prefix,
         ) as run:  # fmt: skip
-            x_T = pyro.sample(f"x_{self.num_timesteps}", self.prior(), infer=STATE)
+            prior = self.prior()
+            x_T = pyro.sample(f"x_{self.num_timesteps}", prior, infer=STATE)
             with self.over_timesteps(x_T, prefix) as drawn:
-                x_t = pyro.sample("x_t", CarriedSite(self.prior()))
+                x_t = pyro.sample("x_t", CarriedSite(prior))
                 step, likelihood = self.reverse(run.seen(x_t), drawn.t, **run.context)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
                     pyro.sample(self.time.step_site, step, infer=STATE)

@@ -114,6 +114,7 @@ class Steps(Time):
         num_timesteps: Number of latent states :math:`T`.
     """
 
+    num_timesteps: int
     first = 1
     step_site = "x_{t-1}"
 
@@ -129,10 +130,10 @@ class Steps(Time):
         return self.num_timesteps
 
     def law(self, timesteps: Timesteps, device: torch.device) -> TimestepDistribution:
-        return timesteps(int(self.num_timesteps), device)
+        return timesteps(self.num_timesteps, device)
 
     def edges(self, num_groups: int) -> Tensor:
-        steps = int(self.num_timesteps) - 1
+        steps = self.num_timesteps - 1
         num_groups = min(num_groups, steps)
         return 2 + torch.linspace(0, steps, num_groups + 1, dtype=torch.float64).floor()
 
