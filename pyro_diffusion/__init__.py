@@ -93,7 +93,7 @@ from pyro_diffusion.training import (
     compile_elbo,
     over_ranks,
 )
-from pyro_diffusion.transforms import Standardize
+from pyro_diffusion.transforms import Logit, Standardize
 
 __version__ = "0.2.0"
 
@@ -153,6 +153,7 @@ __all__ = [
     "LinearDecaySchedule",
     "LinearSchedule",
     "LogSNRSchedule",
+    "Logit",
     "MLP",
     "MinimumVarianceELBO",
     "MonotoneSchedule",

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 __all__ = [
+    "as_numbers",
     "check_argument",
+    "check_between",
     "check_count",
     "check_data",
     "check_event_shape",
@@ -41,7 +43,9 @@ __all__ = [
     "holds",
     "looking",
     "require",
+    "shape_remedy",
     "unchecked",
+    "widened",
 ]
 
 _looking: ContextVar[bool] = ContextVar("looking", default=True)
@@ -113,6 +117,31 @@ def check_argument(name: str, value: Any, kind: type | UnionType, example: str) 
     return value
 
 
+def as_numbers(
+    argument: str, values: Any, like: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Real numbers of an argument as a tensor: from a tensor, an array, a sequence or a number.
+
+    Args:
+        argument: Name of the argument.
+        values: The numbers. Half precision becomes float32.
+        like: Tensor whose dtype and device the numbers take; by default they keep their own.
+        dtype: Dtype to read them in.
+    """
+    try:
+        numbers = torch.as_tensor(values, dtype=like.dtype if like is not None else dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"argument {argument!r}: got {described(values)} ({error}); expected numbers. Pass a tensor, an "
+            "array or a number."
+        ) from error
+    require(
+        not numbers.is_complex(), f"argument {argument!r}", "complex numbers", "real ones",
+        "Pass torch.view_as_real(…).",
+    )  # fmt: skip
+    return widened(numbers if like is None else numbers.to(like.device))
+
+
 def check_count(argument: str, number: Any, least: int, remedy: str, meaning: str = "") -> int:
     """``number`` as an int, if it is a whole number of at least ``least``; NumPy's numbers are taken too."""
     if not isinstance(number, Integral) or isinstance(number, bool) or int(number) < least:
@@ -139,6 +168,21 @@ def check_positive(argument: str, number: Any, remedy: str, meaning: str = "") -
             f"argument {argument!r}: got {number!r}; expected a positive number{meaning}. {remedy}"
         )
     return float(number)
+
+
+def check_between(
+    argument: str, number: Any, low: float, high: float, meaning: str, remedy: str, ends: str = "()"
+) -> float:
+    """``number`` as a float, if it is a number between two others; ``ends`` is ``"[]"`` to include them."""
+    proper = isinstance(number, Real) and not isinstance(number, bool)
+    value = float(number) if proper else math.nan
+    inside = low < value < high or (value == low and ends[0] == "[") or (value == high and ends[1] == "]")
+    if not inside:
+        raise ValueError(
+            f"argument {argument!r}: got {number!r}; expected a number in "
+            f"{ends[0]}{low:g}, {high:g}{ends[1]}, {meaning}. {remedy}"
+        )
+    return value
 
 
 def check_shape(argument: str, shape: Any, remedy: str) -> torch.Size:
@@ -209,21 +253,24 @@ def check_values(what: str, values: Tensor, valid: Tensor, expected: str, remedy
 def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
     """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
 
-    Unobserved entries may be NaN. Each is replaced by the first observed value of the same entry (or of any
-    entry, if this one was never observed). The likelihood and the transform can take this value, and no term
-    depends on it. The tensor is a new object, because transforms recognise the last tensor by its identity.
+    Data of less than 32 bits become float32, and unsigned integers that torch computes little with become
+    int64. Unobserved entries may be NaN. Each is replaced by the first observed value of the same entry (or
+    of any entry, if this one was never observed). The likelihood and the transform can take this value, and
+    no term depends on it. The tensor is a new object, because transforms recognise the last tensor by its
+    identity.
     """
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
         raise ValueError(
             f"argument 'x_0': got {got}; expected a tensor of shape (N,) + event_shape with N ≥ 1. "
-            "Convert arrays with torch.as_tensor, skip empty batches, and give the guide the data "
-            "that the model observes."
+            f"{_remedy_for(x_0)}"
         )
     if not _data_due.get():
         return x_0.view_as(x_0)
+    x_0 = widened(x_0)
     if mask is not None:
         mask = _check_rows(check_mask(mask, x_0))
+        _check_observed_finite(x_0, mask)
         x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
     if not holds(x_0.isfinite()):
         raise ValueError(
@@ -232,6 +279,43 @@ def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
             "mask=x_0.isfinite() for the bound of the observed part."
         )
     return x_0.view_as(x_0)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Numbers of half precision as float32, and unsigned integers of more than 8 bits as int64."""
+    if x.is_floating_point():
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.long() if x.dtype in _UNSIGNED else x
+
+
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def _remedy_for(x_0: Any) -> str:
+    """What to do about data that are no tensor of rows."""
+    if isinstance(x_0, Tensor):
+        return "Pass x_0[None] for a single number." if x_0.dim() == 0 else "Skip empty batches."
+    if hasattr(x_0, "to_numpy"):  # of pandas, and of its relatives
+        return "Pass torch.as_tensor(x_0.to_numpy(dtype=float))."
+    if hasattr(x_0, "__array__"):
+        return "Convert it with torch.as_tensor; an array of objects, with x_0.astype(float) before."
+    if isinstance(x_0, Sequence | Mapping) and not isinstance(x_0, str):
+        return (
+            "Unpack the batch of a DataLoader, (x_0,) = batch; convert numbers with torch.as_tensor."
+        )
+    return "Pass the data, and give the guide the data that the model observes."
+
+
+def _check_observed_finite(x_0: Tensor, mask: Tensor) -> None:
+    """Raise a ``ValueError`` if an entry that counts as observed is not finite."""
+    finite = x_0.isfinite()
+    if not holds(finite | ~mask):
+        inverted = bool((finite != mask).all())
+        raise ValueError(
+            f"argument 'mask': got {int((mask & ~finite).sum())} NaN or infinite values that it calls "
+            "observed; expected true where an entry was observed, and a finite number there. "
+            + ("Pass ~mask: it is inverted." if inverted else "Pass mask & x_0.isfinite().")
+        )
 
 
 def check_mask(mask: Tensor, x_0: Tensor) -> Tensor:
@@ -261,9 +345,16 @@ def check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDis
     if x_0 is not None and x_0.shape[1:] != kernel.event_shape:
         raise ValueError(
             f"site 'x_0': got data of shape {tuple(x_0.shape)}; expected (N,) + "
-            f"{tuple(kernel.event_shape)}. Reshape the data, or build the model with their event shape."
+            f"{tuple(kernel.event_shape)}. {shape_remedy(x_0.shape, kernel.event_shape)}"
         )
     return kernel
+
+
+def shape_remedy(shape: torch.Size, event_shape: torch.Size) -> str:
+    """What to do about data of another shape than ``(N,) + event_shape``."""
+    if shape == event_shape:
+        return "Pass x_0[None] for a single datum."
+    return f"Reshape the data, or build the model with event_shape {tuple(shape[1:])}."
 
 
 def _check_rows(mask: Tensor) -> Tensor:

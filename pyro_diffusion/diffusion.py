@@ -33,7 +33,7 @@ from pyro_diffusion.chains import (
     Timesteps,
     TopDownGuide,
 )
-from pyro_diffusion.checks import check_argument, check_count, require
+from pyro_diffusion.checks import check_argument, check_count, looking, require
 from pyro_diffusion.denoisers import BernoulliDenoiser, Denoised, Denoiser
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.params import shared_copy
@@ -268,6 +268,8 @@ class DiffusionModel(Family):
 
     # What the programs are made of, besides the process and the denoiser.
 
+    _scale_is_known = False
+
     @property
     def entrance(self) -> Any:
         """The object whose ``embed`` makes states of data: the likelihood, or else the denoiser."""
@@ -283,8 +285,15 @@ class DiffusionModel(Family):
         return self.embed_mask(mask)
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved."""
-        return self.process.check_states(super().embed(x_0, mask))
+        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved.
+
+        The first data of a model are compared with the chain's noise; a warning says if they do not fit.
+        """
+        states = self.process.check_states(super().embed(x_0, mask))
+        if looking() and not self._scale_is_known:
+            self._scale_is_known = True
+            self.process.warn_of_scale(states)
+        return states
 
     def prior(self) -> TorchDistribution:
         """:math:`p(x_T)` (E5)."""

@@ -6,7 +6,7 @@ class                                is
 ``ChainNormal``                      the Gaussian of a chain's kernels (:func:`gaussian` makes them)
 ``Noise``, ``Changes``               bits of a chain, and how often they change in continuous time
 ``DiscretizedGaussian``, ``Counts``  laws of data: grey levels, and counts of large rates
-``CarriedSite``, ``BottomUpSite``    wrappers, for which KLs have rules of their own
+``CarriedSite``, ``HandedOver`` …    wrappers of sites with rules of their own
 ``TimestepDistribution`` and others  laws of random timesteps, drawn jointly
 ==================================== =================================================================
 """
@@ -31,6 +31,7 @@ __all__ = [
     "ContinuousTimestepDistribution",
     "Counts",
     "DiscretizedGaussian",
+    "HandedOver",
     "IndependentTimestepDistribution",
     "Noise",
     "Share",
@@ -226,6 +227,21 @@ class CarriedSite(WrappedSite):
 @register_kl(CarriedSite, CarriedSite)
 def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
     return q.mean.new_zeros(q.batch_shape)
+
+
+class HandedOver(WrappedSite):
+    """A site of a model whose value its own guide draws: it has a density, and no draws."""
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Refused."""
+        raise ValueError(
+            "site 't': got a model of random timesteps that was run without the draws of its own guide; "
+            "expected the two programs of one pair, because they estimate the bound and generate nothing. "
+            "Pass pair.model with pair.guide of the same pair = diffusion.subsampled(); to generate data, use "
+            "diffusion.model or diffusion.sample(n)."
+        )
+
+    sample = rsample
 
 
 class BottomUpSite(WrappedSite):

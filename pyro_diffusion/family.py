@@ -22,11 +22,18 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
-from pyro_diffusion.checks import require
+from pyro_diffusion.checks import require, shape_remedy
 from pyro_diffusion.given import seen
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.params import ParamScope
-from pyro_diffusion.transforms import check_transform, describe, forget, parts, transformed
+from pyro_diffusion.transforms import (
+    check_codomain,
+    check_transform,
+    describe,
+    forget,
+    parts,
+    transformed,
+)
 
 __all__ = ["Family", "Pair", "programs", "unpacked"]
 
@@ -142,25 +149,30 @@ class Family(ParamScope, ABC):
         if embedded.shape[1:] != self.event_shape:
             raise ValueError(
                 f"argument 'x_0': got data of shape {tuple(x_0.shape)}, which are states of shape "
-                f"{tuple(embedded.shape)} in the chain; expected (N,) + {tuple(self.event_shape)}. Reshape "
-                f"the data, or build the model with event_shape {tuple(embedded.shape[1:])}."
+                f"{tuple(embedded.shape)} in the chain; expected (N,) + {tuple(self.event_shape)}. "
+                f"{shape_remedy(embedded.shape, self.event_shape)}"
             )
         if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
             raise ValueError(
                 f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
-                "real numbers. Pass likelihood=DiscretizedGaussianLikelihood(num_levels=…), in a "
-                "hierarchical VAE LevelLikelihood(…), for whole numbers, or x_0.float() for measurements."
+                f"real numbers. {_likelihood_for(x_0)}"
             )
         embedded = embedded.to(self.dtype)
         return embedded if mask is None else seen(embedded, self.embed_mask(mask), self.gap)
 
     def embed_mask(self, mask: Tensor) -> Tensor:
-        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry."""
+        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry.
+
+        A likelihood with :attr:`~pyro_diffusion.likelihoods.Likelihood.widths` says which those are.
+        """
+        of_state = getattr(self.entrance, "embed_mask", None)
+        mask = mask if of_state is None else of_state(mask)
         if mask.shape[1:] != self.event_shape[: mask.dim() - 1]:
             raise ValueError(
                 f"argument 'mask': got shape {tuple(mask.shape)} for states of shape (N,) + "
                 f"{tuple(self.event_shape)}; expected an entry of the data to be an entry of the state, "
-                "because unobserved ones are left out of both. Use a transform that acts entry by entry."
+                "because unobserved ones are left out of both. Use a transform that acts entry by entry, "
+                "and a likelihood whose widths say how many entries of the state an entry becomes."
             )
         mask = mask.reshape(mask.shape + (1,) * (1 + len(self.event_shape) - mask.dim()))
         return mask.expand(len(mask), *self.event_shape)
@@ -186,6 +198,7 @@ class Family(ParamScope, ABC):
                     "expected a density, because a mass has no Jacobian. Leave the rescaling to the "
                     "likelihood's embed."
                 )
+            check_codomain(self.transform, kernel.support)
             kernel = dist.TransformedDistribution(kernel, self.transform.inv)
         batch_dim = len(batch_shape)
         if kernel.batch_shape[:batch_dim] != batch_shape:
@@ -195,6 +208,20 @@ class Family(ParamScope, ABC):
                 "those. Let the likelihood act entry by entry on x̂_0."
             )
         return dist.Independent(kernel, len(kernel.batch_shape) - batch_dim)
+
+
+def _likelihood_for(x_0: Tensor) -> str:
+    """What to do about whole numbers and bits in a model of real numbers."""
+    if x_0.dtype == torch.bool:
+        return (
+            "Pass likelihood=BernoulliLikelihood(), use a NeuralBernoulliDenoiser, or take x_0.float() if the "
+            "bits are measurements."
+        )
+    return (
+        "Pass likelihood=DiscretizedGaussianLikelihood(K) for levels 0 … K − 1, CategoricalLikelihood(K) for "
+        "categories, PoissonLikelihood(x_0.max()) for counts, in a hierarchical VAE LevelLikelihood(K), or "
+        "x_0.float() if the numbers are measurements."
+    )
 
 
 def describe_part(part: Any) -> str:

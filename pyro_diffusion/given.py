@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
-from pyro_diffusion.checks import require
+from pyro_diffusion.checks import require, widened
 from pyro_diffusion.distributions import WrappedSite
 
 __all__ = [
@@ -116,10 +116,10 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
 
 
 def as_real(x_0: Tensor | None) -> Tensor | None:
-    """Whole numbers and bits as floating-point numbers, which torch's distributions take."""
-    if x_0 is None or x_0.is_floating_point():
-        return x_0
-    return x_0.to(torch.get_default_dtype())
+    """Whole numbers and bits as floating-point numbers of at least 32 bits, which distributions take."""
+    if x_0 is None:
+        return None
+    return widened(x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype()))
 
 
 def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:

@@ -27,14 +27,17 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_diffusion.checks import check_num_levels, check_positive, check_values
+from pyro_diffusion.checks import check_num_levels, check_positive, check_values, widened
 from pyro_diffusion.distributions import Counts, DiscretizedGaussian
+from pyro_diffusion.given import as_real
 
 __all__ = [
     "BernoulliLikelihood",
@@ -65,7 +68,7 @@ def embed_levels(x_0: Tensor, num_levels: int) -> Tensor:
 
 def _whole(x_0: Tensor, largest: float, expected: str, remedy: str) -> Tensor:
     """Data as floating-point numbers, if they are whole numbers in ``0 … largest``."""
-    numbers = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
+    numbers: Any = as_real(x_0)
     valid = (numbers >= 0) & (numbers <= largest) & (numbers == numbers.round())
     return check_values("site 'x_0'", numbers, valid, expected, remedy)
 
@@ -79,6 +82,10 @@ class Likelihood(nn.Module, ABC):
 
     #: Number of inputs for each entry of a datum. If there are several, they are on one more axis at the end.
     num_outputs: int = 1
+    #: How many entries of the state each entry on the last axis of a datum becomes, in their order, such as
+    #: ``(1, 1, 3)`` for two reals beside three categories one-hot. ``None`` if an entry stays one entry, or
+    #: gets a new axis of its own.
+    widths: Sequence[int] | None = None
 
     @abstractmethod
     def embed(self, x_0: Tensor) -> Tensor:
@@ -87,6 +94,12 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         """The distribution over the user's data, given ``x_0_hat`` in embedded space."""
+
+    def embed_mask(self, mask: Tensor) -> Tensor:
+        """Observed entries of a state, from those of the data, by :attr:`widths`."""
+        if self.widths is None:
+            return mask
+        return mask.repeat_interleave(torch.tensor(self.widths, device=mask.device), -1)
 
 
 class _ScaledLikelihood(Likelihood):
@@ -134,7 +147,7 @@ class GaussianLikelihood(_ScaledLikelihood):
         super().__init__(scale, learnable)
 
     def embed(self, x_0: Tensor) -> Tensor:
-        return x_0
+        return widened(x_0)
 
     def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
         return dist.Normal(x_0_hat, self.scale.to(x_0_hat.dtype))

@@ -31,7 +31,9 @@ from typing import Any, Self, TypeVar
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_diffusion.checks import described, require
 
@@ -101,6 +103,19 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: b
         )
 
 
+class _OnePlace(Messenger):
+    """Refuse a draw of weights inside a plate: they would get the plate's axis, which no network expects."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        plates = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
+        if plates:
+            raise ValueError(
+                f"site {msg['name']!r}: got weights inside the plate {plates[0].name!r}, which would draw "
+                f"{plates[0].size} of them; expected one draw for a run of the program. Use "
+                "vectorize_particles=False, or run the program outside of the plate."
+            )
+
+
 class ParamScope(nn.Module):
     """A module whose parameters, with those of its submodules, have one prefix in Pyro's param store.
 
@@ -150,8 +165,9 @@ class ParamScope(nn.Module):
         with context:
             self._state_parameters(below, skip_unconstrained=bool(modules))
             for _, module in (pair for pair in modules if pair[0].startswith(below)):
-                for attribute in (*module._pyro_params, *module._pyro_samples):
-                    getattr(module, attribute)
+                with _OnePlace():
+                    for attribute in (*module._pyro_params, *module._pyro_samples):
+                        getattr(module, attribute)
             yield
 
     def _state_parameters(self, below: str, *, skip_unconstrained: bool) -> None:
@@ -160,14 +176,17 @@ class ParamScope(nn.Module):
             constrained = skip_unconstrained and path.endswith("_unconstrained")
             if not parameter.requires_grad or not path.startswith(below) or constrained:
                 continue
-            name = f"{self.name}.{path}"
-            if pyro.get_param_store().setdefault(name, parameter) is not parameter:
+            name, store = f"{self.name}.{path}", pyro.get_param_store()
+            if name not in store and not parameter.is_contiguous():
+                # What is assigned to the store by name is copied if it is not contiguous.
+                own: Any = {"params": {name: parameter}, "constraints": {name: constraints.real}}
+                store.set_state(own)
+            if store.setdefault(name, parameter) is not parameter:
                 raise ValueError(
-                    f"parameter {name!r}: Pyro's param store holds another tensor under this "
-                    "name, or a copy of a tensor that is not contiguous, so that training would "
-                    "not reach this model; expected the module's own tensor. Call "
-                    "pyro.clear_param_store() after loading a param store or after replacing "
-                    "parameters (load_state_dict(assign=True)), and make parameters contiguous."
+                    f"parameter {name!r}: Pyro's param store holds another tensor under this name, so that "
+                    "training would not reach this model; expected the module's own tensor. Call "
+                    "pyro.clear_param_store() after loading a param store or after replacing parameters "
+                    "(load_state_dict(assign=True))."
                 )
             pyro.param(name, parameter)
 

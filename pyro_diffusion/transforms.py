@@ -2,10 +2,12 @@ r"""Transforms between the user's units and the model's.
 
 ``DiffusionModel(denoiser, transform=f)`` models :math:`y = f(x_0)` and reports the bound on
 :math:`\log p(x_0) = \log p(y) + \log |\det \partial f / \partial x_0|`. Any bijective torch transform
-will do, including ``SigmoidTransform().inv`` (the logit) and Pyro's normalising flows. :class:`Standardize`
-brings data of any scale to mean zero and standard deviation one.
+will do, including ``ExpTransform().inv`` (the logarithm) and Pyro's normalising flows, if its values are the
+whole real line. :class:`Standardize` brings data of any scale to mean zero and standard deviation one, and
+:class:`Logit` data of an interval to the real line. Both compute in at least float32.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
@@ -13,20 +15,32 @@ import torch
 from numpy.typing import ArrayLike
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import ComposeTransform, SigmoidTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_diffusion.checks import (
+    as_numbers,
     check_argument,
+    check_between,
     check_data,
     check_finite,
     check_mask,
     check_values,
     holds,
     require,
+    widened,
 )
 
-__all__ = ["Standardize", "check_transform", "describe", "forget", "parts", "transformed"]
+__all__ = [
+    "Logit",
+    "Standardize",
+    "check_codomain",
+    "check_transform",
+    "describe",
+    "forget",
+    "parts",
+    "transformed",
+]
 
 
 class Standardize(TransformModule):
@@ -58,7 +72,7 @@ class Standardize(TransformModule):
         super().__init__()
         for name, value in (("loc", loc), ("scale", scale)):
             dtype = None if isinstance(value, Tensor) else torch.float64
-            self.register_buffer(name, torch.as_tensor(value, dtype=dtype).detach().clone())
+            self.register_buffer(name, as_numbers(name, value, dtype=dtype).detach().clone())
         check_finite("argument 'loc'", self.loc, "Drop entries that have no mean.")
         check_values(
             "argument 'scale'",
@@ -82,11 +96,11 @@ class Standardize(TransformModule):
         Raises:
             ValueError: An entry that is constant, or observed less than twice.
         """
-        x_0 = torch.as_tensor(x_0)
+        x_0 = as_numbers("x_0", x_0)
         x_0 = x_0 if x_0.is_floating_point() else x_0.to(torch.get_default_dtype())
         if mask is None:
             mask = torch.ones_like(check_data(x_0), dtype=torch.bool)
-        observed = check_mask(torch.as_tensor(mask), x_0)
+        observed = check_mask(as_numbers("mask", mask), x_0)
         values = x_0.double().where(observed, 0.0)
         count = observed.sum(0)
         mean = values.sum(0) / count
@@ -109,7 +123,7 @@ class Standardize(TransformModule):
         return cls(mean.to(x_0.dtype), scale.to(x_0.dtype))
 
     def _call(self, x: Tensor) -> Tensor:
-        return (x - self.loc) / self.scale
+        return (widened(x) - self.loc) / self.scale
 
     def _inverse(self, y: Tensor) -> Tensor:
         return y * self.scale + self.loc
@@ -117,6 +131,66 @@ class Standardize(TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r""":math:`-\log s` for each entry."""
         return -self.scale.log().expand(x.shape)
+
+
+class Logit(Transform):
+    r"""An interval to the real line, :math:`y = \log(x - l) - \log(h - x)`.
+
+    The two logarithms lose no digits at either end, where torch's ``SigmoidTransform().inv`` moves a number
+    closer to one than rounding by up to :math:`\log 2` nats. The log-Jacobian is
+    :math:`\log(h - l) - \log(x - l) - \log(h - x)`.
+
+    Args:
+        low: Lower end :math:`l`, a number.
+        high: Upper end :math:`h > l`, a number.
+
+    Raises:
+        ValueError: Ends that are not finite numbers in order. From a program: data outside the interval, or
+            at its ends.
+
+    Example:
+        >>> Logit()(torch.tensor([0.5, 1 - 2**-24]))
+        tensor([ 0.0000, 16.6355])
+    """
+
+    bijective = True
+    sign = 1
+    codomain: ClassVar[constraints.Constraint] = constraints.real
+
+    def __init__(self, low: float = 0.0, high: float = 1.0, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        remedy = "Pass the ends of the interval that the data lie in, such as Logit(0, 100)."
+        infinity = math.inf
+        self.low = check_between("low", low, -infinity, infinity, "the lower end", remedy)
+        self.high = check_between("high", high, self.low, infinity, "the upper end", remedy)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def domain(self) -> constraints.Constraint:
+        """The interval."""
+        return constraints.interval(self.low, self.high)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Logit) and (self.low, self.high) == (other.low, other.high)
+
+    __hash__ = Transform.__hash__
+
+    def __repr__(self) -> str:
+        return f"Logit(low={self.low:g}, high={self.high:g})"
+
+    def with_cache(self, cache_size: int = 1) -> "Logit":
+        return Logit(self.low, self.high, cache_size)
+
+    def _call(self, x: Tensor) -> Tensor:
+        x = widened(x)
+        return (x - self.low).log() - (self.high - x).log()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * y.sigmoid()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r""":math:`\log(h - l) - \log(x - l) - \log(h - x)` for each entry."""
+        x = widened(x)
+        return math.log(self.high - self.low) - (x - self.low).log() - (self.high - x).log()
 
 
 def check_transform(transform: Transform | None) -> Transform | None:
@@ -133,14 +207,19 @@ def check_transform(transform: Transform | None) -> Transform | None:
 
 
 def transformed(transform: Transform, x_0: Tensor) -> Tensor:
-    """``transform(x_0)``, if the transform is a bijection on these data.
+    """``transform(x_0)``, if the transform is a bijection on these data; part by part if it is composed.
 
     Raises:
         ValueError: Data of a shape that the transform does not take. A datum outside the transform's domain,
             on its edge (where a bijection to the real line has no value), or one that the inverse does not
             return. The inverse of a module is not called: modules are bijective by construction, and may be
-            slow to invert.
+            slow to invert. Data in a margin where torch's transform is clamped.
     """
+    if type(transform) is ComposeTransform:
+        for part in transform.parts:
+            x_0 = transformed(part, x_0)
+        return x_0
+    _check_margin(transform, x_0)
     domain = transform.domain
     base = getattr(domain, "base_constraint", domain)
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
@@ -165,6 +244,28 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             "that its inverse returns. Choose another transform, or move the data off the edges."
         )
     return y
+
+
+def _check_margin(transform: Transform, x_0: Tensor) -> None:
+    """Refuse numbers so close to 0 or 1 that torch's logit clamps them and returns another's value."""
+    if isinstance(transform, _InverseTransform) and isinstance(transform.inv, SigmoidTransform):
+        info = torch.finfo(x_0.dtype) if x_0.is_floating_point() else torch.finfo(torch.float32)
+        clamped = (x_0 > 0) & (x_0 < 1) & ((x_0 < info.tiny) | (x_0 > 1 - info.eps))
+        expected = f"numbers that torch's logit does not clamp to [{info.tiny:g}, 1 - {info.eps:g}]"
+        remedy = "Use transform=Logit(), which loses no digits there."
+        check_values("argument 'transform', its data", x_0, ~clamped, expected, remedy)
+
+
+def check_codomain(transform: Transform, support: constraints.Constraint) -> None:
+    """Raise a ``ValueError`` if a kernel has mass where the transform has no values."""
+    values, needed = (getattr(c, "base_constraint", c) for c in (transform.codomain, support))
+    bounded = any(hasattr(values, name) for name in ("lower_bound", "upper_bound"))
+    if bounded and isinstance(needed, type(constraints.real)):
+        raise ValueError(
+            f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the real "
+            "line; expected a transform from the user's units onto the whole line, or part of the model's "
+            f"mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that."
+        )
 
 
 def parts(transform: Any) -> Iterator[Transform]:

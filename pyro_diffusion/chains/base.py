@@ -154,7 +154,9 @@ class Program(nn.Module):
         )
         with ExitStack() as stack:
             stack.enter_context(self.owner.param_statements(self.below))
-            if plate and num_data is not None and check_count("num_data", num_data, 1, _COUNTS):
+            if num_data is not None:
+                meaning = "at least as many as the data given, which are a batch of them"
+                num_data = check_count("num_data", num_data, size, _COUNTS, meaning)
                 stack.enter_context(poutine.scale(scale=num_data / size))
             if plate:
                 stack.enter_context(pyro.plate(joined(prefix, "data"), size, dim=-1))
@@ -170,8 +172,33 @@ class Program(nn.Module):
         return check_data(x_0, given.mask)
 
 
+class GuideProgram(Program):
+    """A program of a guide, which needs data."""
+
+    def __call__(self, x_0: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Run the program.
+
+        In its sleep phase Pyro's ``ReweightedWakeSleep`` gives a guide what the model drew, as
+        ``observations={"x_0": …}``. It takes the place of the data.
+        """
+        observations = kwargs.pop("observations", None) or {}
+        drawn = observations.get(joined(kwargs.get("prefix", ""), "x_0"), x_0)
+        require(
+            drawn is x_0 or drawn.shape == x_0.shape,
+            "argument 'observations'",
+            "several sleeps at once",
+            "one after the other, since a guide takes one batch of data",
+            "Use ReweightedWakeSleep(vectorize_particles=False).",
+        )
+        return super().__call__(drawn, *args, **kwargs)
+
+
 class GenerativeProgram(Program):
     """A program of a model, which can be run without data."""
+
+    def __call__(self, *args: Any, observations: Any = None, **kwargs: Any) -> Any:
+        """Run the program. What ``ReweightedWakeSleep`` gives a guide, it gives a model too."""
+        return super().__call__(*args, **kwargs)
 
     def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
         kernels = [part for part in vars(self).values() if isinstance(part, Kernel)]

@@ -29,7 +29,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_diffusion.chains.base import GenerativeProgram, Kernel, Program
+from pyro_diffusion.chains.base import GenerativeProgram, GuideProgram, Kernel
 from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import BottomUpSite
 from pyro_diffusion.given import STATE, Given, as_real
@@ -103,7 +103,7 @@ class GenerativeChain(GenerativeProgram):
         )
 
 
-class BottomUpGuide(Program):
+class BottomUpGuide(GuideProgram):
     r"""The encoder from data to noise, :math:`q(x_{1:T} \mid x_0) = \prod_t q(x_t \mid x_{t-1})` (E4).
 
     Its sites run against the model's: a site's parent in the model is its descendant here. So
@@ -154,7 +154,7 @@ class BottomUpGuide(Program):
         )  # fmt: skip
 
 
-class TopDownGuide(Program):
+class TopDownGuide(GuideProgram):
     r"""The encoder in the model's order, :math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` (E4).
 
     Args:

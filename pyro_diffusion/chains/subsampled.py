@@ -15,7 +15,7 @@ References:
     Variational Diffusion Models (Kingma et al., 2021), sections 4 and 5. https://arxiv.org/abs/2107.00630
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from pyro_diffusion.chains.base import GenerativeProgram, Kernel, Program, joine
 from pyro_diffusion.chains.time import Time
 from pyro_diffusion.chains.timesteps import StratifiedTimesteps, Timesteps
 from pyro_diffusion.checks import check_event_shape
-from pyro_diffusion.distributions import CarriedSite
+from pyro_diffusion.distributions import CarriedSite, HandedOver
 from pyro_diffusion.given import STATE, Given
 
 
@@ -37,7 +37,7 @@ class TimestepPlate:
     r"""A (model, guide) pair that draws ``k`` timesteps for each datum.
 
     The plate ``"timesteps"`` has size ``k`` and dim −2. In it the sites ``t`` and ``x_t`` carry the draw from
-    guide to model and have no term. A draw has its term either at the step's site or at ``x_0``. The other
+    guide to model and have no term; the model draws no timesteps itself. A draw has its term either at the step's site or at ``x_0``. The other
     one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` needs no network
     and is stated once for each datum. So is what the draws lack of a transform's log-Jacobian, by a factor of
     expectation zero: the log-Jacobian adds no variance.
@@ -85,12 +85,17 @@ class SubsampledProgram(Program):
         return (f"x_{self.num_timesteps}", "t", "x_t", self.time.step_site, "x_0")
 
     @contextmanager
-    def over_timesteps(self, state: Tensor, prefix: str) -> Iterator[Drawn]:
-        """Open the plate of the draws and sample site ``t``, on the device of ``state`` and in its dtype."""
+    def over_timesteps(
+        self, state: Tensor, prefix: str, site: Callable[[Any], Any]
+    ) -> Iterator[Drawn]:
+        """Open the plate of the draws and sample site ``t``, on the device of ``state`` and in its dtype.
+
+        ``site`` makes the distribution of the site from the law of the timesteps.
+        """
         with pyro.plate(joined(prefix, "timesteps"), self.num_draws, dim=-2):
             law = self.time.law(self.law, state.device).to(state.dtype)
             with poutine.mask(mask=False):
-                t = pyro.sample("t", law)
+                t = pyro.sample("t", site(law))
             weight = (-law.log_prob(t)).exp() / self.num_draws
             yield Drawn(t, weight, t == self.time.first)
 
@@ -111,7 +116,7 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
         ) as run:  # fmt: skip
             prior = self.prior()
             x_T = pyro.sample(f"x_{self.num_timesteps}", prior, infer=STATE)
-            with self.over_timesteps(x_T, prefix) as drawn:
+            with self.over_timesteps(x_T, prefix, HandedOver) as drawn:
                 x_t = pyro.sample("x_t", CarriedSite(prior))
                 step, likelihood = self.reverse(run.seen(x_t), drawn.t, **run.context)
                 with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
@@ -145,7 +150,7 @@ class _SubsampledGuide(SubsampledProgram):
             last = torch.as_tensor(time.last, device=embedded.device)
             x_T = time.marginal(process, embedded, last)
             pyro.sample(f"x_{self.num_timesteps}", x_T, infer=STATE)
-            with self.over_timesteps(embedded, prefix) as drawn:
+            with self.over_timesteps(embedded, prefix, lambda law: law) as drawn:
                 x_t = pyro.sample("x_t", CarriedSite(time.marginal(process, embedded, drawn.t)))
                 # Rows of the reconstruction are masked, and may have any kernel with a density.
                 t = torch.where(drawn.is_first, last, drawn.t)

@@ -25,7 +25,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_diffusion.checks import looking, require
+from pyro_diffusion.checks import check_between, looking, require
 from pyro_diffusion.distributions import (
     ContinuousTimestepDistribution,
     IndependentTimestepDistribution,
@@ -117,14 +117,10 @@ class StratifiedTimesteps(Timesteps):
     """
 
     def __init__(self, reconstruction_share: float = 0.1) -> None:
-        require(
-            0 < reconstruction_share < 1,
-            "argument 'reconstruction_share'",
-            f"{reconstruction_share}",
-            "a number in (0, 1), the share of the draws that go to t = 1",
-            "0.1 suits most likelihoods.",
+        meaning, remedy = "the share of the draws that go to t = 1", "0.1 suits most likelihoods."
+        self.reconstruction_share = check_between(
+            "reconstruction_share", reconstruction_share, 0, 1, meaning, remedy
         )
-        self.reconstruction_share = reconstruction_share
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         first = max(self.reconstruction_share, 1 / num_timesteps)
@@ -186,22 +182,11 @@ class ImportanceTimesteps(Timesteps):
     def __init__(
         self, decay: float = 0.9, uniform_share: float = 0.1, reconstruction_share: float = 0.1
     ) -> None:
-        require(
-            0 <= decay < 1,
-            "argument 'decay'",
-            f"{decay}",
-            "a number in [0, 1), the share of a moment that an observation leaves",
-            "0.9 remembers about ten.",
-        )
-        require(
-            0 < uniform_share <= 1,
-            "argument 'uniform_share'",
-            f"{uniform_share}",
-            "a number in (0, 1], the share of the draws that go by the stratified law",
-            "0.1 bounds every weight.",
-        )
+        meaning, remedy = "the share of a moment that an observation leaves", "0.9 remembers about ten."
+        self.decay = check_between("decay", decay, 0, 1, meaning, remedy, "[)")
+        meaning, remedy = "the share of the draws by the stratified law", "0.1 bounds every weight."
+        self.uniform_share = check_between("uniform_share", uniform_share, 0, 1, meaning, remedy, "(]")
         self.start = StratifiedTimesteps(reconstruction_share)
-        self.decay, self.uniform_share = decay, uniform_share
         self.moments: dict[int, float] = {}
         # Laws by length and device. They change in place, because a compiled program reads these tensors.
         self._laws: dict[tuple[int, torch.device], Tensor] = {}

@@ -223,7 +223,7 @@ class Networked:
         try:
             output = network(flat, level, *extra)
         except TypeError:
-            _check_signature(network, ("x_t", "log_snr", "context", "null")[: 2 + len(extra)])
+            _check_signature(network, _ARGUMENTS[: 2 + len(extra)])
             raise
         per_entry = (count,) if count > 1 else ()
         if output.shape != flat.shape + per_entry:
@@ -238,13 +238,41 @@ class Networked:
         return output.reshape(state.shape + per_entry).to(state.dtype)
 
 
+#: What a network is called with: a state, its log-SNR, a context, and the rows without one.
+_ARGUMENTS = ("x_t", "log_snr", "context", "null")
+
+
+def check_network(network: Any, example: str) -> nn.Module:
+    """``network``, if it is a module whose ``forward`` takes a state and a log-SNR."""
+    check_argument("network", network, nn.Module, example)
+    if not any(_misfit(network, _ARGUMENTS[:count]) is None for count in (2, 3, 4)):
+        raise ValueError(
+            f"argument 'network': got {type(network).__name__}, whose forward does not take (x_t, log_snr): "
+            f"{_misfit(network, _ARGUMENTS[:2])}; expected one that does, because a denoiser must know how "
+            "noisy a state is. Write a module with forward(self, x_t, log_snr) around it, or use MLP."
+        )
+    return network
+
+
 def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
     """Raise a ``ValueError`` if a network cannot be called with these arguments."""
-    try:
-        inspect.signature(network.forward).bind(*arguments)
-    except TypeError as error:
+    misfit = _misfit(network, arguments)
+    if misfit is not None:
         raise ValueError(
             f"argument 'network': got {type(network).__name__}, whose forward does not take "
-            f"({', '.join(arguments)}): {error}; expected one that does. Give a context to a network that "
+            f"({', '.join(arguments)}): {misfit}; expected one that does. Give a context to a network that "
             "has this argument, and to no other."
-        ) from error
+        ) from misfit
+
+
+def _misfit(network: nn.Module, arguments: tuple[str, ...]) -> TypeError | None:
+    """Why a network cannot be called with these arguments; ``None`` if it can, or does not say."""
+    try:
+        signature = inspect.signature(network.forward)
+    except ValueError:  # of a compiled extension
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return error
+    return None

@@ -13,8 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_values, require
-from pyro_diffusion.denoisers.base import Denoiser, Networked
+from pyro_diffusion.checks import as_numbers, check_between, check_values, require, widened
+from pyro_diffusion.denoisers.base import Denoiser, Networked, check_network
 from pyro_diffusion.processes import BernoulliProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
 
@@ -36,15 +36,9 @@ class BernoulliDenoiser(Denoiser, ABC):
         self, schedule: NoiseSchedule, event_shape: tuple[int, ...], rate: float = 0.5
     ) -> None:
         super().__init__(schedule, event_shape)
-        require(
-            isinstance(rate, int | float) and 0 < rate < 1,
-            "argument 'rate'",
-            repr(rate),
-            "a number in (0, 1), the probability of a one among bits that are all noise",
-            "The mean of the data, or 0.5.",
-        )
+        meaning = "the probability of a one among bits that are all noise"
+        self.rate = check_between("rate", rate, 0, 1, meaning, "The mean of the data, or 0.5.")
         check_fixed_curve(schedule, "bits")
-        self.rate = float(rate)
 
     @abstractmethod
     def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
@@ -63,7 +57,7 @@ class BernoulliDenoiser(Denoiser, ABC):
         return dist.Bernoulli(logits=denoised.logits).to_event(self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:
-        bits = x_0 if x_0.is_floating_point() else x_0.to(self.dtype)
+        bits = widened(x_0 if x_0.is_floating_point() else x_0.to(self.dtype))
         proper, remedy = (bits == 0) | (bits == 1), "Map spins of ±1 by (s + 1) / 2."
         return check_values("site 'x_0'", bits, proper, "bits, 0 and 1", remedy)
 
@@ -108,7 +102,7 @@ class NeuralBernoulliDenoiser(Networked, BernoulliDenoiser):
         rate: float = 0.5,
     ) -> None:
         super().__init__(schedule, event_shape, rate)
-        self.network = check_argument("network", network, nn.Module, "MLP((20,))")
+        self.network = check_network(network, "MLP((20,))")
 
     def denoise(
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
@@ -169,9 +163,10 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         *,
         rate: float = 0.5,
     ) -> None:
+        data = as_numbers("data", data)
         super().__init__(schedule, tuple(data.shape[1:]), rate)
         data = data if data.is_floating_point() else data.to(torch.get_default_dtype())
-        weights = torch.ones(len(data)) if weights is None else weights
+        weights = torch.ones(len(data)) if weights is None else as_numbers("weights", weights)
         fit = data.dim() > 1 and weights.shape == data.shape[:1]
         require(
             fit and bool((weights > 0).all()),
@@ -197,7 +192,8 @@ class EnumeratedDenoiser(BernoulliDenoiser):
             (2 * x_t - 1).flatten(-self.event_dim),
             (same - other).flatten(-self.event_dim),
         )
-        log_share = self.log_weights + 0.5 * (flat_spins * flat_difference) @ spins.mT
+        with torch.autocast(x_t.device.type, enabled=False):  # a sum of thousands, in half precision
+            log_share = self.log_weights + 0.5 * (flat_spins * flat_difference) @ spins.mT
         log_share = log_share.log_softmax(-1).unsqueeze(-1)
         ones = torch.where(values == 1, log_share, -torch.inf).logsumexp(-2)
         zeros = torch.where(values == 0, log_share, -torch.inf).logsumexp(-2)

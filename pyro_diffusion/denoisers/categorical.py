@@ -9,8 +9,8 @@ from typing import Any
 from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_count, check_values
-from pyro_diffusion.denoisers.base import Denoiser, Networked
+from pyro_diffusion.checks import check_count, check_values, widened
+from pyro_diffusion.denoisers.base import Denoiser, Networked, check_network
 from pyro_diffusion.processes import CategoricalProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
 
@@ -68,7 +68,7 @@ class NeuralCategoricalDenoiser(Networked, Denoiser):
             "num_categories", num_categories, 2, "Nucleotides have 4, bits 2.", "of an entry"
         )
         check_fixed_curve(schedule, "categories")
-        self.network = check_argument("network", network, nn.Module, "MLP((20, 4))")
+        self.network = check_network(network, "MLP((20, 4))")
 
     @property
     def process(self) -> CategoricalProcess:
@@ -91,7 +91,7 @@ class NeuralCategoricalDenoiser(Networked, Denoiser):
         return Denoised(logits.argmax(-1).to(x_t.dtype), logits)
 
     def embed(self, x_0: Tensor) -> Tensor:
-        numbers = x_0 if x_0.is_floating_point() else x_0.to(self.dtype)
+        numbers = widened(x_0 if x_0.is_floating_point() else x_0.to(self.dtype))
         largest = self.num_categories - 1
         proper = (numbers >= 0) & (numbers <= largest) & (numbers == numbers.round())
         expected = f"whole numbers in 0 … {largest}, the categories of this model"

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import check_finite, require
+from pyro_diffusion.checks import as_numbers, check_finite, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.denoisers.variances import exact_variance
 from pyro_diffusion.distributions import gaussian
@@ -46,9 +46,9 @@ class GaussianDenoiser(Denoiser):
     rotation: Tensor | None
 
     def __init__(self, mean: Tensor, std: Tensor, schedule: NoiseSchedule) -> None:
-        mean = torch.as_tensor(mean).clone()  # the buffer is not the caller's tensor
+        mean = as_numbers("mean", mean).clone()  # the buffer is not the caller's tensor
         mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
-        std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+        std = as_numbers("std", std, like=mean)
         check_finite("argument 'mean'", mean, "Check what the mean was estimated from.")
         std = _check_std("std", std, mean)
         super().__init__(schedule, mean.shape)
@@ -78,6 +78,8 @@ class GaussianDenoiser(Denoiser):
             "a single curve, because a rotation of the data mixes entries",
             "Rotate the data to their principal axes, and use GaussianDenoiser(mean, std, schedule) there.",
         )
+        mean = as_numbers("mean", mean)
+        covariance = as_numbers("covariance", covariance, like=mean)
         require(
             mean.dim() == 1 and covariance.shape == (len(mean), len(mean)),
             "argument 'covariance'",
@@ -130,12 +132,14 @@ class GaussianDenoiser(Denoiser):
         if self.rotation is None:
             return gaussian(mean, variance.sqrt(), self.event_dim)
         factor = self.rotation * variance.sqrt().unsqueeze(-2)
-        return dist.MultivariateNormal(mean, factor @ factor.mT)
+        with torch.autocast(mean.device.type, enabled=False):
+            return dist.MultivariateNormal(mean, factor @ factor.mT)
 
     def _scale_axes(self, gain: Tensor, x: Tensor) -> Tensor:
         if self.rotation is None:
             return gain * x
-        return (gain * (x @ self.rotation)) @ self.rotation.mT
+        with torch.autocast(x.device.type, enabled=False):  # which computes products in half precision
+            return (gain * (x @ self.rotation)) @ self.rotation.mT
 
 
 class GaussianMixtureDenoiser(Denoiser):
@@ -178,11 +182,9 @@ class GaussianMixtureDenoiser(Denoiser):
         stds: Tensor | float,
         schedule: NoiseSchedule,
     ) -> None:
-        means = torch.as_tensor(means).clone()
+        means = as_numbers("means", means).clone()
         means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
-        weights, stds = (
-            torch.as_tensor(x, dtype=means.dtype, device=means.device) for x in (weights, stds)
-        )
+        weights, stds = as_numbers("weights", weights, means), as_numbers("stds", stds, means)
         fit = means.dim() > 0 and weights.shape == means.shape[:1] and len(means) > 0
         proper = ((weights > 0) & weights.isfinite()).all() and means.isfinite().all()
         require(

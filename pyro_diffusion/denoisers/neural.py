@@ -6,7 +6,7 @@ from pyro.distributions import Categorical, TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
-from pyro_diffusion.denoisers.base import Denoiser, Networked
+from pyro_diffusion.denoisers.base import Denoiser, Networked, check_network
 from pyro_diffusion.denoisers.parameterizations import NoisePrediction, Parameterization
 from pyro_diffusion.denoisers.variances import ForwardVariance, ReverseVariance
 from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess, pad
@@ -51,7 +51,7 @@ class NeuralDenoiser(Networked, Denoiser):
         variance: ReverseVariance | None = None,
     ) -> None:
         super().__init__(schedule, event_shape)
-        self.network = check_argument("network", network, nn.Module, "MLP((64,))")
+        self.network = check_network(network, "MLP((64,))")
         prediction = NoisePrediction() if prediction is None else prediction
         variance = ForwardVariance() if variance is None else variance
         self.prediction: Parameterization = check_argument(

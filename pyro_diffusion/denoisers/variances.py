@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_data, require
+from pyro_diffusion.checks import as_numbers, check_argument, check_data, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.processes import ChainStep, posterior_variance
@@ -150,7 +150,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
 
     def __init__(self, log_snr: Tensor, mean_square: Tensor) -> None:
         super().__init__()
-        log_snr, mean_square = (torch.as_tensor(x).double() for x in (log_snr, mean_square))
+        log_snr = as_numbers("log_snr", log_snr, dtype=torch.float64)
+        mean_square = as_numbers("mean_square", mean_square, dtype=torch.float64)
         increasing = log_snr.dim() == 1 and len(log_snr) > 1 and (log_snr.diff() > 0).all()
         fit = mean_square.shape == log_snr.shape and (mean_square > 0).all()
         require(

@@ -121,6 +121,9 @@ class ForwardProcess(ABC):
         """``x_0``, embedded data, if the process can add noise to them."""
         return x_0
 
+    def warn_of_scale(self, x_0: Tensor) -> None:
+        """Warn if embedded data are much larger or smaller than the chain's noise; bits have one size."""
+
     def check_has_score(self, argument: str, remedy: str) -> None:
         """Raise a ``ValueError`` unless the states have a score."""
         require(

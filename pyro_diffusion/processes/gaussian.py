@@ -23,6 +23,7 @@ References:
     Variational Diffusion Models (Kingma et al., 2021), appendix A. https://arxiv.org/abs/2107.00630
 """
 
+import warnings
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -179,6 +180,22 @@ class GaussianProcess(ForwardProcess):
                 "log_snr_max, or a network in float64."
             )
         return x_0
+
+    def warn_of_scale(self, x_0: Tensor) -> None:
+        r"""Warn if data are ten times as large as a draw of :math:`p(x_T)`, or hidden at :math:`x_1`."""
+        schedule = self.schedule
+        signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
+        largest = 10 * (signal**2 + noise**2).sqrt().mean().item()
+        smallest = (-0.5 * schedule.log_snr(1)).exp().mean().item()
+        size = x_0.double().square().mean().sqrt().item()
+        if not smallest <= size <= largest:
+            warnings.warn(
+                f"argument 'x_0': got states of a root mean square of {size:.3g}; the chain expects them "
+                f"between {smallest:.2g}, the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), and "
+                "the bound is poor outside. Pass transform=Standardize.from_data(x_0), which leaves the bound "
+                "in your units.",
+                stacklevel=2,
+            )
 
     def _pad(self, coefficient: Tensor, x: Tensor) -> Tensor:
         return pad(coefficient, self.missing_dim, x.dtype)

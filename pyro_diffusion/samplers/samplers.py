@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import check_count, check_finite, require
+from pyro_diffusion.checks import check_between, check_count, check_finite, require
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.networks import evaluating
@@ -230,14 +230,8 @@ class _ImplicitSampler(Sampler):
         eta: float = 0.0,
     ) -> None:
         super().__init__(diffusion, timesteps)
-        require(
-            isinstance(eta, int | float) and 0 <= eta <= 1,
-            "argument 'eta'",
-            repr(eta),
-            "a number in [0, 1], the share of the chain's noise",
-            "0 draws none after x_T, 1 as much as the chain.",
-        )
-        self.eta = float(eta)
+        remedy = "0 draws none after x_T, 1 as much as the chain."
+        self.eta = check_between("eta", eta, 0, 1, "the share of the chain's noise", remedy, "[]")
 
     @property
     def deterministic(self) -> bool:

@@ -11,12 +11,12 @@ interpolate the log-SNR of given :math:`\alpha_1 … \alpha_N`,
 """
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import require
+from pyro_diffusion.checks import as_numbers, check_between, require
 from pyro_diffusion.schedules.base import NoiseSchedule, brief, check_decreasing
 
 _REFERENCE_STEPS = 1000  # the grid on which the published β's are stated
@@ -69,7 +69,7 @@ class AlphaSchedule(InterpolatedSchedule):
     """
 
     def __init__(self, alpha: Tensor | list[float]) -> None:
-        alpha = torch.as_tensor(alpha, dtype=torch.float64).detach()
+        alpha = as_numbers("alpha", alpha, dtype=torch.float64).detach()
         require(
             alpha.dim() == 1 and len(alpha) > 0 and bool(((alpha > 0) & (alpha < 1)).all()),
             "argument 'alpha'",
@@ -127,14 +127,8 @@ class LinearSchedule(InterpolatedSchedule):
         self, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> None:
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            require(
-                0 < beta < 1,
-                f"argument {name!r}",
-                f"{beta}",
-                "a number in (0, 1), the share β = 1 − α of the variance that one of 1,000 steps replaces by "
-                "noise",
-                "0.0001 and 0.02 are usual.",
-            )
+            meaning = "the share β = 1 − α of the variance that one of 1,000 steps replaces by noise"
+            check_between(name, beta, 0, 1, meaning, "0.0001 and 0.02 are usual.")
         betas = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
         super().__init__(1 - betas, num_timesteps)
 
@@ -185,8 +179,8 @@ class RangeSchedule(NoiseSchedule):
     ) -> None:
         super().__init__(num_timesteps)
         high, low = (
-            torch.as_tensor(end, dtype=torch.float64).expand(event_shape)
-            for end in (log_snr_max, log_snr_min)
+            _end(name, value, event_shape)
+            for name, value in (("log_snr_max", log_snr_max), ("log_snr_min", log_snr_min))
         )
         check_decreasing(torch.stack((high, low)), "log_snr_max, log_snr_min")
         for name, value in (("log_snr_min", low.clone()), ("log_range", (high - low).log())):
@@ -215,6 +209,19 @@ class RangeSchedule(NoiseSchedule):
             for ends in (self.log_snr_max.detach(), self.log_snr_min.detach())
         )
         return f"{type(self).__name__}({self.extra_repr()}, log_snr_max={high}, log_snr_min={low})"
+
+
+def _end(argument: str, value: Any, event_shape: tuple[int, ...]) -> Tensor:
+    """An end of the curve, float64, of ``event_shape``."""
+    end = as_numbers(argument, value, dtype=torch.float64)
+    require(
+        end.shape in (torch.Size(), torch.Size(event_shape)),
+        f"argument {argument!r}",
+        f"shape {tuple(end.shape)}",
+        f"one number, or one for each entry of a datum of shape {tuple(event_shape)}",
+        "Give the schedule the event_shape of its ends.",
+    )
+    return end.expand(event_shape)
 
 
 class LogSNRSchedule(RangeSchedule):
@@ -287,13 +294,10 @@ class LinearDecaySchedule(NoiseSchedule):
         alpha_bar_min: float = 1e-3,
     ) -> None:
         super().__init__(num_timesteps)
-        require(
-            0 < alpha_bar_min < alpha_bar_max < 1,
-            "arguments 'alpha_bar_max' and 'alpha_bar_min'",
-            f"{alpha_bar_max} and {alpha_bar_min}",
-            "0 < alpha_bar_min < alpha_bar_max < 1, from data to noise",
-            "The defaults leave a thousandth at either end.",
-        )
+        meaning, remedy = "the larger of the two ends", "The defaults leave a thousandth at either end."
+        check_between("alpha_bar_max", alpha_bar_max, 0, 1, meaning, remedy)
+        meaning = "from noise to the end at the data"
+        check_between("alpha_bar_min", alpha_bar_min, 0, alpha_bar_max, meaning, remedy)
         self.register_buffer(
             "ends", torch.tensor([alpha_bar_max, alpha_bar_min], dtype=torch.float64)
         )
