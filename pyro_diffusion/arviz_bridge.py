@@ -141,6 +141,8 @@ def compare_scores(
     }
     settings = {"round_to": "none"} if _is_new(arviz) else {}
     table = arviz.compare(data, method="stacking", **settings)
+    if len(best) == 1:  # a single datum has no spread
+        table["dse"] = math.nan
     table["mc_error"] = [float(np.sqrt(np.sum(errors[name] ** 2))) for name in table.index]
     return table
 
@@ -157,7 +159,7 @@ def _elpd(scores: np.ndarray, pointwise: np.ndarray, k: np.ndarray, num_draws: i
     scored, diagnosed = (xarray.DataArray(x, dims=["data"]) for x in (pointwise, k))
     fields = {
         "elpd": float(scores.sum()),
-        "se": float(np.sqrt(len(scores) * np.var(scores))),
+        "se": float(np.sqrt(len(scores) * np.var(scores))) if len(scores) > 1 else math.nan,
         "p": math.nan,
         "n_samples": num_draws,
         "n_data_points": len(scores),

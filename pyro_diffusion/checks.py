@@ -176,7 +176,11 @@ def check_between(
     """``number`` as a float, if it is a number between two others; ``ends`` is ``"[]"`` to include them."""
     proper = isinstance(number, Real) and not isinstance(number, bool)
     value = float(number) if proper else math.nan
-    inside = low < value < high or (value == low and ends[0] == "[") or (value == high and ends[1] == "]")
+    inside = (
+        low < value < high
+        or (value == low and ends[0] == "[")
+        or (value == high and ends[1] == "]")
+    )
     if not inside:
         raise ValueError(
             f"argument {argument!r}: got {number!r}; expected a number in "
@@ -298,11 +302,11 @@ def _remedy_for(x_0: Any) -> str:
     if hasattr(x_0, "to_numpy"):  # of pandas, and of its relatives
         return "Pass torch.as_tensor(x_0.to_numpy(dtype=float))."
     if hasattr(x_0, "__array__"):
-        return "Convert it with torch.as_tensor; an array of objects, with x_0.astype(float) before."
-    if isinstance(x_0, Sequence | Mapping) and not isinstance(x_0, str):
         return (
-            "Unpack the batch of a DataLoader, (x_0,) = batch; convert numbers with torch.as_tensor."
+            "Convert it with torch.as_tensor; an array of objects, with x_0.astype(float) before."
         )
+    if isinstance(x_0, Sequence | Mapping) and not isinstance(x_0, str):
+        return "Unpack the batch of a DataLoader, (x_0,) = batch; convert numbers with torch.as_tensor."
     return "Pass the data, and give the guide the data that the model observes."
 
 

@@ -237,8 +237,8 @@ class HandedOver(WrappedSite):
         raise ValueError(
             "site 't': got a model of random timesteps that was run without the draws of its own guide; "
             "expected the two programs of one pair, because they estimate the bound and generate nothing. "
-            "Pass pair.model with pair.guide of the same pair = diffusion.subsampled(); to generate data, use "
-            "diffusion.model or diffusion.sample(n)."
+            "Pass pair.model with pair.guide of the same pair = diffusion.subsampled(); to generate data, "
+            "use diffusion.model or diffusion.sample(n)."
         )
 
     sample = rsample

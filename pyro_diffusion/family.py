@@ -24,8 +24,8 @@ from torch.distributions import Independent, Transform
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
 from pyro_diffusion.checks import require, shape_remedy
 from pyro_diffusion.given import seen
-from pyro_diffusion.networks import evaluating
 from pyro_diffusion.params import ParamScope
+from pyro_diffusion.reading import reading
 from pyro_diffusion.transforms import (
     check_codomain,
     check_transform,
@@ -93,7 +93,6 @@ class Family(ParamScope, ABC):
     def guide(self) -> BottomUpGuide | TopDownGuide:
         r""":math:`q(x_{1:T} \mid x_0)` as a Pyro program."""
 
-    @torch.no_grad()
     def sample(self, num_samples: int = 1, context: Any = None) -> Tensor:
         """Draw data by running the model without any; layers such as dropout are switched off.
 
@@ -104,7 +103,7 @@ class Family(ParamScope, ABC):
         Returns:
             Data in the user's units, shape ``(n,)`` + the datum's shape.
         """
-        with evaluating(self):
+        with reading(self, data=context):
             return self.model(context=context, num_samples=num_samples)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
@@ -214,8 +213,8 @@ def _likelihood_for(x_0: Tensor) -> str:
     """What to do about whole numbers and bits in a model of real numbers."""
     if x_0.dtype == torch.bool:
         return (
-            "Pass likelihood=BernoulliLikelihood(), use a NeuralBernoulliDenoiser, or take x_0.float() if the "
-            "bits are measurements."
+            "Pass likelihood=BernoulliLikelihood(), use a NeuralBernoulliDenoiser, or take x_0.float() if "
+            "the bits are measurements."
         )
     return (
         "Pass likelihood=DiscretizedGaussianLikelihood(K) for levels 0 … K − 1, CategoricalLikelihood(K) for "
@@ -246,7 +245,11 @@ def programs(family: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def unpacked(model: Any, guide: Any, x_0: Any) -> tuple[Any, Any, Any]:
-    """Model, guide and data, from what a reader was called with: those three, or a family and data."""
-    if isinstance(model, Family) and not callable(guide) and (guide is None or x_0 is None):
+    """Model, guide and data, from what a reader was called with: those three, or a family and data.
+
+    A family is a :class:`Family`, or a pair of programs as a tuple.
+    """
+    given = not callable(guide) and (guide is None or x_0 is None)
+    if given and isinstance(model, Family | tuple):
         return (*programs(model), guide if x_0 is None else x_0)
     return model, guide, x_0

@@ -85,12 +85,13 @@ def score(q: Any, p: Any, x: Tensor | None = None) -> Score:
 def replayed(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """A trace of the guide, and one of the model with the guide's draws."""
+    """A trace of the guide, and one of the model with the guide's draws; no handler outside sees a site."""
     # As ``with`` blocks: a function that a Pyro handler wraps cannot be called with context=.
-    with poutine.trace() as drawn:
-        guide(*args, **kwargs)
-    with poutine.trace() as scored, poutine.replay(trace=drawn.trace):
-        model(*args, **kwargs)
+    with poutine.block(hide_types=["sample"]):
+        with poutine.trace() as drawn:
+            guide(*args, **kwargs)
+        with poutine.trace() as scored, poutine.replay(trace=drawn.trace):
+            model(*args, **kwargs)
     return drawn.trace, scored.trace
 
 

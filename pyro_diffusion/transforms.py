@@ -155,7 +155,7 @@ class Logit(Transform):
 
     bijective = True
     sign = 1
-    codomain: ClassVar[constraints.Constraint] = constraints.real
+    codomain = constraints.real
 
     def __init__(self, low: float = 0.0, high: float = 1.0, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
@@ -262,8 +262,8 @@ def check_codomain(transform: Transform, support: constraints.Constraint) -> Non
     bounded = any(hasattr(values, name) for name in ("lower_bound", "upper_bound"))
     if bounded and isinstance(needed, type(constraints.real)):
         raise ValueError(
-            f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the real "
-            "line; expected a transform from the user's units onto the whole line, or part of the model's "
+            f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the "
+            "real line; expected a transform from the user's units onto the whole line, or part of the model's "
             f"mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that."
         )
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.given import as_real
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
-from pyro_diffusion.scoring import Score, score
+from pyro_diffusion.scoring import Score, log_density, score
 
 __all__ = ["ROWS", "ReverseWalk", "look", "taken"]
 
@@ -91,6 +92,23 @@ class ReverseWalk:
         denoised = self.look(x_1, 1) if denoised is None else denoised
         return self.kernel(x_1, 1, denoised) if self.state else self.diffusion.decode(x_1, denoised)
 
+    def rehearse(self, x_0: Tensor) -> tuple[TorchDistribution, Tensor]:
+        """One step and the end for data or states ``x_0``, to measure what they take.
+
+        Returns:
+            A site's distribution and its draw, which a trajectory keeps of each step.
+        """
+        x = self.target(x_0)
+        q = self.start(x)
+        last, x_t = self.timesteps[0], q.sample()
+        denoised = self.look(x_t, last)
+        if last > 1:
+            site = self.step(x_t, x, last, denoised)
+            q, x_t = site.q, site.x
+            _ = site.log_ratio, site.kl
+        log_density(self.end(x_t, denoised), as_real(x_0))  # type: ignore[arg-type]
+        return q, x_t
+
     def estimate(self, x_t: Tensor, t: int, denoised: Denoised) -> Tensor:
         """The mean of the target given :math:`x_t`: of a state through the estimate of its datum."""
         if not self.state:
@@ -115,7 +133,8 @@ def look(
 ) -> tuple[Denoised, list[Tensor]]:
     r"""What a denoiser says at states of one log-SNR, with vector-Jacobian products where they are asked for.
 
-    Both are computed chunk by chunk: the network's graph of a chunk is gone before the next one.
+    Both are computed chunk by chunk: the network's graph of a chunk is gone before the next one. Where
+    gradients are recorded both have them, and the graphs stay.
 
     Args:
         denoiser: The denoiser.
@@ -149,13 +168,17 @@ def _look(
     """A chunk of :func:`look`."""
     if pull is None:
         return denoiser.denoise(x_t, log_snr), []
-    with torch.enable_grad():
-        x_t = x_t.detach().requires_grad_()
+    wanted = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t = x_t.clone() if x_t.is_inference() else x_t
+        x_t = x_t if wanted and x_t.requires_grad else x_t.detach().requires_grad_()
         said = denoiser.denoise(x_t, log_snr)
         gradients = [
-            torch.autograd.grad(value.sum(), x_t, retain_graph=True)[0]
+            torch.autograd.grad(value.sum(), x_t, retain_graph=True, create_graph=wanted)[0]
             for value in pull(said, part)
         ]
+    if wanted:
+        return said, gradients
     return Denoised(*(None if x is None else x.detach() for x in said)), gradients  # type: ignore[arg-type]
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "processes",
     "transforms",
     "networks",
+    "reading",
     "likelihoods",
     "denoisers",
     "chains",

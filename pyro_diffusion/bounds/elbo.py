@@ -15,17 +15,29 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
+
+from torch import Tensor
 
 from pyro_diffusion.bounds.moments import TermMoments
 from pyro_diffusion.bounds.terms import ELBOTerms
 from pyro_diffusion.bounds.trajectories import trajectory_terms
-from pyro_diffusion.family import Family, unpacked
+from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import Given
 
 
+@overload
+def elbo_terms(family: Pair, x_0: Tensor, /, **settings: Any) -> ELBOTerms: ...
+
+
+@overload
 def elbo_terms(
-    model: Family | Callable[..., Any],
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **settings: Any
+) -> ELBOTerms: ...
+
+
+def elbo_terms(  # type: ignore[misc]
+    model: Any,
     guide: Any = None,
     x_0: Any = None,
     *,

@@ -34,12 +34,11 @@ from pyro_diffusion.bounds.checks import (
 )
 from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.given import Given, repeated, together
-from pyro_diffusion.networks import evaluating
+from pyro_diffusion.reading import footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
-from pyro_diffusion.walk import ROWS
-
-_CHUNK_BYTES = 2**28  # of states held at a time, while the model scores the guide's trajectories
+from pyro_diffusion.walk import ROWS, ReverseWalk
 
 
 class Sites(NamedTuple):
@@ -87,11 +86,12 @@ def trajectory_terms(
     chunks.
     """
     check_programs(model, guide)
+    refuse_gradients((x_0, given))
     num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
     x_0 = check_data(x_0, given.mask)
     given.check_rows(len(x_0))
     batch_size = (
-        _default_batch_size(model, x_0)
+        _rows_at_a_time(model, guide, x_0, given, num_particles)
         if batch_size is None
         else check_count("batch_size", batch_size, 1, _PARTICLES)
     )
@@ -124,7 +124,7 @@ def _read(
     # A user's own programs may hand other data to those of this package.
     ours = isinstance(model, Program) and isinstance(guide, Program)
     checked = data_checked() if ours else nullcontext()
-    with torch.no_grad(), evaluating(model, guide), checked:
+    with reading(model, guide), checked:
         with _Draw(len(x_0)) as drawn:
             guide(x_0, **given.arguments())
         bar.total = num_chunks * (len(drawn.sites) + 1)
@@ -250,13 +250,33 @@ def _entry_mask(distribution: Any) -> Any:
     return distribution._mask
 
 
-def _default_batch_size(model: Callable[..., Any], x_0: Tensor) -> int:
-    num_sites = len(getattr(model, "site_names", "zx"))  # a chain knows; else a VAE's two
-    process = getattr(getattr(model, "owner", None), "process", None)
-    numbers = max(x_0[:1].numel(), getattr(process, "state_size", 1))
-    size = max(x_0.element_size(), 4)  # whole numbers become float32 states
-    # a state and its mean at each site
-    return min(max(_CHUNK_BYTES // (size * 2 * num_sites * numbers), 1), ROWS)
+def _rows_at_a_time(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, given: Given, particles: int
+) -> int:
+    """Trajectories whose states and step fit the budget of memory."""
+
+    def rows_of_first(count: int) -> tuple[Tensor, Given]:
+        """The first datum, several times over."""
+        return together(lambda x: repeated(x[:1], count), x_0, given)
+
+    def of_programs(count: int) -> float:
+        """Bytes of a run of both programs."""
+        with tqdm(disable=True) as bar:
+            run = partial(_read, model, guide, *rows_of_first(count), None, (), bar, 1)
+            return footprint(run).peak
+
+    def of_chain(count: int) -> float:
+        """Bytes of a state at every site of a diffusion model's chain, and of a step."""
+        state = diffusion.schedule.num_timesteps - length
+        with reading(diffusion):
+            data = rows_of_first(count)[0]
+            held, peak = footprint(partial(ReverseWalk(diffusion, state).rehearse, data))
+        return length * held + peak
+
+    diffusion: Any = getattr(model, "owner", None)
+    length = getattr(model, "num_timesteps", 0)
+    cost = of_chain if isinstance(diffusion, DiffusionModel) else of_programs
+    return rows_within(cost, min(len(x_0) * particles, ROWS))
 
 
 _PARTICLES = (

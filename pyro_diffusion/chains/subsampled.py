@@ -37,10 +37,10 @@ class TimestepPlate:
     r"""A (model, guide) pair that draws ``k`` timesteps for each datum.
 
     The plate ``"timesteps"`` has size ``k`` and dim −2. In it the sites ``t`` and ``x_t`` carry the draw from
-    guide to model and have no term; the model draws no timesteps itself. A draw has its term either at the step's site or at ``x_0``. The other
-    one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The prior term at ``x_T`` needs no network
-    and is stated once for each datum. So is what the draws lack of a transform's log-Jacobian, by a factor of
-    expectation zero: the log-Jacobian adds no variance.
+    guide to model and have no term; the model draws no timesteps itself. A draw has its term either at the
+    step's site or at ``x_0``. The other one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The
+    prior term at ``x_T`` needs no network and is stated once for each datum. So is what the draws lack of a
+    transform's log-Jacobian, by a factor of expectation zero: the log-Jacobian adds no variance.
 
     Args:
         diffusion: The model, whose kernels the pair uses and whose parameters it states.

@@ -182,10 +182,15 @@ class ImportanceTimesteps(Timesteps):
     def __init__(
         self, decay: float = 0.9, uniform_share: float = 0.1, reconstruction_share: float = 0.1
     ) -> None:
-        meaning, remedy = "the share of a moment that an observation leaves", "0.9 remembers about ten."
+        meaning, remedy = (
+            "the share of a moment that an observation leaves",
+            "0.9 remembers about ten.",
+        )
         self.decay = check_between("decay", decay, 0, 1, meaning, remedy, "[)")
         meaning, remedy = "the share of the draws by the stratified law", "0.1 bounds every weight."
-        self.uniform_share = check_between("uniform_share", uniform_share, 0, 1, meaning, remedy, "(]")
+        self.uniform_share = check_between(
+            "uniform_share", uniform_share, 0, 1, meaning, remedy, "(]"
+        )
         self.start = StratifiedTimesteps(reconstruction_share)
         self.moments: dict[int, float] = {}
         # Laws by length and device. They change in place, because a compiled program reads these tensors.

@@ -192,7 +192,9 @@ class EnumeratedDenoiser(BernoulliDenoiser):
             (2 * x_t - 1).flatten(-self.event_dim),
             (same - other).flatten(-self.event_dim),
         )
-        with torch.autocast(x_t.device.type, enabled=False):  # a sum of thousands, in half precision
+        with torch.autocast(
+            x_t.device.type, enabled=False
+        ):  # a sum of thousands, in half precision
             log_share = self.log_weights + 0.5 * (flat_spins * flat_difference) @ spins.mT
         log_share = log_share.log_softmax(-1).unsqueeze(-1)
         ones = torch.where(values == 1, log_share, -torch.inf).logsumexp(-2)

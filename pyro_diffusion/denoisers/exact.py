@@ -138,7 +138,9 @@ class GaussianDenoiser(Denoiser):
     def _scale_axes(self, gain: Tensor, x: Tensor) -> Tensor:
         if self.rotation is None:
             return gain * x
-        with torch.autocast(x.device.type, enabled=False):  # which computes products in half precision
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # which computes products in half precision
             return (gain * (x @ self.rotation)) @ self.rotation.mT
 
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checks import as_numbers, check_argument, check_data, require
 from pyro_diffusion.denoisers.base import Denoiser
-from pyro_diffusion.networks import evaluating
 from pyro_diffusion.processes import ChainStep, posterior_variance
+from pyro_diffusion.reading import reading
 
 
 class Embedding(Protocol):
@@ -165,7 +165,6 @@ class OptimalVariance(nn.Module, ReverseVariance):
         self.register_buffer("log_mean_square", mean_square.log())
 
     @classmethod
-    @torch.no_grad()
     def from_data(
         cls, diffusion: Embedding, x_0: Tensor, *, num_levels: int = 64, batch_size: int = 2048
     ) -> "OptimalVariance":
@@ -197,8 +196,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
         )
         ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
         levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
-        x_0, squares = diffusion.embed(check_data(x_0)), []
-        with evaluating(denoiser):
+        with reading(denoiser, data=x_0):
+            x_0, squares = diffusion.embed(check_data(x_0)), []
             for level in levels:
                 total = 0.0
                 for part in x_0.split(batch_size):

@@ -28,9 +28,9 @@ from pyro_diffusion.diagnostics.recording import (
     as_numpy,
     joined,
 )
-from pyro_diffusion.family import Pair, programs
+from pyro_diffusion.family import Family, Pair, programs
 from pyro_diffusion.given import repeated
-from pyro_diffusion.networks import evaluating
+from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS
 
 
@@ -79,7 +79,7 @@ def simulation_based_calibration(
         callable(statistic), "argument 'statistic'", repr(statistic), "a function of the states",
         "Pass lambda states: states['x_1'].mean(-1), say.",
     )  # fmt: skip
-    with torch.no_grad(), evaluating(model, guide):
+    with reading(model, guide):
         simulated = Record().of(model, num_samples=num_simulations)
         require(
             "x_0" in simulated, "argument 'family'", f"a model with the sites {', '.join(simulated)}",
@@ -133,9 +133,12 @@ def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
 def active_units(
-    guide: Callable[..., Any], x_0: Tensor, *, num_particles: int = 16, threshold: float = 0.01
+    guide: Family | Callable[..., Any],
+    x_0: Tensor,
+    *,
+    num_particles: int = 16,
+    threshold: float = 0.01,
 ) -> dict[str, Tensor]:
     r"""Find the latent numbers that depend on the datum: :math:`E_q[x_{t,i} \mid x_0]` varies over data.
 
@@ -144,7 +147,7 @@ def active_units(
     of the noise.
 
     Args:
-        guide: Program for :math:`q`, called as ``guide(x_0)``.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; or a family, whose own guide it is.
         x_0: At least two data, shape ``(N,)`` + the shape of one datum.
         num_particles: Draws for each datum, at least 2.
         threshold: Variance above which a number is active.
@@ -161,12 +164,13 @@ def active_units(
         Importance Weighted Autoencoders (Burda et al., 2016), section 5.2.
         https://arxiv.org/abs/1509.00519
     """
-    check_data(x_0)
+    x_0 = check_data(x_0)
+    guide = programs(guide)[1] if isinstance(guide, Family) else guide
     remedy = "Pass more: a variance over data is compared with the noise of its means."
     check_count("len(x_0)", len(x_0), 2, remedy)
     num_particles = check_count("num_particles", num_particles, 2, remedy)
     chunks = []
-    with evaluating(guide):
+    with reading(guide, data=x_0):
         for data in x_0.split(max(ROWS // num_particles, 1)):
             record = Record(mean=True)
             chunks.append(record.of_particles(guide, data, num_particles))

@@ -16,6 +16,7 @@ from pyro_diffusion import arviz_bridge
 from pyro_diffusion.checks import check_argument, require
 from pyro_diffusion.diagnostics.recording import as_numpy
 from pyro_diffusion.evidence import Evidence
+from pyro_diffusion.evidence.evidence import EXACT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,8 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
     The score of a datum is its evidence if Pareto :math:`\hat k` is below 0.7 for every model (for few
     particles, below :math:`1 - 1 / \log_{10} K`). Otherwise it is the bound of every model, from the same
     draws. So an estimate that cannot be trusted ranks nothing, and the evidence of one model is never
-    compared with the bound of another.
+    compared with the bound of another. Only a density that is known, :meth:`Evidence.exact`, is compared with
+    bounds, where the others have nothing better.
 
     The table has ArviZ's own columns (before 1.0 ArviZ calls the sum ``elpd_loo``, but nothing here is
     leave-one-out) and these:
@@ -86,7 +88,10 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
 
 
 def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
-    """The number of particles, if the estimates are of the same data, made alike, and have a Pareto k."""
+    """The number of particles, if the estimates are of the same data, made alike, and have a Pareto k.
+
+    Densities that are known, :meth:`Evidence.exact`, are compared with estimates of any kind.
+    """
     if not isinstance(evidence, Mapping) or len(evidence) < 2:
         got = list(evidence) if isinstance(evidence, Mapping) else f"a {type(evidence).__name__}"
         raise ValueError(
@@ -96,13 +101,18 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
     example = "importance_evidence(model, guide, x_0, num_particles=1000)"
     for name, e in evidence.items():
         check_argument(f"evidence[{name!r}]", e, Evidence, example)
-    (first, reference), *others = evidence.items()
+    (first, reference), *others = sorted(
+        evidence.items(), key=lambda item: item[1].estimator == EXACT
+    )
     for name, other in others:
+        # What is known has no estimator, and need not say of which data it is.
+        known = {"estimator", "num_particles", *(() if other.data else ("data",))}
         for what in ("data", "measure", "estimator", "num_particles"):
             ours, theirs = getattr(reference, what), getattr(other, what)
             values = "" if what == "data" else f" ({theirs!r} and {ours!r})"
+            same = ours == theirs or (other.estimator == EXACT and what in known)
             require(
-                ours == theirs and len(reference.ess) == len(other.ess),
+                same and len(reference.ess) == len(other.ess),
                 "argument 'evidence'",
                 f"{name!r} and {first!r} with other {what}{values}",
                 "one and the same for all, data in one order, or the scores differ for reasons that are not "

@@ -11,7 +11,7 @@ References:
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from pyro import poutine
@@ -32,17 +32,28 @@ from pyro_diffusion.diagnostics.recording import (
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
-from pyro_diffusion.family import Family, Pair, programs
-from pyro_diffusion.networks import evaluating
+from pyro_diffusion.family import Family, Pair, unpacked
+from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS
 
 if TYPE_CHECKING:
     import xarray
 
 
+@overload
+def to_arviz(family: Pair, x_0: Tensor, /, **settings: Any) -> Any: ...
+
+
+@overload
 def to_arviz(
-    family: Pair,
-    x_0: Tensor,
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **settings: Any
+) -> Any: ...
+
+
+def to_arviz(  # type: ignore[misc]
+    family: Any,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     num_draws: int = 100,
     timesteps: Sequence[int] | None = None,
@@ -78,7 +89,8 @@ def to_arviz(
     Args:
         family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
             :class:`~pyro_diffusion.hvae.HierarchicalVAE`, or a (model, guide) pair of any Pyro programs
-            that :func:`~pyro_diffusion.bounds.elbo_terms` takes.
+            that :func:`~pyro_diffusion.bounds.elbo_terms` takes; or the model of such a pair.
+        guide: The guide of the pair; left out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_draws: Trajectories for each datum, at least 25.
         timesteps: Latent states to keep; by default at most five, evenly spaced from 1 to T. A
@@ -104,12 +116,12 @@ def to_arviz(
         "num_draws", num_draws, arviz_bridge.MIN_DRAWS,
         "Draw more, of fewer data if memory is short.", "for the tail of the weights gives Pareto k",
     )  # fmt: skip
-    model, guide = programs(family)
+    model, guide, x_0 = unpacked(family, guide, x_0)
     timesteps = _kept_timesteps(family, timesteps)
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
     drawn = _draw(model, guide, x_0, num_draws, keep, batch_size, progress)
     rows = ROWS if batch_size is None else batch_size
-    with torch.no_grad(), evaluating(model, guide):
+    with reading(model, guide):
         if isinstance(family, Family):
             predictions = _family_predictions(family, drawn, x_0, timesteps, rows, progress)
         else:

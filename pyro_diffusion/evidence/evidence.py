@@ -6,7 +6,7 @@ References:
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate
-from pyro_diffusion.checks import check_data
+from pyro_diffusion.checks import as_numbers, check_data, described, require
 from pyro_diffusion.scoring import log_density, measure_of
+
+EXACT = "exact"  #: the estimator of a density that is known
 
 
 class Evidence(NamedTuple):
@@ -40,6 +42,52 @@ class Evidence(NamedTuple):
             f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
             f"reliable for {int(self.reliable.sum())})"
         )
+
+    @classmethod
+    def exact(
+        cls, log_p: Any, x_0: Tensor | None = None, *, measure: str = "density", mask: Any = None
+    ) -> "Evidence":
+        r"""The log-density of data under a model that has one, such as a scikit-learn mixture.
+
+        Args:
+            log_p: :math:`\log p(x_0)` of every datum in nats, an array or a tensor of shape ``(N,)``.
+            x_0: The data, for :func:`~pyro_diffusion.diagnostics.compare` to see that they are those of other
+                models. Without them only their number is compared.
+            measure: "density", or "mass" of whole numbers; the two are not compared.
+            mask: Observed entries of the data.
+
+        Returns:
+            Evidence without errors.
+
+        Raises:
+            ValueError: Numbers that are not finite or of another shape, or another word for the measure.
+
+        Example:
+            >>> log_p = torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(3))
+            >>> Evidence.exact(log_p).mean().value
+            -0.9189385175704956
+        """
+        log_p = as_numbers("log_p", log_p).detach().double()
+        data = fingerprint(check_data(x_0), mask) if x_0 is not None else ""
+        count = len(log_p) if x_0 is None and log_p.dim() else 0 if x_0 is None else len(x_0)
+        require(
+            log_p.shape == (count,) and bool(log_p.isfinite().all()),
+            "argument 'log_p'",
+            f"{described(log_p)}" + ("" if log_p.isfinite().all() else ", some of it not finite"),
+            f"a finite number for each of {count} data"
+            if x_0 is not None
+            else "a finite number a datum",
+            "Sum over the entries of a datum; score_samples of scikit-learn does.",
+        )
+        require(
+            measure in ("density", "mass"), "argument 'measure'", repr(measure), "'density' or 'mass'",
+            "A mass is the probability of whole numbers.",
+        )  # fmt: skip
+        zero, none = torch.zeros_like(log_p), torch.full_like(log_p, -math.inf)
+        return cls(
+            log_p, zero, torch.full_like(log_p, math.nan), none, elbo=log_p, elbo_standard_error=zero,
+            estimator=EXACT, data=data, measure=measure,
+        )  # fmt: skip
 
     @property
     def reliable(self) -> Tensor:

@@ -25,38 +25,53 @@ References:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_diffusion.checks import check_count, check_data, check_state, require
-from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
+from pyro_diffusion.given import Given
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.reading import footprint, rows_within
 from pyro_diffusion.walk import look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
+_MOST = 256  # data that share the solver's steps
+_STAGES = 10  # states that a solver of order five holds
 
 
 def ode_log_likelihood(
-    diffusion: DiffusionModel,
-    x_0: Tensor,
+    diffusion: Any,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     state: int = 0,
     num_probes: int | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    **given: Any,
 ) -> Evidence:
-    r"""Log-density of data, or of states, under the probability flow.
+    r"""Log-density of data, or of states, under the probability flow; differentiable.
 
     The flow starts at :math:`\lambda(t = 1)`, where a little noise is left: the datum's density is that of
     :math:`a_1 x_0` there times :math:`a_1^D`, right to the order of :math:`\sigma_1^2` over the
     variance of the data. A larger ``log_snr_max`` makes it smaller.
 
+    Where gradients are recorded, the result has those by the data and by the model's parameters, from the
+    adjoint equation, which is solved backwards to the same tolerances and needs no more memory for more
+    steps. So it may stand in a ``pyro.factor``, under ``SVI`` or ``NUTS``. Call it in ``torch.no_grad()`` to
+    read numbers only.
+
     Args:
         diffusion: The model; without a likelihood, because the flow has a density of real numbers only.
             Add noise to grey levels first (dequantise them): the result is the density of the noisy data.
+            Or its program ``diffusion.model``.
+        guide: Left out; or its program ``diffusion.guide``, before the data.
         x_0: Data, shape ``(N,)`` + the shape of one datum; states in the chain's space if ``state`` is
             not zero.
         state: Timestep ``t`` of the states; 0 for data.
@@ -64,7 +79,8 @@ def ode_log_likelihood(
             exact value (``D`` gradients a call) up to 64 dimensions, and 8 of them beyond.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
-        batch_size: Data that share a solution's steps.
+        batch_size: Data that share a solution's steps; by default as many as 256 MiB hold, at most 256.
+        given: Refused: of a marginal there is no flow.
 
     Returns:
         :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is that of the stochastic trace, and
@@ -74,22 +90,30 @@ def ode_log_likelihood(
     Raises:
         ValueError: A model with a likelihood, over levels or bits, or with a curve for each entry;
             a timestep outside ``0 … T``; fewer than two
-            probes; data as for the programs.
+            probes; a mask or a context; data as for the programs.
 
     Example:
         >>> schedule = LogSNRSchedule(5, log_snr_max=15, log_snr_min=-20)
         >>> diffusion = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), schedule))
         >>> ode_log_likelihood(diffusion, torch.zeros(3, 2)).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
+
+    References:
+        Neural Ordinary Differential Equations (Chen et al., 2018), section 2 (the adjoint equation).
+        https://arxiv.org/abs/1806.07366
     """
+    diffusion, x_0 = diffusion_of(diffusion, guide, x_0)
     _check(diffusion, state, num_probes)
-    check_data(x_0)
+    _check_given(given)
+    x_0 = check_data(x_0)
     if state == 0:  # the flow is the curve's, however few steps there are on it
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
-    with evaluating(diffusion):
-        parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(batch_size)]
+    with torch.inference_mode(False), evaluating(diffusion), poutine.block(hide_types=["sample"]):
+        x_0 = x_0.clone() if x_0.is_inference() else x_0
+        size = batch_size or _rows_at_a_time(diffusion, x_0, num_probes)
+        parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(size)]
     log_p = torch.cat(parts, dim=1)
     exact = num_probes is None
     error = torch.zeros_like(log_p[0]) if exact else log_p.std(0) / math.sqrt(len(log_p))
@@ -115,8 +139,6 @@ def _solve(
     atol: float,
 ) -> Tensor:
     """Log-densities by probe, ``(P, N)``; the exact trace is one."""
-    from torchdiffeq import odeint
-
     schedule, size = diffusion.schedule, diffusion.event_shape.numel()
     x, log_volume = (
         x_0.to(diffusion.dtype),
@@ -133,14 +155,33 @@ def _solve(
     divergence = x.new_zeros(1 if num_probes is None else num_probes, len(x), dtype=torch.float64)
     start = (x.double(), divergence)
     velocity = _velocity(diffusion, probes, exact=num_probes is None)
-    with torch.no_grad():
-        log_snr = schedule.log_snr(ends)
-        if ends[0] < ends[1]:
-            path = odeint(velocity, start, log_snr, rtol=rtol, atol=atol, method="dopri5")
-            start = tuple(values[-1] for values in path)
+    if ends[0] < ends[1]:
+        start = _integrated(velocity, start, schedule.log_snr(ends), diffusion, rtol, atol)
     x_T, divergence = start
     prior = diffusion.prior().log_prob(x_T.to(diffusion.dtype)).double()
-    return (prior + divergence + log_volume).detach()
+    return prior + divergence + log_volume
+
+
+def _integrated(
+    velocity: Callable[..., Any],
+    start: tuple[Tensor, Tensor],
+    log_snr: Tensor,
+    diffusion: DiffusionModel,
+    rtol: float,
+    atol: float,
+) -> tuple[Tensor, Tensor]:
+    """The path and its divergence at the second log-SNR, from those at the first."""
+    from torchdiffeq import odeint, odeint_adjoint
+
+    parameters = [p for p in diffusion.parameters() if p.requires_grad]
+    wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
+    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": "dopri5"}
+    if torch.is_grad_enabled() and wanted:
+        path = odeint_adjoint(velocity, start, log_snr, adjoint_params=parameters, **settings)
+    else:
+        with torch.no_grad():
+            path = odeint(velocity, start, log_snr, **settings)
+    return path[0][-1], path[1][-1]
 
 
 def _velocity(
@@ -169,14 +210,17 @@ def _velocity(
 
 def _signal(diffusion: DiffusionModel, log_snr: Tensor) -> tuple[Tensor, Tensor]:
     r"""The signal :math:`a` at a level, and :math:`d \log a / d\lambda`."""
+    wanted = (
+        torch.is_grad_enabled() and log_snr.requires_grad
+    )  # where the ends of a curve are learned
     with torch.enable_grad():
-        level = log_snr.detach().double().requires_grad_()
+        level = log_snr.double() if wanted else log_snr.detach().double().requires_grad_()
         signal = diffusion.schedule.scales(level)[0]
         # of a variance-exploding chain the signal is one at every level
         growth = torch.zeros_like(level)
         if signal.requires_grad:
-            (growth,) = torch.autograd.grad(signal.log(), level)
-    return signal.detach(), growth
+            (growth,) = torch.autograd.grad(signal.log(), level, create_graph=wanted)
+    return (signal, growth) if wanted else (signal.detach(), growth)
 
 
 def _probes(x: Tensor, num_probes: int | None) -> Tensor:
@@ -188,8 +232,40 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
     return 2.0 * torch.randint(2, (num_probes, *x.shape), dtype=x.dtype, device=x.device) - 1.0
 
 
+def _rows_at_a_time(diffusion: DiffusionModel, x_0: Tensor, num_probes: int | None) -> int:
+    """Data whose step of the solver fits the budget of memory."""
+
+    def cost(count: int) -> float:
+        """Bytes of a step, of whose kind the solver holds about ten."""
+        shape = (count, *diffusion.event_shape)
+        x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
+        probes = _probes(x, num_probes)
+        velocity = _velocity(diffusion, probes, exact=num_probes is None)
+        level, start = (
+            diffusion.schedule.log_snr(1).detach(),
+            (x.double(), x.new_zeros(len(probes), count)),
+        )
+        with torch.no_grad():
+            held, peak = footprint(lambda: velocity(level, start))
+        return _STAGES * held + peak
+
+    return rows_within(cost, min(len(x_0), _MOST))
+
+
+def _check_given(given: dict[str, Any]) -> None:
+    what = Given.of(**given)
+    require(
+        what == Given(),
+        f"argument {next(iter(given), '')!r}",
+        "it for the density of the flow",
+        "complete data, because a marginal of the flow's density is an integral, and not the flow of the "
+        "observed part",
+        "Use importance_evidence(diffusion, x_0, mask=…).",
+    )
+
+
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
-    check_state(state, check_diffusion(diffusion).schedule.num_timesteps)
+    check_state(state, diffusion.schedule.num_timesteps)
     diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
     require(
         not diffusion.schedule.event_dim,

@@ -20,7 +20,7 @@ References:
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -28,12 +28,29 @@ from pyro_diffusion.bounds import join_chunks, trajectory_terms
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain
 from pyro_diffusion.checks import check_state, require
 from pyro_diffusion.evidence.evidence import Evidence, at_the_end, average, fingerprint
-from pyro_diffusion.family import Family, unpacked
+from pyro_diffusion.family import Family, Pair, unpacked
 from pyro_diffusion.given import Given
 
 
+@overload
 def importance_evidence(
-    model: Family | Callable[..., Any],
+    family: Pair, x_0: Tensor, /, *, num_particles: int, **settings: Any
+) -> Evidence: ...
+
+
+@overload
+def importance_evidence(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x_0: Tensor,
+    *,
+    num_particles: int,
+    **settings: Any,
+) -> Evidence: ...
+
+
+def importance_evidence(  # type: ignore[misc]
+    model: Any,
     guide: Any = None,
     x_0: Any = None,
     *,

@@ -121,8 +121,8 @@ class ForwardProcess(ABC):
         """``x_0``, embedded data, if the process can add noise to them."""
         return x_0
 
-    def warn_of_scale(self, x_0: Tensor) -> None:
-        """Warn if embedded data are much larger or smaller than the chain's noise; bits have one size."""
+    def warn_of_scale(self, x_0: Tensor) -> None:  # noqa: B027  # most states have one size
+        """Warn if embedded data are much larger or smaller than the chain's noise."""
 
     def check_has_score(self, argument: str, remedy: str) -> None:
         """Raise a ``ValueError`` unless the states have a score."""

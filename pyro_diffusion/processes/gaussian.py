@@ -190,10 +190,10 @@ class GaussianProcess(ForwardProcess):
         size = x_0.double().square().mean().sqrt().item()
         if not smallest <= size <= largest:
             warnings.warn(
-                f"argument 'x_0': got states of a root mean square of {size:.3g}; the chain expects them "
-                f"between {smallest:.2g}, the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), and "
-                "the bound is poor outside. Pass transform=Standardize.from_data(x_0), which leaves the bound "
-                "in your units.",
+                f"argument 'x_0': got states of a root mean square of {size:.3g}; expected one between "
+                f"{smallest:.2g}, the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), because "
+                "the bound is poor outside. Pass transform=Standardize.from_data(x_0), which leaves the "
+                "bound in your units.",
                 stacklevel=2,
             )
 

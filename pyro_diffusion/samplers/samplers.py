@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from pyro_diffusion.checks import check_between, check_count, check_finite, require
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.networks import evaluating
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
+from pyro_diffusion.reading import reading
 from pyro_diffusion.samplers.steps import (
     Update,
     combine,
@@ -90,7 +90,6 @@ class Sampler(ABC):
     def update(self, model: DiffusionModel) -> Update:
         """The steps of a model's chain."""
 
-    @torch.no_grad()
     def __call__(
         self, num_samples: int = 1, x_T: Tensor | None = None, *, progress: bool = True
     ) -> Tensor:
@@ -105,10 +104,10 @@ class Sampler(ABC):
             Data in the user's units, ``(n,)`` + the shape of a datum.
 
         Raises:
-            ValueError: States of another shape, or a network that misbehaves.
+            ValueError: States of another shape, or that require a gradient; a network that misbehaves.
         """
         model = self.model
-        with evaluating(model), model.param_statements():
+        with reading(model, data=x_T), model.param_statements():
             return self._last(model, self._chain(model, _start(model, num_samples, x_T), progress))
 
     def compile(self, **settings: Any) -> None:

@@ -73,8 +73,8 @@ class NoiseSchedule(nn.Module, ABC):
         if self.event_dim:
             raise NotImplementedError(f"{type(self).__name__} has curves by entry, and no slope_at")
         learned = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        with torch.enable_grad():
-            u = u.detach().double().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            u = u.detach().clone().double().requires_grad_()
             # λ(u) depends on its own u alone: the gradient of the sum is the slope at each of them.
             (slope,) = torch.autograd.grad(self.log_snr_at(u).sum(), u, create_graph=learned)
         return slope

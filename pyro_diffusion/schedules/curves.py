@@ -127,7 +127,9 @@ class LinearSchedule(InterpolatedSchedule):
         self, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> None:
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            meaning = "the share β = 1 − α of the variance that one of 1,000 steps replaces by noise"
+            meaning = (
+                "the share β = 1 − α of the variance that one of 1,000 steps replaces by noise"
+            )
             check_between(name, beta, 0, 1, meaning, "0.0001 and 0.02 are usual.")
         betas = torch.linspace(beta_start, beta_end, _REFERENCE_STEPS, dtype=torch.float64)
         super().__init__(1 - betas, num_timesteps)
@@ -294,7 +296,10 @@ class LinearDecaySchedule(NoiseSchedule):
         alpha_bar_min: float = 1e-3,
     ) -> None:
         super().__init__(num_timesteps)
-        meaning, remedy = "the larger of the two ends", "The defaults leave a thousandth at either end."
+        meaning, remedy = (
+            "the larger of the two ends",
+            "The defaults leave a thousandth at either end.",
+        )
         check_between("alpha_bar_max", alpha_bar_max, 0, 1, meaning, remedy)
         meaning = "from noise to the end at the data"
         check_between("alpha_bar_min", alpha_bar_min, 0, alpha_bar_max, meaning, remedy)

@@ -17,7 +17,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -27,6 +27,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_diffusion.checks import require
+from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.scoring import log_density, replayed, score
 
 _WARMUP = "Pass min(1.0, step / num_steps) for a linear warm-up."
@@ -237,16 +238,26 @@ def _is_latent(site: Any) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
+@overload
+def bound_by_datum(family: Pair, x_0: Tensor, /, **given: Any) -> Tensor: ...
+
+
+@overload
 def bound_by_datum(
     model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **given: Any
-) -> Tensor:
+) -> Tensor: ...
+
+
+def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any) -> Tensor:  # type: ignore[misc]
     r"""One draw of the bound of every datum, :math:`\hat L_n`: what ``TraceMeanField_ELBO`` adds up.
 
-    It takes any pair, a subsampled one included. KLs are analytic where they have a formula.
+    It takes any pair, a subsampled one included. KLs are analytic where they have a formula. It has
+    gradients by the data and by the parameters, and may stand in a ``pyro.factor`` of another program: no
+    handler outside sees its sites, and ``SVI`` finds its parameters.
 
     Args:
-        model: Program for :math:`p`, called as ``model(x_0)``.
-        guide: Program for :math:`q`, called as ``guide(x_0)``, in the model's order.
+        model: Program for :math:`p`, called as ``model(x_0)``; or a family, whose own programs are read.
+        guide: Program for :math:`q`, called as ``guide(x_0)``, in the model's order; left out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         given: Other arguments of both programs.
 
@@ -256,6 +267,7 @@ def bound_by_datum(
     Raises:
         ValueError: A site outside of a data plate at dim −1.
     """
+    model, guide, x_0 = unpacked(model, guide, x_0)
     drawn, scored = replayed(model, guide, x_0, **given)
     return _bound_of_data(scored, drawn)
 
