@@ -273,8 +273,8 @@ def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
         return x_0.view_as(x_0)
     x_0 = widened(x_0)
     if mask is not None:
-        mask = _check_rows(check_mask(mask, x_0))
-        _check_observed_finite(x_0, mask)
+        _check_observed_finite(x_0, check_mask(mask, x_0))
+        mask = _check_rows(mask)
         x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
     if not holds(x_0.isfinite()):
         raise ValueError(
@@ -300,7 +300,7 @@ def _remedy_for(x_0: Any) -> str:
     if isinstance(x_0, Tensor):
         return "Pass x_0[None] for a single number." if x_0.dim() == 0 else "Skip empty batches."
     if hasattr(x_0, "to_numpy"):  # of pandas, and of its relatives
-        return "Pass torch.as_tensor(x_0.to_numpy(dtype=float))."
+        return "Pass torch.tensor(x_0.to_numpy(dtype=float))."
     if hasattr(x_0, "__array__"):
         return (
             "Convert it with torch.as_tensor; an array of objects, with x_0.astype(float) before."
@@ -356,8 +356,8 @@ def check_event_shape(kernel: TorchDistribution, x_0: Tensor | None) -> TorchDis
 
 def shape_remedy(shape: torch.Size, event_shape: torch.Size) -> str:
     """What to do about data of another shape than ``(N,) + event_shape``."""
-    if shape == event_shape:
-        return "Pass x_0[None] for a single datum."
+    if len(shape) == len(event_shape):
+        return "Pass x_0[None] for a single datum, or reshape the data."
     return f"Reshape the data, or build the model with event_shape {tuple(shape[1:])}."
 
 

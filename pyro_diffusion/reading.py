@@ -51,8 +51,8 @@ def refuse_gradients(data: Any) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         raise ValueError(
             "argument 'x_0', or what goes with it: got data that require a gradient; expected numbers, "
-            "because this function reads the model and records no gradient. Take bound_by_datum(model, guide, "
-            "x_0) or ode_log_likelihood(diffusion, x_0), which pass gradients; or pass x_0.detach()."
+            "because this function reads the model and records no gradient. Take bound_by_datum(model, "
+            "guide, x_0) or ode_log_likelihood(diffusion, x_0), which pass gradients; or pass x_0.detach()."
         )
 
 

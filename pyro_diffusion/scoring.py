@@ -87,7 +87,7 @@ def replayed(
 ) -> tuple[poutine.Trace, poutine.Trace]:
     """A trace of the guide, and one of the model with the guide's draws; no handler outside sees a site."""
     # As ``with`` blocks: a function that a Pyro handler wraps cannot be called with context=.
-    with poutine.block(hide_types=["sample"]):
+    with poutine.block(hide_types=["sample", "observe"]):
         with poutine.trace() as drawn:
             guide(*args, **kwargs)
         with poutine.trace() as scored, poutine.replay(trace=drawn.trace):

@@ -263,8 +263,8 @@ def check_codomain(transform: Transform, support: constraints.Constraint) -> Non
     if bounded and isinstance(needed, type(constraints.real)):
         raise ValueError(
             f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the "
-            "real line; expected a transform from the user's units onto the whole line, or part of the model's "
-            f"mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that."
+            "real line; expected a transform from the user's units onto the whole line, or part of the "
+            f"model's mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that."
         )
 
 

@@ -22,14 +22,19 @@ def check_programs(model: Callable[..., Any], guide: Callable[..., Any]) -> None
     """Raise a ``ValueError`` if one is no program with every site."""
     if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
         raise _subsampled()
-    for name, program in (("model", model), ("guide", guide)):
-        require(
-            not isinstance(program, ParamScope) and callable(program),
-            f"argument {name!r}",
-            f"a {type(program).__name__}",
-            "one of its programs",
-            "Pass its .model, and its .posterior_guide (or .guide).",
-        )
+    check_program("model", model)
+    check_program("guide", guide)
+
+
+def check_program(argument: str, program: Any) -> None:
+    """Raise a ``ValueError`` if a model or a guide is no program."""
+    require(
+        not isinstance(program, ParamScope) and callable(program),
+        f"argument {argument!r}",
+        f"a {type(program).__name__}",
+        "one of its programs",
+        "Pass the family itself, or its .model and its .posterior_guide (or .guide), and the data.",
+    )
 
 
 def _subsampled() -> ValueError:

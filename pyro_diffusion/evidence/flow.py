@@ -110,7 +110,7 @@ def ode_log_likelihood(
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
-    with torch.inference_mode(False), evaluating(diffusion), poutine.block(hide_types=["sample"]):
+    with torch.inference_mode(False), evaluating(diffusion), poutine.block():
         x_0 = x_0.clone() if x_0.is_inference() else x_0
         size = batch_size or _rows_at_a_time(diffusion, x_0, num_probes)
         parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(size)]

@@ -26,6 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_diffusion.bounds.checks import check_program
 from pyro_diffusion.checks import require
 from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.scoring import log_density, replayed, score
@@ -268,6 +269,8 @@ def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any)
         ValueError: A site outside of a data plate at dim −1.
     """
     model, guide, x_0 = unpacked(model, guide, x_0)
+    check_program("model", model)
+    check_program("guide", guide)
     drawn, scored = replayed(model, guide, x_0, **given)
     return _bound_of_data(scored, drawn)
 
