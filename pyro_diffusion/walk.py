@@ -12,18 +12,24 @@ their steps from one :class:`ReverseWalk`:
 The target is a datum, or a state :math:`x_s` at any timestep: then the walk is that of the chain
 :math:`x_{s:T}`, and its steps are counted from the target. Particles stand in front, data behind them:
 ``(K, N) + event_shape``. A network sees at most so many rows at a time.
+
+What goes with the data goes with the walk, as it does in the programs. Under a mask every density is that of
+the observed entries, and a kernel of the model sees the gap's value in the others; a context goes to the
+denoiser, a row for each datum.
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import as_real
+from pyro_diffusion.given import Given, as_real, flattened, observed_part, seen
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
 from pyro_diffusion.scoring import Score, log_density, score
 
@@ -40,6 +46,7 @@ class ReverseWalk:
         state: Timestep :math:`s` of the target, in ``{0, …, T − 1}``; 0 is the datum.
         rows: Network rows at a time.
         denoiser: Denoiser in place of the model's own, such as one with a compiled network.
+        given: What goes with the data, ``N`` rows each.
     """
 
     def __init__(
@@ -49,10 +56,12 @@ class ReverseWalk:
         *,
         rows: int = ROWS,
         denoiser: Denoiser | None = None,
+        given: Given = Given(),
     ) -> None:
-        self.diffusion, self.state, self.rows = diffusion, state, rows
+        self.diffusion, self.state, self.rows, self.given = diffusion, state, rows, given
         self.denoiser = diffusion.denoiser if denoiser is None else denoiser
         self.process = diffusion.process.tail(state) if state else diffusion.process
+        self.of_state = None if given.mask is None else diffusion.state_mask(given.mask)
 
     @property
     def timesteps(self) -> range:
@@ -61,26 +70,37 @@ class ReverseWalk:
 
     def target(self, x: Tensor) -> Tensor:
         """Data, or states, as a point of the chain."""
-        return x.to(self.diffusion.dtype) if self.state else self.diffusion.embed(x)
+        return (
+            x.to(self.diffusion.dtype)
+            if self.state
+            else self.diffusion.embed(x, mask=self.given.mask)
+        )
+
+    def seen(self, x_t: Tensor) -> Tensor:
+        """A state as a kernel of the model sees it."""
+        return seen(x_t, self.of_state, self.process.gap)
 
     def start(self, x: Tensor | None = None) -> TorchDistribution:
         r""":math:`q(x_T \mid x)` given the target as a point of the chain; :math:`p(x_T)` without one."""
         if x is None:
-            return self.diffusion.prior()
-        return self.process.marginal(x, self.process.schedule.num_timesteps)
+            return observed_part(self.diffusion.prior(), self.of_state)
+        last = self.process.marginal(x, self.process.schedule.num_timesteps)
+        return observed_part(last, self.of_state)
 
     def look(self, x_t: Tensor, t: int) -> Denoised:
         """What the denoiser says of the datum, ``t`` steps from the target."""
         log_snr = self.diffusion.schedule.log_snr(t + self.state)
-        return look(self.denoiser, x_t, log_snr, rows=self.rows)[0]
+        given = self.denoiser.check_given(self.given.of_kernels())
+        return look(self.denoiser, self.seen(x_t), log_snr, rows=self.rows, **given)[0]
 
     def kernel(self, x_t: Tensor, t: int, denoised: Denoised) -> TorchDistribution:
         r""":math:`p_\theta(x_{t-1} \mid x_t)`."""
-        return self.denoiser.reverse_kernel(x_t, t + self.state, denoised)
+        kernel = self.denoiser.reverse_kernel(self.seen(x_t), t + self.state, denoised)
+        return observed_part(kernel, self.of_state)
 
     def posterior(self, x_t: Tensor, x: Tensor, t: int) -> TorchDistribution:
         r""":math:`q(x_{t-1} \mid x_t, x)` given the target, ``t ≥ 2``."""
-        return self.process.posterior(x_t, x, t)
+        return observed_part(self.process.posterior(x_t, x, t), self.of_state)
 
     def step(self, x_t: Tensor, x: Tensor, t: int, denoised: Denoised | None = None) -> Score:
         """A draw of the posterior with its density there and under the kernel, ``t ≥ 2``."""
@@ -90,7 +110,9 @@ class ReverseWalk:
     def end(self, x_1: Tensor, denoised: Denoised | None = None) -> TorchDistribution:
         r"""The kernel into the target, in the user's units: :math:`p_\theta(x_0 \mid x_1)` for data."""
         denoised = self.look(x_1, 1) if denoised is None else denoised
-        return self.kernel(x_1, 1, denoised) if self.state else self.diffusion.decode(x_1, denoised)
+        if self.state:
+            return self.kernel(x_1, 1, denoised)
+        return observed_part(self.diffusion.decode(self.seen(x_1), denoised), self.given.mask)
 
     def rehearse(self, x_0: Tensor) -> tuple[TorchDistribution, Tensor]:
         """One step and the end for data or states ``x_0``, to measure what they take.
@@ -130,6 +152,7 @@ def look(
     *,
     pull: Pull | None = None,
     rows: int = ROWS,
+    **given: Any,
 ) -> tuple[Denoised, list[Tensor]]:
     r"""What a denoiser says at states of one log-SNR, with vector-Jacobian products where they are asked for.
 
@@ -144,6 +167,7 @@ def look(
             was said of the rows ``part`` of the flattened states: :math:`\hat x_0 \odot e` for the product
             :math:`e^\top \partial \hat x_0 / \partial x_t`.
         rows: Network rows at a time.
+        given: ``context=`` of conditional data.
 
     Returns:
         :class:`Denoised`, and for each tensor of ``pull`` a gradient of the states' shape.
@@ -151,10 +175,11 @@ def look(
     batch_shape = x_t.shape[: x_t.dim() - denoiser.event_dim]
     count = batch_shape.numel()
     if count <= rows and pull is None:
-        return denoiser.denoise(x_t, log_snr), []
+        return denoiser.denoise(x_t, log_snr, **given), []
     flat = x_t.reshape(count, *denoiser.event_shape)
+    given = {name: flattened(value, batch_shape) for name, value in given.items()}
     slices = (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-    parts = [_look(denoiser, flat[part], log_snr, pull, part) for part in slices]
+    parts = [_look(denoiser, flat[part], log_snr, pull, part, given) for part in slices]
     joined = [
         None if values[0] is None else torch.cat(values).reshape(batch_shape + values[0].shape[1:])
         for values in zip(*(said + tuple(gradients) for said, gradients in parts), strict=True)
@@ -163,16 +188,22 @@ def look(
 
 
 def _look(
-    denoiser: Denoiser, x_t: Tensor, log_snr: Tensor, pull: Pull | None, part: slice
+    denoiser: Denoiser,
+    x_t: Tensor,
+    log_snr: Tensor,
+    pull: Pull | None,
+    part: slice,
+    given: dict[str, Any],
 ) -> tuple[Denoised, list[Tensor]]:
     """A chunk of :func:`look`."""
+    given = {name: tree_map(itemgetter(part), value) for name, value in given.items()}
     if pull is None:
-        return denoiser.denoise(x_t, log_snr), []
+        return denoiser.denoise(x_t, log_snr, **given), []
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         x_t = x_t.clone() if x_t.is_inference() else x_t
         x_t = x_t if wanted and x_t.requires_grad else x_t.detach().requires_grad_()
-        said = denoiser.denoise(x_t, log_snr)
+        said = denoiser.denoise(x_t, log_snr, **given)
         gradients = [
             torch.autograd.grad(value.sum(), x_t, retain_graph=True, create_graph=wanted)[0]
             for value in pull(said, part)

@@ -258,12 +258,12 @@ def test_other_arguments_are_refused_in_words(given, argument):
 def test_programs_and_denoisers_of_another_kind_are_refused():
     diffusion, x_0 = DiffusionModel(gaussian(5)), torch.zeros(5, 2, dtype=torch.float64)
     for wrong in (diffusion.model, diffusion.continuous(), "diffusion"):
-        for function in (
-            lambda d: evaluate_bound(d, x_0, standard_error=1.0),
-            lambda d: summary(d, x_0),
+        with pytest.raises(
+            ValueError, match="argument 'model': got a .* expected a DiffusionModel"
         ):
-            with pytest.raises(ValueError, match="argument 'diffusion'"):
-                function(wrong)
+            evaluate_bound(wrong, x_0, standard_error=1.0)
+        with pytest.raises(ValueError, match="argument 'diffusion'"):
+            summary(wrong, x_0)
         with pytest.raises(ValueError, match="argument 'diffusion'"):
             OptimalVariance.from_data(wrong, x_0)
     bits = EnumeratedDenoiser(torch.eye(3, dtype=torch.long), LinearDecaySchedule(5))

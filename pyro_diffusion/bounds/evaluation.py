@@ -2,17 +2,20 @@ r"""The mean bound over data to a Monte Carlo error that is asked for, with few 
 
 A full sum over a chain of :math:`T` steps costs :math:`N T` network rows. It is more exact than needed, since
 most of its terms are small or have little noise. :func:`evaluate_bound` spends rows where the noise is, in
-one of two ways, and chooses between them after a pilot run:
+one of two ways (:mod:`~pyro_diffusion.bounds.plan`), and chooses between them once it has seen some noise:
 
 *Single timesteps.* Each datum has a few, drawn systematically (:math:`h` evenly spaced points through the
-quantile function) from a law that follows the noise of the terms,
+quantile function) from a law that follows the noise of the terms. The means :math:`c` of the terms, by group
+of timesteps, are known from earlier rows and taken out,
 
 .. math::
-    \widehat{\mathrm{ELBO}} = -L_T - \frac1h \sum_{i=1}^h \frac{L_{t_i}}{\pi(t_i)}, \qquad
-    \pi(t) \propto \sqrt{\operatorname{Var} L_t} .
+    \widehat{\mathrm{ELBO}} = -L_T - \sum_t c_t - \frac1h \sum_{i=1}^h \frac{L_{t_i} - c_{t_i}}{\pi(t_i)},
+    \qquad \pi(t) \approx \tfrac34 \frac{\sqrt{\operatorname{Var} L_t}}{\sum_s \sqrt{\operatorname{Var} L_s}}
+    + \tfrac14 \cdot \text{even} .
 
-For a single row the analytic KL has the least noise, because it is the mean of the log-ratio given
-:math:`x_t`.
+A quarter of the rows is spread evenly over the groups: where the noise of a term is made of rare large
+values, the rows so far may have seen none of them. For a single row the analytic KL has the least noise,
+because it is the mean of the log-ratio given :math:`x_t`.
 
 *Whole paths*, where the error asked for needs that many rows. Along a path log-ratios cancel: at an exact
 denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is noisy. In between it is
@@ -22,34 +25,43 @@ denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is
         + c_t \Big( \log \frac{q(x_{t-1} \mid x_t, x_0)}{p(x_{t-1} \mid x_t)} - \mathrm{KL}_t \Big),
 
 whose bracket has mean zero. The coefficient :math:`c_t` is zero (KL), one (path) or fitted (a control
-variate), whichever had the least noise in the pilot run.
+variate), whichever had the least noise in a pilot run, whose rows are used for nothing else. A model and
+guide of any other kind have whole trajectories alone, as in :func:`~pyro_diffusion.bounds.elbo_terms`.
 
-All data together cover the timesteps evenly. Independent replicates give the error of either way. The error
-is looked at rarely, because stopping where it happens to be small biases the mean: each time that it is too
-large, the rows are at least doubled.
+**Why the error is honest.** Rows come in stages (:mod:`~pyro_diffusion.bounds.pooled`). A stage's law,
+coefficients and size are those that earlier stages suggest, so that each is unbiased given what went before.
+Its error comes from independent replicates of independent blocks of data, with 56 or more degrees of freedom,
+and is a standard deviation about the truth, with the noise of a variance estimate counted in. It is looked at
+rarely: a stage that is not enough is followed by one at least as large as all before it, which aims at nine
+tenths of the error asked for. An error that rests on few large terms (fewer than 30 degrees of freedom, by
+the fourth moment of the replicates) is not believed, however small it looks.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
     https://arxiv.org/abs/2107.00630
     Monte Carlo theory, methods and examples (Owen, 2013), chapters 8 and 9. https://artowen.su.domains/mc/
+    A Two-Sample Test for a Linear Hypothesis Whose Power is Independent of the Variance (Stein, 1945).
+    https://doi.org/10.1214/aoms/1177731088
 """
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.bounds.plan import Plan, Rows, planned
+from pyro_diffusion.bounds.plan import Timesteps, Trajectories, Way
+from pyro_diffusion.bounds.pooled import Pooled
+from pyro_diffusion.bounds.rows import Rows
 from pyro_diffusion.bounds.terms import Estimate
 from pyro_diffusion.chains.time import Time
-from pyro_diffusion.checks import check_argument, check_count, check_data, check_positive
-from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.checks import check_argument, check_count, check_data, check_positive, require
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.family import Family, unpacked
+from pyro_diffusion.given import Given
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.walk import ROWS
-
-_LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of all replicates to begin with; of one replicate
 
 
 class BoundEvaluation(NamedTuple):
@@ -65,7 +77,7 @@ class BoundEvaluation(NamedTuple):
     estimator: str  #: "timesteps", or what paths were summed: "KL", "path" or "control variate"
     #: by group of timesteps: how often it is drawn, the reconstruction first; empty for paths
     shares: Tensor
-    event_size: int  #: entries :math:`D` of one datum
+    event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
 
     def __repr__(self) -> str:
         full = f"; one full sum: {self.full_rows:,.0f}" if self.full_rows < math.inf else ""
@@ -86,34 +98,40 @@ class BoundEvaluation(NamedTuple):
 
 
 def evaluate_bound(
-    diffusion: DiffusionModel,
-    x_0: Tensor,
+    model: Family | Any,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     standard_error: float,
     num_timesteps: float | None = None,
-    batch_size: int = ROWS,
+    batch_size: int | None = None,
     max_rows: float = 1e7,
+    **given: Any,
 ) -> BoundEvaluation:
     r"""Mean bound over data, until its Monte Carlo error is small enough.
 
     Args:
-        diffusion: The model, of any kernels.
+        model: A diffusion model of any kernels; any other family, or the program for :math:`p` of any pair
+            that :func:`~pyro_diffusion.bounds.elbo_terms` takes.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; left out for a family:
+            ``evaluate_bound(diffusion, x_0, standard_error=0.1)``.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         standard_error: Monte Carlo error of the mean over data to reach, nats per datum.
-        num_timesteps: Another grid for the same curve, ``math.inf`` for the continuous chain; by default the
-            model's own.
-        batch_size: Network rows at a time.
+        num_timesteps: Of a diffusion model, another grid for the same curve, ``math.inf`` for the continuous
+            chain; by default the model's own.
+        batch_size: Network rows at a time; trajectories at a time of other programs.
         max_rows: Network rows after which no more are begun; a warning then says what was reached. The pilot
-            run and the first replicates are spent in any case.
+            run and the first stage are spent in any case. A trajectory counts as a row for each latent.
+        given: What goes with the data: ``mask=`` of observed entries, for the bound of the observed part;
+            ``context=`` of conditional data, a row for each datum.
 
     Returns:
         :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
-        rows do not change. The error is estimated, from 16 replicates (10 where paths are summed); where few
-        data or rare terms dominate it may be low, and the bound with it a little high.
+        rows do not change.
 
     Raises:
-        ValueError: An error that is not positive, a schedule without the grid asked for, a term that is not
-            finite; data as for the programs.
+        ValueError: An error that is not positive, a schedule without the grid asked for, another grid of
+            programs, a term that is not finite; data, and what goes with them, as for the programs.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(1000))
@@ -123,51 +141,105 @@ def evaluate_bound(
     """
     meaning = "nats per datum, the Monte Carlo error of the mean over data"
     remedy = "For bits per dimension, multiply by D ln 2."
-    standard_error = check_positive("standard_error", standard_error, remedy, meaning)
-    batch_size = check_count("batch_size", batch_size, 1, "Leave it out.", "network rows at a time")
+    error = check_positive("standard_error", standard_error, remedy, meaning)
     check_argument("max_rows", max_rows, int | float, "1e7")
-    time = Time.of(check_diffusion(diffusion).schedule.num_timesteps, num_timesteps)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1, "Leave it out.", "network rows at a time")
+    what = Given.of(**given)
+    if isinstance(model, DiffusionModel) and not callable(guide):
+        x_0 = guide if x_0 is None else x_0
+        return _of_diffusion(model, x_0, what, num_timesteps, batch_size or ROWS, error, max_rows)
+    require(
+        num_timesteps is None,
+        "argument 'num_timesteps'",
+        f"{num_timesteps!r} for programs, or a family, with steps of their own",
+        "None",
+        "Leave it out, or pass a DiffusionModel, whose curve has other grids.",
+    )
+    pair, guide, x_0 = unpacked(model, guide, x_0)
+    _check_pair(pair, guide)
+    return _of_programs(pair, guide, x_0, what, batch_size, error, max_rows)
+
+
+def _of_diffusion(
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    given: Given,
+    num_timesteps: Any,
+    batch_size: int,
+    error: float,
+    max_rows: float,
+) -> BoundEvaluation:
+    """By single timesteps, or whole paths."""
+    time = Time.of(diffusion.schedule.num_timesteps, num_timesteps)
     diffusion = time.chain(diffusion)
     with torch.no_grad(), evaluating(diffusion):
-        rows = Rows(diffusion, check_data(x_0), time, batch_size)
-        plan = planned(rows, standard_error)
-        values, error = _replicated(plan, rows, standard_error, max_rows)
+        rows = Rows(diffusion, x_0, given, time, batch_size)
+        way, pooled = _drawn(Timesteps(rows), error, max_rows)
+    size = x_0[0].numel() if given.mask is None else int(given.mask.sum()) / len(x_0)
+    return _evaluation(way, pooled, rows.known, time.num_timesteps, size)
+
+
+def _of_programs(
+    model: Any,
+    guide: Any,
+    x_0: Tensor,
+    given: Given,
+    batch_size: int | None,
+    error: float,
+    max_rows: float,
+) -> BoundEvaluation:
+    """By whole trajectories."""
+    way = Trajectories(model, guide, check_data(x_0, given.mask), given, batch_size)
+    _, pooled = _drawn(way, error, max_rows)
+    size = way.event_size if given.mask is None else int(given.mask.sum()) / len(x_0)
+    return _evaluation(way, pooled, torch.zeros_like(pooled.mean), way.length, size)
+
+
+def _evaluation(
+    way: Way, pooled: Pooled, known: Tensor, length: float, event_size: float
+) -> BoundEvaluation:
     return BoundEvaluation(
-        elbo=values.mean(0) + rows.known,
-        standard_error=(values.var(0) / len(values)).sqrt(),
-        monte_carlo_error=error,
-        rows=rows.spent,
-        full_rows=len(x_0) * time.num_timesteps,
-        estimator=plan.name,
-        shares=plan.shares,
-        event_size=x_0[0].numel(),
+        elbo=pooled.mean + known,
+        standard_error=pooled.standard_error,
+        monte_carlo_error=pooled.error,
+        rows=way.spent,
+        full_rows=len(known) * length,
+        estimator=way.name,
+        shares=way.shares,
+        event_size=event_size,
     )
 
 
-def _replicated(
-    plan: Plan, rows: Rows, standard_error: float, max_rows: float
-) -> tuple[Tensor, float]:
-    """Replicates of every datum's bound, ``(R, N)``, until the error of their mean is small enough."""
-    # Of few data some rows more: a small sample of rare terms has a small spread.
-    largest = min(_MOST_ROWS, max_rows / plan.num_replicates) / plan.rows_of_one
-    largest = max(1, math.floor(largest))
-    size = max(plan.size, math.ceil(_LEAST_ROWS / (plan.num_replicates * plan.rows_of_one)))
-    size = total = min(size, largest)
-    values = plan.replicates(size)
-    while (error := _error_of_mean(values)) > standard_error and rows.spent < max_rows:
-        size = min(math.ceil(total * max(1, 1.2 * (error / standard_error) ** 2 - 1)), largest)
-        values = (total * values + size * plan.replicates(size)) / (total + size)
-        total += size
-    if error > standard_error:
-        needed = rows.spent * (error / standard_error) ** 2
+def _drawn(way: Way, error: float, max_rows: float) -> tuple[Way, Pooled]:
+    """Stages until the error is small enough; the last way, and what its stages say together."""
+    pooled, size = Pooled(), way.least
+    while True:
+        pooled.add(way.draw(size))
+        if pooled.settled(error) or way.spent >= max_rows:
+            break
+        size = pooled.next_size(error, way.gain())
+        better = way.better(size, error)
+        if better is not way:
+            way, pooled, size = better, Pooled(), better.least
+        left = (max_rows - way.spent) / way.cost
+        size = max(1, min(size, math.ceil(left)))
+    if not pooled.settled(error):
+        needed = way.spent * max((pooled.error / error) ** 2, 30 / pooled.freedom)
         warnings.warn(
-            f"argument 'max_rows': {rows.spent:,} network rows leave a Monte Carlo error of {error:.3g} nats "
-            f"per datum; {standard_error:g} would need about {needed:.2g}.",
-            stacklevel=3,
+            f"argument 'max_rows': {way.spent:,} network rows leave a Monte Carlo error of "
+            f"{pooled.error:.3g} nats per datum; {error:g} would need about {needed:.2g}.",
+            stacklevel=4,
         )
-    return values, error
+    return way, pooled
 
 
-def _error_of_mean(values: Tensor) -> float:
-    """Standard error of the mean over data and replicates, ``(R, N)``, from the spread of the latter."""
-    return (values.mean(1).std() / math.sqrt(len(values))).item()
+def _check_pair(model: Any, guide: Any) -> None:
+    """Raise a ``ValueError`` if there is neither a diffusion model nor a model and a guide."""
+    require(
+        callable(model) and callable(guide),
+        "argument 'model'",
+        f"a {type(model).__name__} and a {type(guide).__name__} for a guide",
+        "a DiffusionModel or another family, or a model and a guide",
+        "Pass evaluate_bound(diffusion, x_0, …), or evaluate_bound(model, guide, x_0, …).",
+    )

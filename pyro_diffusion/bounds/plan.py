@@ -1,199 +1,256 @@
-r"""How the terms of a bound are drawn to an asked-for error: rows, a pilot, and a plan.
+r"""Ways to draw the bound of every datum: single timesteps, whole paths, trajectories of any programs.
 
-:class:`Rows` has the terms of single network rows and of whole paths, for a model and its data.
-:func:`planned` looks at a few of them and says what to draw: timesteps by group, or paths with the
-coefficients of their log-ratios. The estimators are those of :mod:`~pyro_diffusion.bounds.evaluation`.
+Each way draws stages (:mod:`~pyro_diffusion.bounds.pooled`) of the size that it is told. It begins with a
+size from which an error can be known, and may know a better way once there is an idea of the noise.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.chains.time import Time
-from pyro_diffusion.checks import check_finite
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import as_real
-from pyro_diffusion.scoring import log_density, score
-from pyro_diffusion.walk import ReverseWalk
+from pyro_diffusion.bounds.pooled import Stage
+from pyro_diffusion.bounds.rows import Rows
+from pyro_diffusion.bounds.trajectories import trajectory_terms
+from pyro_diffusion.given import Given
 
-_REPLICATES, _PATH_REPLICATES = 16, 10  # whose spread is the error
-_GROUPS = 32  # of timesteps, each with a noise and a coefficient of its own
-_PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
-_PILOT = 512  # pairs of rows, at least 16 of each group
+_LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of a first stage; of replicates that are drawn together
+_BLOCKS, _BLOCK = 32, 32  # of data: at most so many, of at least so many data
+_FREEDOM = 64  # of the error of a first stage: replicates, times blocks
+_PILOT = 1024  # rows, at least 32 of each group
 _PILOT_PATHS = 16  # of each of eight data, where paths are tried
+_DEFENCE = 0.25  # of the rows are spread evenly over the groups, whatever their noise seems to be
 
 
-class Rows:
-    """Terms of single network rows, and of whole paths, for a model and its data.
-
-    Args:
-        diffusion: The model.
-        x_0: Data that were checked.
-        time: The chain's time.
-        batch_size: Network rows at a time.
-    """
-
-    def __init__(self, diffusion: DiffusionModel, x_0: Tensor, time: Time, batch_size: int) -> None:
-        self.diffusion, self.x_0, self.time, self.batch_size = diffusion, x_0, time, batch_size
-        self.walk = ReverseWalk(diffusion, rows=batch_size)
-        self.embedded = diffusion.embed(x_0)
-        self.data: Any = as_real(x_0)
-        self.spent = 0
-        self.edges = time.edges(_GROUPS).to(x_0.device)
-        self.sizes = torch.cat((torch.ones_like(self.edges[:1]), self.edges.diff()))
-        # Two parts of the bound cost no row: the term at x_T, and a transform's share of the likelihood.
-        marginal = time.marginal(
-            diffusion.process, self.embedded, torch.as_tensor(time.last, device=x_0.device)
-        )
-        self.log_volume = (
-            torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-            if diffusion.transform is None
-            else diffusion.log_volume(x_0).double()
-        )
-        prior_kl = score(marginal, diffusion.prior()).kl
-        if prior_kl is None:
-            raise ValueError(
-                f"site x_T: got no formula for the KL of {type(marginal).__name__} and the prior; expected "
-                "one, because this term is not drawn. Register it with torch.distributions.register_kl, or "
-                "use elbo_terms."
-            )
-        self.known = self.log_volume - prior_kl
-
-    def timesteps(self, group: Tensor, position: Tensor) -> Tensor:
-        """Timesteps at a position in [0, 1) of a group; group 0 is the reconstruction."""
-        if len(self.edges) == 1:  # a chain of one step
-            return torch.ones_like(position)
-        inner = (group - 1).clamp(min=0)
-        start, end = self.edges[inner], self.edges[inner + 1]
-        t = self.time.whole(start + position * (end - start))
-        return torch.where(group == 0, self.time.first, t)
-
-    def terms(self, data: Tensor, t: Tensor) -> Tensor:
-        """Terms of the bound at timesteps ``t`` of rows ``data``, with their signs; float64, ``(rows,)``."""
-        parts = zip(data.split(self.batch_size), t.split(self.batch_size), strict=True)
-        self.spent += len(data)
-        terms = torch.cat([self._terms(*part) for part in parts])
-        where = "" if terms.isfinite().all() else f" at timestep {t[~terms.isfinite()][0].item():g}"
-        remedy = "Check the parameters for NaN, and the data for values outside the support."
-        return check_finite(f"terms of the bound{where}", terms, remedy)
-
-    def _terms(self, data: Tensor, t: Tensor) -> Tensor:
-        time, x_0, t = self.time, self.embedded[data], self.time.whole(t)
-        first = t == time.first
-        x_t = time.marginal(self.diffusion.process, x_0, t).sample()
-        p, likelihood = time.pair(self.diffusion, x_t, t)
-        reconstruction = log_density(likelihood, self.data[data]) - self.log_volume[data]
-        if first.all():
-            return reconstruction
-        # Rows of the reconstruction have no posterior; any kernel will do there.
-        there = torch.where(first, torch.as_tensor(time.last, device=t.device), t)
-        site = score(time.posterior(self.diffusion.process, x_t, x_0, there), p)
-        return torch.where(first, reconstruction, -site.term)
-
-    def systematic(self, num_points: int, shares: Tensor) -> Tensor:
-        """One replicate of every datum's bound, without ``known``: ``num_points`` rows of each."""
-        count, device = len(self.x_0), self.x_0.device
-        offset = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
-        points = (torch.arange(num_points, device=device)[:, None] + offset.double()) / num_points
-        edges = torch.cat((torch.zeros_like(shares[:1]), shares.cumsum(0)))
-        group = torch.searchsorted(edges[1:-1].contiguous(), points.contiguous(), right=True)
-        position = ((points - edges[group]) / shares[group]).clamp(min=0, max=1 - 1e-9)
-        data = torch.arange(count, device=device).expand_as(group)
-        terms = self.terms(data.flatten(), self.timesteps(group, position).flatten())
-        return (terms.reshape(group.shape) * (self.sizes / shares)[group]).mean(0)
-
-    def paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """The bound of whole paths by KLs, without ``known``, and what log-ratios add by group of sites."""
-        self.spent += len(data) * len(self.walk.timesteps)
-        parts = [self._paths(part) for part in data.split(self.batch_size)]
-        bounds, excess = zip(*parts, strict=True)
-        return torch.cat(bounds), torch.cat(excess)
-
-    def _paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        walk, x_0 = self.walk, self.embedded[data]
-        *timesteps, _ = walk.timesteps
-        site = score(walk.start(x_0), walk.start())
-        excess = torch.zeros(_PATH_GROUPS, len(data), dtype=torch.float64, device=x_0.device)
-        excess[-1] += site.log_ratio - site.term
-        bound = torch.zeros_like(excess[0])
-        for t in timesteps:
-            site = walk.step(site.x, x_0, t)
-            excess[(t - 1) * _PATH_GROUPS // len(walk.timesteps)] += site.log_ratio - site.term
-            bound -= site.term
-        bound += log_density(walk.end(site.x), self.data[data])
-        return bound - self.log_volume[data], excess.T
-
-
-class Plan(NamedTuple):
+class Way(ABC):
     """A way to draw the bound of every datum."""
 
-    replicate: Callable[[int], Tensor]  # of every datum's bound without Rows.known, for a size
-    size: int  # to begin with: timesteps, or paths, of each datum
-    num_replicates: int
-    rows_of_one: int  # network rows of a replicate of size one
-    name: str
-    shares: Tensor
+    name: str  #: what is summed
+    shares: Tensor = torch.zeros(0, dtype=torch.float64)  #: of each group of timesteps in the rows
+    least: int  #: draws of each datum to begin with
+    cost: int  #: network rows of one draw of every datum
 
-    def replicates(self, size: int) -> Tensor:
-        """Independent replicates, ``(R, N)``."""
-        return torch.stack([self.replicate(size) for _ in range(self.num_replicates)])
+    @property
+    @abstractmethod
+    def spent(self) -> int:
+        """Network rows so far."""
 
+    @abstractmethod
+    def draw(self, size: int) -> Stage:
+        """A stage of about that many draws of each datum, at least of the smallest number."""
 
-def planned(rows: Rows, standard_error: float) -> Plan:
-    """What to draw, from a pilot."""
-    count = len(rows.x_0)
-    shares, noise = _pilot(rows)
-    rows_needed = noise / (count * standard_error**2)  # of each datum
-    if rows.time.num_timesteps < rows_needed:
-        strength, variance, name = _path_pilot(rows)
-        paths_needed = max(_PATH_REPLICATES, variance / (count * standard_error**2))
-        if rows.time.num_timesteps * paths_needed < rows_needed:
+    def gain(self) -> float:
+        """Variance of a draw from now on over that of the draws so far."""
+        return 1.0
 
-            def sum_of_paths(size: int) -> Tensor:
-                """Whole paths of every datum, with the coefficients of the pilot."""
-                bound, excess = rows.paths(torch.arange(count, device=rows.x_0.device).repeat(size))
-                return (bound - excess @ strength).reshape(size, count).mean(0)
-
-            size = math.ceil(1.2 * paths_needed / _PATH_REPLICATES)
-            rows_of_one = count * int(rows.time.num_timesteps)
-            return Plan(sum_of_paths, size, _PATH_REPLICATES, rows_of_one, name, shares[:0])
-    size = math.ceil(1.2 * rows_needed / _REPLICATES)
-
-    return Plan(
-        lambda size: rows.systematic(size, shares), size, _REPLICATES, count, "timesteps", shares
-    )
+    def better(self, size: int, error: float) -> "Way":
+        """The way to go on, if this one would need so many draws for an error; itself by default."""
+        return self
 
 
-def _pilot(rows: Rows) -> tuple[Tensor, float]:
-    r"""How often to draw each group of timesteps, and the noise of a datum's single row by that."""
-    num_pairs = max(16, _PILOT // len(rows.sizes))
-    groups = torch.arange(len(rows.sizes), device=rows.x_0.device).repeat_interleave(num_pairs)
-    data = (
-        torch.randint(len(rows.x_0), groups.shape, device=groups.device)
-        if len(rows.x_0) > len(groups)
-        else torch.randperm(len(groups), device=groups.device) % len(rows.x_0)  # each is seen
-    )
-    t = rows.timesteps(groups, torch.rand(groups.shape, dtype=torch.float64, device=groups.device))
-    pairs = torch.stack([rows.terms(data, t) for _ in range(2)]).reshape(2, -1, num_pairs)
-    variance = (
-        pairs.transpose(0, 1).flatten(1).var(1)
-    )  # over data as well: few rows see few of them
-    noise = (pairs[0] - pairs[1]).square().mean(1) / 2
-    # A tenth of the rows goes by the terms' size: of a large one the pilot may have seen too little noise.
-    root, size = (rows.sizes * x for x in (variance.sqrt(), pairs.square().mean((0, 2)).sqrt()))
-    shares = 0.9 * root / root.sum().clamp(min=1e-300) + 0.1 * size / size.sum().clamp(min=1e-300)
-    shares = shares.clamp(min=1e-6)
-    shares = shares / shares.sum()
-    return shares, (rows.sizes.square() * noise / shares).sum().item()
+class Timesteps(Way):
+    r"""Single timesteps, drawn systematically over all data of a block.
+
+    Timesteps are in groups :math:`g` of :math:`n_g` timesteps. With shares :math:`\pi_g` of the rows, and
+    :math:`h` rows a datum, evenly spaced through the quantile function,
+
+    .. math::
+        \widehat{\mathrm{ELBO}} = \sum_g n_g c_g
+            + \frac1h \sum_{i=1}^h \frac{n_{g(i)}}{\pi_{g(i)}} \big(\ell_{t_i} - c_{g(i)}\big),
+
+    :math:`\ell_t` the term with its sign. The means :math:`c_g` and the shares are those of all rows that
+    were drawn *before* the stage, which makes it unbiased, whatever they are.
+    """
+
+    name = "timesteps"
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.moments = rows, GroupMoments(rows.sizes)
+        num_blocks = max(1, min(_BLOCKS, rows.count // _BLOCK))
+        self.block = torch.arange(rows.count, device=rows.device) % num_blocks
+        self.num_blocks = num_blocks
+        self.num_replicates = max(8, math.ceil(_FREEDOM / num_blocks))
+        self.cost = rows.count
+        points = math.ceil(_LEAST_ROWS / rows.count / self.num_replicates)
+        self.least = points * self.num_replicates
+        self.draws, self.inverse = 0, torch.zeros_like(rows.sizes)  # so far, and Σ draws / share
+        self._pilot()
+
+    @property
+    def spent(self) -> int:
+        """Network rows so far."""
+        return self.rows.spent
+
+    def _pilot(self) -> None:
+        """Rows of every group alike, of data that are chosen at random."""
+        device, num_groups = self.rows.device, len(self.rows.sizes)
+        count = num_groups * max(32, _PILOT // num_groups)
+        group = torch.arange(count, device=device) % num_groups
+        data = torch.randperm(max(count, self.rows.count), device=device)[:count] % self.rows.count
+        position = torch.rand(count, dtype=torch.float64, device=device)
+        self.moments.update(group, self.rows.terms(data, self.rows.timesteps(group, position)))
+        self.shares = self.moments.shares()
+
+    def draw(self, size: int) -> Stage:
+        """Replicates with as many points of each datum as make that size together."""
+        num_points = math.ceil(size / self.num_replicates)
+        self.shares, centre = self.moments.shares(), self.moments.mean
+        at_once = max(1, _MOST_ROWS // (num_points * self.rows.count))
+        values = [
+            self._replicates(min(at_once, self.num_replicates - start), num_points, centre)
+            for start in range(0, self.num_replicates, at_once)
+        ]
+        size = num_points * self.num_replicates
+        self.draws, self.inverse = self.draws + size, self.inverse + size / self.shares
+        return Stage(torch.cat(values), self.block, size)
+
+    def _replicates(self, times: int, num_points: int, centre: Tensor) -> Tensor:
+        """Replicates of every datum's bound without ``known``, ``(times, N)``."""
+        rows, shares = self.rows, self.shares
+        offset = self._offsets(times)[:, None]
+        first = torch.arange(num_points, device=rows.device, dtype=torch.float64)
+        points = (first[:, None] + offset) / num_points
+        edges = torch.cat((torch.zeros_like(shares[:1]), shares.cumsum(0)))
+        group = torch.searchsorted(edges[1:-1].contiguous(), points, right=True)
+        position = ((points - edges[group]) / shares[group]).clamp(min=0, max=1 - 1e-9)
+        data = torch.arange(rows.count, device=rows.device).expand_as(group)
+        terms = rows.terms(data.flatten(), rows.timesteps(group, position).flatten())
+        self.moments.update(group.flatten(), terms)
+        excess = terms.reshape(group.shape) - centre[group]
+        known = (rows.sizes * centre).sum()
+        return (excess * (rows.sizes / shares)[group]).mean(1) + known
+
+    def _offsets(self, times: int) -> Tensor:
+        """Points in [0, 1) of every datum, evenly spread over each block; ``(times, N)``."""
+        count, num_blocks = self.rows.count, self.num_blocks
+        depth = math.ceil(count / num_blocks)  # the last data of some blocks are missing
+        key = torch.rand(times, depth * num_blocks, dtype=torch.float64, device=self.rows.device)
+        key[:, count:] = 2.0
+        rank = key.reshape(times, depth, num_blocks).argsort(1).argsort(1)
+        rank = rank.reshape(times, -1)[:, :count]
+        size = torch.bincount(self.block)[self.block]
+        return (rank + torch.rand(rank.shape, dtype=torch.float64, device=rank.device)) / size
+
+    def gain(self) -> float:
+        """By the spread of the groups: with the shares of now over those that there were."""
+        square = self.moments.spread()
+        before = (square * self.inverse).sum().item() / self.draws
+        return (square / self.moments.shares()).sum().item() / before if before > 0 else 1.0
+
+    def better(self, size: int, error: float) -> Way:
+        """Whole paths, if they need fewer rows. It is worth a look where the pilot costs little beside."""
+        length, count = self.rows.time.num_timesteps, self.rows.count
+        pilot = length * _PILOT_PATHS * min(count, 8)
+        if self.draws > self.least or size * count < 2 * pilot:
+            return self
+        paths = Paths(self.rows, error)
+        return paths if paths.least * length < size else self
+
+
+class GroupMoments:
+    """Mean and spread of the terms of each group of timesteps, over all rows so far.
+
+    Args:
+        sizes: How many timesteps a group has.
+    """
+
+    def __init__(self, sizes: Tensor) -> None:
+        self.sizes = sizes
+        self.count, self.mean, self.squares = (torch.zeros_like(sizes) for _ in range(3))
+
+    def update(self, group: Tensor, terms: Tensor) -> None:
+        """Take in terms, each of a group (Chan et al., 1979)."""
+        zero = torch.zeros_like(self.mean)
+        count = zero.index_add(0, group, torch.ones_like(terms))
+        mean = zero.index_add(0, group, terms) / count.clamp(min=1)
+        squares = zero.index_add(0, group, (terms - mean[group]).square())
+        total, shift = (self.count + count).clamp(min=1), mean - self.mean
+        self.squares = self.squares + squares + shift.square() * self.count * count / total
+        self.mean, self.count = self.mean + shift * count / total, self.count + count
+
+    def spread(self) -> Tensor:
+        """Squares of the groups' noise, with which they enter the bound; neighbours are averaged.
+
+        Rare large terms are missed in some groups and seen in others, and neighbours have them alike.
+        """
+        square = self.sizes.square() * self.squares / (self.count - 1).clamp(min=1)
+        if len(square) == 1:  # the reconstruction alone
+            return square
+        steps = torch.cat((square[1:2], square[1:], square[-1:]))
+        return torch.cat((square[:1], (steps[:-2] + 2 * steps[1:-1] + steps[2:]) / 4))
+
+    def shares(self) -> Tensor:
+        r"""The best shares, :math:`\pi_g \propto n_g s_g`, mixed with even ones."""
+        noise, even = self.spread().sqrt(), torch.ones_like(self.mean) / len(self.mean)
+        best = noise / noise.sum() if noise.sum() > 0 else even
+        return (1 - _DEFENCE) * best + _DEFENCE * even
+
+
+class Paths(Way):
+    """Whole paths, with the coefficients of their log-ratios from a pilot. Every path is a replicate."""
+
+    def __init__(self, rows: Rows, error: float) -> None:
+        self.rows, self.cost = rows, rows.count * int(rows.time.num_timesteps)
+        self.strength, variance, self.name = _path_pilot(rows)
+        needed = 1.3 * variance / rows.count / error**2
+        self.least = max(_least_paths(rows.count), math.ceil(needed))
+
+    @property
+    def spent(self) -> int:
+        """Network rows so far, those of another way before included."""
+        return self.rows.spent
+
+    def draw(self, size: int) -> Stage:
+        """Paths of every datum, each a replicate; data are independent of one another."""
+        data = torch.arange(self.rows.count, device=self.rows.device)
+        bound, excess = self.rows.paths(data.repeat(size))
+        return Stage((bound - excess @ self.strength).reshape(size, -1), data, size)
+
+
+class Trajectories(Way):
+    """Trajectories of any model and guide, with KLs where those are legal. Every one is a replicate."""
+
+    name = "KL"
+
+    def __init__(
+        self, model: Any, guide: Any, x_0: Tensor, given: Given, batch_size: int | None
+    ) -> None:
+        self.programs, self.x_0, self.given = (model, guide), x_0, given
+        self.batch_size = batch_size
+        self.least, self.length, self.draws = _least_paths(len(x_0)), 1, 0
+        self.event_size: float = 0
+
+    @property
+    def spent(self) -> int:
+        """Rows so far: one for each latent of a trajectory."""
+        return self.draws * self.cost
+
+    def draw(self, size: int) -> Stage:
+        """Trajectories of every datum, each a replicate."""
+        chunks: dict[int, list[Tensor]] = {}
+        for start, sites in trajectory_terms(
+            *self.programs, self.x_0, self.given, num_particles=size, batch_size=self.batch_size,
+            progress=False,
+        ):  # fmt: skip
+            chunks.setdefault(start, []).append(sites.log_weight)
+        self.length, self.event_size = len(sites.names) - 1, sites.event_size
+        self.name = "KL" if set(sites.kinds[1:]) == {"KL"} else "path"
+        self.draws, self.cost = self.draws + size, len(self.x_0) * self.length
+        values = torch.cat([torch.cat(parts) for parts in chunks.values()], dim=1)
+        return Stage(values, torch.arange(len(self.x_0), device=values.device), size)
+
+
+def _least_paths(count: int) -> int:
+    """Paths of each datum, so that the error of the mean has degrees of freedom enough."""
+    return max(4, 1 + math.ceil(_FREEDOM / count))
 
 
 def _path_pilot(rows: Rows) -> tuple[Tensor, float, str]:
     """Coefficients of the log-ratios by group, a path's variance with them, and what the sum is called."""
-    count = min(len(rows.x_0), 8)
-    chosen = torch.randperm(len(rows.x_0), device=rows.x_0.device)[:count]
+    count = min(rows.count, 8)
+    chosen = torch.randperm(rows.count, device=rows.device)[:count]
     bound, excess = rows.paths(chosen.repeat(_PILOT_PATHS))
     bound, excess = bound.reshape(_PILOT_PATHS, count), excess.reshape(_PILOT_PATHS, count, -1)
     bound, excess = (x - x.mean(0) for x in (bound, excess))
