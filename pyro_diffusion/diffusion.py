@@ -39,6 +39,7 @@ from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
+from pyro_diffusion.schedules.views import evenly_spaced
 
 __all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion", "diffusion_of"]
 
@@ -154,7 +155,7 @@ class DiffusionModel(Family):
     def posterior_guide(self) -> TopDownGuide:
         r""":math:`q(x_T \mid x_0) \prod_t q(x_{t-1} \mid x_t, x_0)` as a Pyro program (E4)."""
         process, last = self.process, self.schedule.num_timesteps
-        return TopDownGuide(
+        guide = TopDownGuide(
             self.embed,
             partial(process.marginal, t=last),
             process.posterior,
@@ -162,6 +163,8 @@ class DiffusionModel(Family):
             owner=self,
             below="denoiser.schedule",
         )
+        guide.marginal = process.marginal
+        return guide
 
     def subsampled(
         self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
@@ -258,7 +261,7 @@ class DiffusionModel(Family):
         """
         kept: Any = timesteps
         if isinstance(kept, Integral):
-            kept = _evenly_spaced(kept, self.schedule.num_timesteps)
+            kept = evenly_spaced(kept, self.schedule.num_timesteps)
         return self._with_schedule(StridedSchedule(self.schedule, kept))
 
     def _with_schedule(self, schedule: NoiseSchedule) -> Self:
@@ -390,21 +393,6 @@ def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]
     if callable(guide) and getattr(model, "owner", model) is getattr(guide, "owner", guide):
         return check_diffusion(getattr(model, "owner", model)), x_0
     return check_diffusion(model), guide if x_0 is None else x_0
-
-
-def _evenly_spaced(count: Any, last: int) -> list[int]:
-    """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
-    require(
-        not isinstance(count, bool) and 1 <= count <= last,
-        "argument 'timesteps'",
-        str(count),
-        f"1 … {last}, how many of the model's timesteps to keep",
-        "Take with_num_timesteps(…) for a finer grid of the same curve.",
-    )
-    if count == 1:
-        return [last]
-    gaps = count - 1
-    return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(count)]
 
 
 _DRAWS = "One timestep for each datum is enough: the bound stays unbiased."

@@ -178,6 +178,7 @@ class Logit(Transform):
         return f"Logit(low={self.low:g}, high={self.high:g})"
 
     def with_cache(self, cache_size: int = 1) -> "Logit":
+        """The same transform, which keeps its last value."""
         return Logit(self.low, self.high, cache_size)
 
     def _call(self, x: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_map
 
 from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import Given, as_real, flattened, observed_part, seen
+from pyro_diffusion.given import Given, as_real, flattened, observed_part, repeated, seen, together
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
+from pyro_diffusion.reading import footprint, rows_within
 from pyro_diffusion.scoring import Score, log_density, score
 
 __all__ = ["ROWS", "ReverseWalk", "look", "taken"]
@@ -113,6 +114,17 @@ class ReverseWalk:
         if self.state:
             return self.kernel(x_1, 1, denoised)
         return observed_part(self.diffusion.decode(self.seen(x_1), denoised), self.given.mask)
+
+    def rows_within(self, x_0: Tensor) -> int:
+        """Rows whose step fits the budget of memory, at most :data:`ROWS`; measured with the first datum."""
+
+        def cost(count: int) -> float:
+            """Bytes of a step."""
+            data, own = together(lambda x: repeated(x[:1], count), x_0, self.given)
+            walk = ReverseWalk(self.diffusion, self.state, denoiser=self.denoiser, given=own)
+            return footprint(lambda: walk.rehearse(data)).peak
+
+        return rows_within(cost, ROWS)
 
     def rehearse(self, x_0: Tensor) -> tuple[TorchDistribution, Tensor]:
         """One step and the end for data or states ``x_0``, to measure what they take.

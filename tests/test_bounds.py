@@ -336,13 +336,13 @@ def test_results_are_unscaled_float64_and_the_modes_come_back(device):
     diffusion.denoiser.network.blocks.eval()
     before = {name: module.training for name, module in diffusion.named_modules()}
     x_0 = torch.randn(3, 2, device=device).float()
-    scaled = poutine.scale(diffusion.model, 7.0), poutine.scale(diffusion.posterior_guide, 7.0)
-    pyro.set_rng_seed(1)
-    terms = elbo_terms(diffusion.model, diffusion.posterior_guide, x_0)
-    pyro.set_rng_seed(1)
-    again = elbo_terms(*scaled, x_0)
-    torch.testing.assert_close(terms.elbo, again.elbo)
-    for values in terms[:5]:
+    programs, results = (diffusion.model, diffusion.posterior_guide), []
+    for scale in (1.0, 7.0):
+        pyro.set_rng_seed(1)
+        results.append(elbo_terms(*(poutine.scale(x, scale) for x in programs), x_0))
+    torch.testing.assert_close(results[0].elbo, results[1].elbo)
+    terms = elbo_terms(*programs, x_0)
+    for values in (*terms[:5], *results[1][:5]):
         assert values.dtype == torch.float64
         assert values.device.type == device.type
         assert not values.requires_grad

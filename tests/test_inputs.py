@@ -1,4 +1,4 @@
-"""Numbers that come in: any dtype, any kind of number, at the edges; the right value, or an error that helps."""
+"""Numbers of any dtype and kind, and at the edges: the right value, or an error that helps."""
 
 import math
 import warnings

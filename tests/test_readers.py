@@ -1,4 +1,4 @@
-"""Readers of a model: gradients passed or refused, no site left behind, a budget of memory, one way to call."""
+"""Readers: gradients passed or refused, no site left behind, a budget of memory, one way to call."""
 
 import json
 import math
@@ -154,7 +154,8 @@ def test_a_bound_by_datum_passes_gradients():
     diffusion = gaussian()
     x_0 = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(bound_by_datum(diffusion, x_0).sum(), x_0)
-    assert grad.isfinite().all() and (grad != 0).all()
+    assert grad.isfinite().all()
+    assert (grad != 0).all()
 
 
 # Inference mode, and a surrounding program.
@@ -263,7 +264,7 @@ def test_every_reader_takes_a_family_or_a_model_and_a_guide(name):
     ):
         torch.manual_seed(0)
         values.append(CALLS[name](*args, **kwargs))
-    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0.5)
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=3.0)  # by paths, or single terms
     torch.testing.assert_close(values[2], values[0])
     with pytest.raises(ValueError, match="argument"):
         CALLS[name](diffusion.model, x_0)
@@ -313,7 +314,8 @@ def test_a_single_datum_has_no_sampling_error():
         for name, steps in (("five", 5), ("six", 6))
     }
     table = compare(evidence)
-    assert table["se"].isna().all() and table["dse"].isna().all()
+    assert table["se"].isna().all()
+    assert table["dse"].isna().all()
     assert table["mc_error"].notna().all()
 
 
@@ -427,11 +429,10 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize(
-    "work",
-    ["elbo_terms", "paths", "importance_evidence", "evaluate_bound", "smc_evidence", "to_arviz"]
-    + ["mixture", "hierarchical", "flow"],
-)
+WORKS = "elbo_terms paths importance_evidence evaluate_bound smc_evidence to_arviz mixture hierarchical flow"
+
+
+@pytest.mark.parametrize("work", WORKS.split())
 def test_a_budget_of_memory_holds(work):
     """At most twice the 256 MiB above what the process held before, models and small results included."""
     arguments = [sys.executable, "-c", textwrap.dedent(PROGRAM), work]

@@ -20,10 +20,15 @@ from typing import Any, overload
 from torch import Tensor
 
 from pyro_diffusion.bounds.moments import TermMoments
+from pyro_diffusion.bounds.rows import Rows
+from pyro_diffusion.bounds.single import single_terms, whose_terms_are_single
 from pyro_diffusion.bounds.terms import ELBOTerms
-from pyro_diffusion.bounds.trajectories import trajectory_terms
+from pyro_diffusion.bounds.trajectories import PARTICLES, trajectory_terms
+from pyro_diffusion.chains.time import Steps
+from pyro_diffusion.checks import check_count
 from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import Given
+from pyro_diffusion.reading import reading, refuse_gradients
 
 
 @overload
@@ -55,10 +60,14 @@ def elbo_terms(  # type: ignore[misc]
     Values are unscaled whatever plates or handlers scale, no gradient is recorded, and programs that
     are modules are in evaluation mode meanwhile (inside a function or a handler, call ``eval()``).
 
-    Data and particles are processed in chunks of ``batch_size`` trajectories, and a trajectory's states
-    are let go of one by one while the model scores it. The default keeps the states of a chunk under
-    256 MiB, fewer trajectories at a time the longer the chain. The programs see a chunk as a batch, in
-    which each datum stands once for each of its particles.
+    The analytic KLs of a diffusion model need no whole trajectories. Its posterior-ordered guide knows
+    :math:`q(x_t \mid x_0)` at every timestep, so that many terms are drawn at once, each with a state of its
+    own. The result says so (``draws`` is "single"), and the error of the sum is that of independent terms.
+
+    Everything else is read off whole trajectories, in chunks of ``batch_size`` of them, and a trajectory's
+    states are let go of one by one while the model scores it. The programs see a chunk as a batch, in which
+    each datum stands once for each of its particles. The default size of a chunk keeps what a reader holds
+    under 256 MiB, as measured with a row or two.
 
     Args:
         model: Program for :math:`p`, called as ``model(x_0)``; or a family, whose own programs are read:
@@ -70,7 +79,7 @@ def elbo_terms(  # type: ignore[misc]
             in the model's order) and a formula is known, which is the quieter estimator of a *term*.
             ``False`` averages log-ratios along the trajectories: for a denoiser close to exact their
             noise cancels in the sum, and the *bound* can be many times quieter.
-        batch_size: Trajectories (data times particles) in a chunk.
+        batch_size: Trajectories (data times particles) in a chunk; of single terms, network rows.
         progress: Show a progress bar if the evaluation takes more than five seconds.
         given: What goes with the data, handed to both programs row by row: ``mask=`` of observed entries,
             boolean, of the data's shape, for the bound of the observed part; ``context=`` of
@@ -92,7 +101,17 @@ def elbo_terms(  # type: ignore[misc]
         (torch.Size([4, 3]), True)
     """
     model, guide, x_0 = unpacked(model, guide, x_0)
-    moments, what = TermMoments(), Given.of(**given)
+    what = Given.of(**given)
+    diffusion = None if analytic_kl is False else whose_terms_are_single(model, guide)
+    if diffusion is not None:
+        refuse_gradients((x_0, what))
+        count = check_count("num_particles", num_particles, 1, PARTICLES)
+        size = None if batch_size is None else check_count("batch_size", batch_size, 1, PARTICLES)
+        with reading(diffusion):
+            rows = Rows(diffusion, x_0, what, Steps(diffusion.schedule.num_timesteps), size)
+            if rows.has_kl():
+                return single_terms(rows, count, progress)
+    moments = TermMoments()
     for start, sites in trajectory_terms(
         model, guide, x_0, what, num_particles=num_particles, analytic_kl=analytic_kl,
         batch_size=batch_size, progress=progress,

@@ -56,12 +56,11 @@ from pyro_diffusion.bounds.pooled import Pooled
 from pyro_diffusion.bounds.rows import Rows
 from pyro_diffusion.bounds.terms import Estimate
 from pyro_diffusion.chains.time import Time
-from pyro_diffusion.checks import check_argument, check_count, check_data, check_positive, require
+from pyro_diffusion.checks import check_between, check_count, check_data, check_positive, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.family import Family, unpacked
 from pyro_diffusion.given import Given
-from pyro_diffusion.networks import evaluating
-from pyro_diffusion.walk import ROWS
+from pyro_diffusion.reading import reading, refuse_gradients
 
 
 class BoundEvaluation(NamedTuple):
@@ -119,7 +118,8 @@ def evaluate_bound(
         standard_error: Monte Carlo error of the mean over data to reach, nats per datum.
         num_timesteps: Of a diffusion model, another grid for the same curve, ``math.inf`` for the continuous
             chain; by default the model's own.
-        batch_size: Network rows at a time; trajectories at a time of other programs.
+        batch_size: Network rows at a time; trajectories at a time of other programs. By default as many as
+            256 MiB hold, at most 2,048.
         max_rows: Network rows after which no more are begun; a warning then says what was reached. The pilot
             run and the first stage are spent in any case. A trajectory counts as a row for each latent.
         given: What goes with the data: ``mask=`` of observed entries, for the bound of the observed part;
@@ -142,13 +142,14 @@ def evaluate_bound(
     meaning = "nats per datum, the Monte Carlo error of the mean over data"
     remedy = "For bits per dimension, multiply by D ln 2."
     error = check_positive("standard_error", standard_error, remedy, meaning)
-    check_argument("max_rows", max_rows, int | float, "1e7")
+    check_between("max_rows", max_rows, 0, math.inf, "network rows", "Leave it out.", "[]")
     if batch_size is not None:
         check_count("batch_size", batch_size, 1, "Leave it out.", "network rows at a time")
     what = Given.of(**given)
     if isinstance(model, DiffusionModel) and not callable(guide):
         x_0 = guide if x_0 is None else x_0
-        return _of_diffusion(model, x_0, what, num_timesteps, batch_size or ROWS, error, max_rows)
+        refuse_gradients((x_0, what))
+        return _of_diffusion(model, x_0, what, num_timesteps, batch_size, error, max_rows)
     require(
         num_timesteps is None,
         "argument 'num_timesteps'",
@@ -166,14 +167,14 @@ def _of_diffusion(
     x_0: Tensor,
     given: Given,
     num_timesteps: Any,
-    batch_size: int,
+    batch_size: int | None,
     error: float,
     max_rows: float,
 ) -> BoundEvaluation:
     """By single timesteps, or whole paths."""
     time = Time.of(diffusion.schedule.num_timesteps, num_timesteps)
     diffusion = time.chain(diffusion)
-    with torch.no_grad(), evaluating(diffusion):
+    with reading(diffusion):
         rows = Rows(diffusion, x_0, given, time, batch_size)
         way, pooled = _drawn(Timesteps(rows), error, max_rows)
     size = x_0[0].numel() if given.mask is None else int(given.mask.sum()) / len(x_0)

@@ -6,6 +6,7 @@ whole chain, with a row for each timestep. What was given with the data goes wit
 mask is that of the observed entries, and a context goes to the network.
 """
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -16,7 +17,7 @@ from pyro_diffusion.chains.time import Time
 from pyro_diffusion.checks import check_data, check_finite
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.given import Given, as_real, observed_part, seen, together
-from pyro_diffusion.scoring import log_density, score
+from pyro_diffusion.scoring import Score, log_density, score
 from pyro_diffusion.walk import ReverseWalk
 
 GROUPS = 32  # of timesteps, each with a mean, a noise and a share of its own
@@ -32,16 +33,23 @@ class Rows:
         x_0: Data.
         given: What goes with the data.
         time: The chain's time.
-        batch_size: Network rows at a time.
+        batch_size: Network rows at a time; by default as many as a step in memory allows.
     """
 
     def __init__(
-        self, diffusion: DiffusionModel, x_0: Tensor, given: Given, time: Time, batch_size: int
+        self,
+        diffusion: DiffusionModel,
+        x_0: Tensor,
+        given: Given,
+        time: Time,
+        batch_size: int | None = None,
     ) -> None:
         x_0 = check_data(x_0, given.mask)
         given.check_rows(len(x_0))
         diffusion.denoiser.check_given(given.of_kernels())
-        self.diffusion, self.time, self.batch_size = diffusion, time, batch_size
+        self.diffusion, self.time = diffusion, time
+        walk = ReverseWalk(diffusion, given=given)
+        self.batch_size = walk.rows_within(x_0) if batch_size is None else batch_size
         self.given, self.count, self.device = given, len(x_0), x_0.device
         self.embedded = diffusion.embed(x_0, mask=given.mask)
         self.of_state = None if given.mask is None else diffusion.state_mask(given.mask)
@@ -80,10 +88,20 @@ class Rows:
         start, end = self.edges[inner], self.edges[inner + 1]
         return torch.where(group == 0, self.time.first, start + position * (end - start))
 
-    def terms(self, data: Tensor, t: Tensor) -> Tensor:
+    def has_kl(self) -> bool:
+        """Whether the KL of a step has a formula; otherwise the log-ratio of a draw takes its place."""
+        if self.time.num_timesteps == 1:
+            return True
+        t = torch.as_tensor(self.time.last, device=self.device)[None]
+        return self._score(torch.zeros_like(t, dtype=torch.long), t).kl is not None
+
+    def terms(
+        self, data: Tensor, t: Tensor, done: Callable[[int], Any] = lambda count: None
+    ) -> Tensor:
         """Terms of the bound at timesteps ``t`` of rows ``data``, with their signs; float64, ``(rows,)``.
 
         A batch of the network has reconstructions alone, or none: neither kernel is made in vain.
+        ``done(count)`` is called after each batch.
         """
         self.spent += len(data)
         t = self.time.whole(t)
@@ -93,6 +111,7 @@ class Rows:
             for rows in where.nonzero().squeeze(-1).split(self.batch_size):
                 if len(rows):
                     terms[rows] = kind(data[rows], t[rows])
+                    done(len(rows))
         at = "" if terms.isfinite().all() else f" at timestep {t[~terms.isfinite()][0].item():g}"
         remedy = "Check the parameters for NaN, and the data for values outside the support."
         return check_finite(f"terms of the bound{at}", terms, remedy)
@@ -105,13 +124,16 @@ class Rows:
         return log_density(likelihood, self.data[data]) - self.log_volume[data]
 
     def _step(self, data: Tensor, t: Tensor) -> Tensor:
+        return -self._score(data, t).term
+
+    def _score(self, data: Tensor, t: Tensor) -> Score:
         time, process, of_state = self.time, self.diffusion.process, self._of_state(data)
         x_0, given = together(itemgetter(data), self.embedded, self.given)
         x_t = time.marginal(process, x_0, t).sample()
         state = self._seen(x_t, data)
         p = time.reverse(self.diffusion.denoiser, state, self._denoised(state, t, given), t)
         q = time.posterior(process, x_t, x_0, t)
-        return -score(observed_part(q, of_state), observed_part(p, of_state)).term
+        return score(observed_part(q, of_state), observed_part(p, of_state))
 
     def _denoised(self, x_t: Tensor, t: Tensor, given: Given) -> Any:
         log_snr = self.time.log_snr(self.diffusion.schedule, t)

@@ -91,6 +91,8 @@ class ELBOTerms(NamedTuple):
     kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
     site_names: tuple[str, ...]  #: where each term lives, by timestep
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
+    #: "paths", or "single" if the states of different timesteps were drawn independently of each other
+    draws: str = "paths"
 
     def __repr__(self) -> str:
         counts = {kind: self.kinds[1:].count(kind) for kind in ("KL", "log-ratio")}
@@ -170,6 +172,7 @@ class ELBOTerms(NamedTuple):
             attrs={
                 "kind": kind,
                 "event_size": self.event_size,
+                "draws": self.draws,
                 "bits_per_dim": bits.value,
                 "bits_per_dim_monte_carlo_error": bits.monte_carlo_error,
                 "bits_per_dim_sampling_error": bits.sampling_error,

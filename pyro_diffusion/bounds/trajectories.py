@@ -87,13 +87,13 @@ def trajectory_terms(
     """
     check_programs(model, guide)
     refuse_gradients((x_0, given))
-    num_particles = check_count("num_particles", num_particles, 1, _PARTICLES)
+    num_particles = check_count("num_particles", num_particles, 1, PARTICLES)
     x_0 = check_data(x_0, given.mask)
     given.check_rows(len(x_0))
     batch_size = (
         _rows_at_a_time(model, guide, x_0, given, num_particles)
         if batch_size is None
-        else check_count("batch_size", batch_size, 1, _PARTICLES)
+        else check_count("batch_size", batch_size, 1, PARTICLES)
     )
     chunk_data = min(len(x_0), batch_size)
     chunk_particles = max(1, min(num_particles, batch_size // chunk_data))
@@ -283,6 +283,6 @@ def _rows_at_a_time(
         return most
 
 
-_PARTICLES = (
+PARTICLES = (
     "Use two particles or more to have a Monte Carlo error, and batch_size=None for a default."
 )

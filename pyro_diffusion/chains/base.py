@@ -175,6 +175,13 @@ class Program(nn.Module):
 class GuideProgram(Program):
     """A program of a guide, which needs data."""
 
+    #: Draws the state at any timestep without a path to it; ``None`` for a guide that knows no such law.
+    marginal: Callable[..., Any] | None = None
+
+    def knows_marginals(self) -> bool:
+        r"""Whether :math:`q(x_t \mid x_0)` has a formula, so that single terms need no whole path."""
+        return self.marginal is not None
+
     def __call__(self, x_0: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Run the program.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate
 from pyro_diffusion.checks import as_numbers, check_data, described, require
+from pyro_diffusion.given import Given
 from pyro_diffusion.scoring import log_density, measure_of
 
 EXACT = "exact"  #: the estimator of a density that is known
@@ -117,6 +118,17 @@ def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evi
         pareto_k=torch.full_like(log_p[0], -math.inf),
         data=fingerprint(x_T),
         measure=measure_of(prior),
+    )
+
+
+def check_whole(state: int, given: Given) -> None:
+    """Raise a ``ValueError`` for a mask of states, which are whole."""
+    require(
+        state == 0 or given.mask is None,
+        "argument 'state'",
+        f"{state} with a mask",
+        "0 for data with gaps, because states are whole",
+        "Leave out the mask, or pass the data.",
     )
 
 

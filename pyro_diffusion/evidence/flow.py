@@ -41,7 +41,7 @@ from pyro_diffusion.walk import look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
 _MOST = 256  # data that share the solver's steps
-_STAGES = 10  # states that a solver of order five holds
+_STAGES = 20  # states that a solver of order five holds, and its working copies
 
 
 def ode_log_likelihood(
@@ -236,7 +236,7 @@ def _rows_at_a_time(diffusion: DiffusionModel, x_0: Tensor, num_probes: int | No
     """Data whose step of the solver fits the budget of memory."""
 
     def cost(count: int) -> float:
-        """Bytes of a step, of whose kind the solver holds about ten."""
+        """Bytes of a step, of whose kind the solver holds many."""
         shape = (count, *diffusion.event_shape)
         x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
         probes = _probes(x, num_probes)

@@ -25,32 +25,48 @@ References:
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import check_count, check_data, check_state
+from pyro_diffusion.checks import as_numbers, check_count, check_data, check_state
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.evidence.evidence import Evidence, at_the_end, fingerprint, log_mean, tail
-from pyro_diffusion.given import as_real
-from pyro_diffusion.networks import evaluating
+from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
+from pyro_diffusion.evidence.evidence import (
+    Evidence,
+    at_the_end,
+    check_whole,
+    fingerprint,
+    log_mean,
+    tail,
+)
+from pyro_diffusion.given import Given, as_real, repeated, together
 from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
+from pyro_diffusion.reading import BUDGET, footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS, ReverseWalk, taken
 
+_KEPT = (
+    128  # bytes of a particle at a timestep: features and weights, and the copies that a fit makes
+)
+
 
 def smc_evidence(
-    diffusion: DiffusionModel,
-    x_0: Tensor,
+    diffusion: Any,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     num_particles: int,
     state: int = 0,
     num_runs: int = 4,
     num_pilot: int = 128,
     progress: bool = True,
+    **given: Any,
 ) -> Evidence:
     r"""Sequential Monte Carlo: :math:`\log \hat p(x_0)` with a look-ahead through :math:`\hat x_0`.
 
@@ -59,13 +75,17 @@ def smc_evidence(
     the particles.
 
     Args:
-        diffusion: The model; its own kernels are used, any schedule, prediction and likelihood.
+        diffusion: The model; its own kernels are used, any schedule, prediction and likelihood. Or its
+            program ``diffusion.model``.
+        guide: Left out; or its program ``diffusion.guide``, before the data.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Particles :math:`K` for each datum and run.
         state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`; 0 for data.
         num_runs: Independent runs, whose spread is the standard error, at least 2.
         num_pilot: Particles of the pilot run, at least 25.
         progress: Show a progress bar if it takes more than five seconds.
+        given: What goes with the data: ``mask=`` of observed entries, for the evidence of the observed part;
+            ``context=``.
 
     Returns:
         :class:`~pyro_diffusion.evidence.Evidence`: the logarithm of the mean of :math:`\hat Z` over runs.
@@ -76,43 +96,97 @@ def smc_evidence(
         run takes :math:`K T` network rows a datum.
 
     Raises:
-        ValueError: Fewer particles, runs or pilot particles than named; a state outside ``0 … T``; a model
-            of bits, or a state under a curve for each entry; data as for the programs.
+        ValueError: Fewer particles, runs or pilot particles than named; a state outside ``0 … T``, or one
+            with a mask; a model of bits, or a state under a curve for each entry; data that require a
+            gradient, and data as for the programs.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
         >>> smc_evidence(DiffusionModel(denoiser), torch.zeros(3, 2), num_particles=10).log_evidence
         tensor([-1.8379, -1.8379, -1.8379], dtype=torch.float64)
     """
-    check_count("num_particles", num_particles, 2, "Pass num_particles=1024, say.")
-    check_count("num_runs", num_runs, 2, "Leave it out: four runs have a spread.")
-    check_count("num_pilot", num_pilot, 25, "Leave it out.")
-    state = check_state(state, check_diffusion(diffusion).schedule.num_timesteps)
+    counts = _Counts.of(num_particles, num_runs, num_pilot)
+    diffusion, x_0 = diffusion_of(diffusion, guide, x_0)
+    state = check_state(state, diffusion.schedule.num_timesteps)
     diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
+    what = Given.of(**given)
+    check_whole(state, what)
+    refuse_gradients((x_0, what))
+    word, x_0 = fingerprint(as_numbers("x_0", x_0), what.mask), check_data(x_0, what.mask)
     if state == diffusion.schedule.num_timesteps:
-        return at_the_end(diffusion.prior(), x_0, num_particles)
-    walk = ReverseWalk(diffusion, state)
-    chunks = check_data(x_0).split(max(ROWS // max(num_particles, num_pilot), 1))
-    steps = len(chunks) * (num_runs + 1) * len(walk.timesteps)
-    with (
-        torch.no_grad(), evaluating(diffusion),
-        tqdm(total=steps, desc="evidence", unit="step", delay=5, disable=not progress, leave=False) as bar,
-    ):  # fmt: skip
-        parts = [_chunk(walk, data, num_particles, num_runs, num_pilot, bar) for data in chunks]
+        return at_the_end(diffusion.prior(), x_0, counts.particles)
+    with reading(diffusion):
+        parts = _parts(diffusion, state, x_0, what, counts, progress)
     *joined, measures = zip(*parts, strict=True)
     log_z, ess, k, least_ess = (torch.cat(x, dim=-1) for x in joined)
     mean = log_mean(log_z)
     return Evidence(
         log_evidence=mean,
-        standard_error=((log_z - mean).exp().var(0) / num_runs).sqrt(),
+        standard_error=((log_z - mean).exp().var(0) / counts.runs).sqrt(),
         ess=least_ess,
         pareto_k=k,
         ess_by_timestep=ess,
         estimator="sequential Monte Carlo",
-        num_particles=num_particles,
-        data=fingerprint(x_0),
+        num_particles=counts.particles,
+        data=word,
         measure=measures[-1],
     )
+
+
+class _Counts(NamedTuple):
+    particles: int
+    runs: int
+    pilot: int
+
+    @classmethod
+    def of(cls, num_particles: Any, num_runs: Any, num_pilot: Any) -> "_Counts":
+        """The counts, if there are enough of each."""
+        return cls(
+            check_count("num_particles", num_particles, 2, "Pass num_particles=1024, say."),
+            check_count("num_runs", num_runs, 2, "Leave it out: four runs have a spread."),
+            check_count("num_pilot", num_pilot, 25, "Leave it out."),
+        )
+
+
+def _parts(
+    diffusion: DiffusionModel,
+    state: int,
+    x_0: Tensor,
+    given: Given,
+    counts: _Counts,
+    progress: bool,
+) -> list[Any]:
+    """What the runs say of all data, in chunks that fit the budget of memory."""
+    rows = ReverseWalk(diffusion, state, given=given).rows_within(x_0)
+    walk, num_data = ReverseWalk(diffusion, state, rows=rows), len(x_0)
+    size = _data_at_a_time(walk, x_0, given, counts)
+    steps = math.ceil(num_data / size) * (counts.runs + 1) * len(walk.timesteps)
+    parts = []
+    with tqdm(
+        total=steps, desc="evidence", unit="step", delay=5, disable=not progress, leave=False
+    ) as bar:
+        for start in range(0, num_data, size):
+            data, own = together(itemgetter(slice(start, start + size)), x_0, given)
+            walk = ReverseWalk(diffusion, state, rows=rows, given=own)
+            parts.append(_chunk(walk, data, *counts, bar))
+    return parts
+
+
+def _data_at_a_time(walk: ReverseWalk, x_0: Tensor, given: Given, counts: _Counts) -> int:
+    """Data whose particles fit the budget of memory, and a batch of the network."""
+    particles, length = max(counts.particles, counts.pilot), len(walk.timesteps)
+
+    def cost(count: int) -> float:
+        """Bytes of two steps, and of what the pilot run keeps of all."""
+        data, own = together(lambda x: repeated(x[:1], count), x_0, given)
+        short = ReverseWalk(walk.diffusion, walk.state, rows=walk.rows, given=own)
+        with tqdm(disable=True) as bar:
+            step = footprint(lambda: _run(short, data, particles, None, bar, steps=2))
+        return step.peak + length * particles * count * _KEPT
+
+    most = min(len(x_0), max(ROWS // particles, 1))
+    # Half of the budget: tensors of many sizes come and go, and the allocator keeps holes between them.
+    return 1 if most == 1 else rows_within(cost, most, BUDGET / 2)
 
 
 def _chunk(
@@ -203,19 +277,25 @@ def _effective(log_weight: Tensor) -> Tensor:
 
 
 def _run(
-    walk: ReverseWalk, x_0: Tensor, num_particles: int, look_ahead: _LookAhead | None, bar: tqdm
+    walk: ReverseWalk,
+    x_0: Tensor,
+    num_particles: int,
+    look_ahead: _LookAhead | None,
+    bar: tqdm,
+    steps: int | None = None,
 ) -> _Particles:
-    """One pass from x_T to x_0 with particles of each datum."""
+    """One pass from x_T to x_0 with particles of each datum; to measure it, the first steps and the end."""
     x = walk.target(x_0)
     q = walk.start(x)
     site = score(q, walk.start(), q.sample((num_particles,)))
     particles, x_t = _Particles(-site.log_ratio, look_ahead), site.x
-    for t in walk.timesteps:
+    for t in walk.timesteps[:steps]:
         denoised = walk.look(x_t, t)
-        x_t, denoised = particles.resampled(x_t, t, denoised, _features(walk, x_t, t, denoised, x))
+        features = _in_slices(walk, _features, x_t, t, denoised, x)
+        x_t, denoised = particles.resampled(x_t, t, denoised, features)
         if t > 1:
-            site = walk.step(x_t, x, t, denoised)
-            x_t, particles.log_weight = site.x, particles.log_weight - site.log_ratio
+            x_t, log_ratio = _in_slices(walk, _step, x_t, t, denoised, x)
+            particles.log_weight = particles.log_weight - log_ratio
         bar.update()
     end = walk.end(x_t, denoised)
     log_p = log_density(end, as_real(x_0))  # type: ignore[arg-type]
@@ -223,6 +303,37 @@ def _run(
     particles.average(torch.ones_like(particles.log_z, dtype=torch.bool))
     particles.measure = measure_of(end)
     return particles
+
+
+def _in_slices(
+    walk: ReverseWalk,
+    function: Callable[..., Any],
+    x_t: Tensor,
+    t: int,
+    denoised: Denoised,
+    x: Tensor,
+) -> Any:
+    """A function of particles, of as many at a time as the walk takes rows."""
+    size = max(walk.rows // x_t.shape[1], 1)
+    if len(x_t) <= size:
+        return function(walk, x_t, t, denoised, x)
+    slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
+    parts = [
+        function(walk, x_t[rows], t, Denoised._make(_rows_of(denoised, rows)), x) for rows in slices
+    ]
+    return tree_map(lambda *values: torch.cat(values), *parts)
+
+
+def _rows_of(denoised: Denoised, rows: slice) -> list[Tensor | None]:
+    return [None if part is None else part[rows] for part in denoised]
+
+
+def _step(
+    walk: ReverseWalk, x_t: Tensor, t: int, denoised: Denoised, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next states, and their log-ratios."""
+    site = walk.step(x_t, x, t, denoised)
+    return site.x, site.log_ratio
 
 
 def _features(
@@ -242,11 +353,13 @@ def _features(
     unit = step.noise**2 / (step.signal**2 + step.noise**2)
     variance = torch.where(implied > 1e-6 * unit, implied, unit)
     x_0, state = embedded.double(), x_t.double()
-    squares = (
+    squares: tuple[Tensor, ...] = (
         (x_0 - walk.estimate(x_t, t, denoised).double()).square() / variance,
         (state - step.signal * x_0).square() / step.noise**2,
         state.square() / (step.signal**2 + step.noise**2),
     )
+    if walk.of_state is not None:
+        squares = tuple(x.where(walk.of_state, 0.0) for x in squares)
     return torch.stack([x.reshape(*x.shape[:2], -1).sum(-1) for x in squares], dim=-1)
 
 

@@ -14,15 +14,16 @@ References:
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_diffusion.bounds import Estimate, evaluate_bound
-from pyro_diffusion.checks import check_data
-from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence
 from pyro_diffusion.evidence.flow import ode_log_likelihood
 from pyro_diffusion.evidence.importance import importance_evidence
 from pyro_diffusion.evidence.sequential import smc_evidence
+from pyro_diffusion.family import unpacked
 from pyro_diffusion.schedules import AlphaSchedule
 
 _TOLERANCE = 5.0  # joint standard errors beyond which two estimates disagree
@@ -94,26 +95,31 @@ class Summary(NamedTuple):
 
 
 def summary(
-    diffusion: DiffusionModel,
-    x_0: Tensor,
+    model: Any,
+    guide: Any = None,
+    x_0: Any = None,
     *,
     standard_error: float = 0.1,
     num_particles: int = 64,
     num_runs: int = 4,
+    **given: Any,
 ) -> Summary:
     r"""All estimates and bounds of :math:`\log p(x_0)`, in a group for each of the three densities.
 
     Sequential Monte Carlo costs ``(num_runs · num_particles + 128) · T`` network rows a datum and importance
     weights ``num_particles · T``: begin with few data. What does not apply is left out: the chain without end
-    for an ``AlphaSchedule``, the flow for data with a mass or a likelihood and under a curve for each entry,
-    sequential Monte Carlo for bits.
+    for an ``AlphaSchedule``, the flow for data with a mass, a likelihood, a mask or a context and under a
+    curve for each entry, sequential Monte Carlo for bits, and all but the first density for a model that is
+    no diffusion.
 
     Args:
-        diffusion: The model.
+        model: The model: a diffusion, a hierarchical VAE, or the model of any pair of programs.
+        guide: Left out for a family; or the guide of the pair, before the data.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         standard_error: Monte Carlo error of the bounds' means, nats per datum.
         num_particles: Particles for each datum.
         num_runs: Independent runs of sequential Monte Carlo.
+        given: What goes with the data: ``mask=`` of observed entries, ``context=``.
 
     Returns:
         :class:`Summary`; ``print`` it.
@@ -128,41 +134,60 @@ def summary(
         >>> list(result.groups())
         ['chain, T = 10', 'chain, T → ∞', 'probability flow']
     """
-    check_diffusion(diffusion).embed(check_data(x_0))  # to refuse data before anything is spent
-    chain = f"chain, T = {diffusion.schedule.num_timesteps}"
-    by_weights = importance_evidence(
-        diffusion.model, diffusion.guide, x_0, num_particles=num_particles
+    pair, guide, x_0 = unpacked(model, guide, x_0)
+    owner: Any = getattr(pair, "owner", None)
+    diffusion: Any = (
+        owner if isinstance(owner, DiffusionModel) and owner is getattr(guide, "owner", 0) else None
     )
-    rows = [_bound(chain, diffusion, x_0, standard_error, None), _estimate(chain, by_weights)]
-    if diffusion.process.has_score:
-        by_runs = smc_evidence(diffusion, x_0, num_particles=num_particles, num_runs=num_runs)
-        rows.append(_estimate(chain, by_runs))
-    curve: Any = diffusion.schedule
-    while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
-        curve = curve.schedule
-    has_curve = not isinstance(curve, AlphaSchedule)
-    if has_curve:
-        rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, math.inf))
-    has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim
-    has_flow = has_flow and (has_curve or curve.num_timesteps > 1)
-    if by_weights.measure == "density" and has_flow:
-        rows.append(_estimate("probability flow", ode_log_likelihood(diffusion, x_0)))
+    settings = {"num_particles": num_particles, **given}
+    chain = f"chain, T = {_length(pair)}"
+    bound = _bound(chain, diffusion or (pair, guide), x_0, standard_error, given)
+    forward = guide if diffusion is None else diffusion.guide
+    by_weights = importance_evidence(pair, forward, x_0, **settings)
+    rows = [bound, _estimate(chain, by_weights)]
+    if diffusion is not None:
+        if diffusion.process.has_score:
+            rows.append(
+                _estimate(chain, smc_evidence(diffusion, x_0, num_runs=num_runs, **settings))
+            )
+        has_curve, has_flow = _applies(diffusion, by_weights.measure, given)
+        if has_curve:
+            rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, given, math.inf))
+        if has_flow:
+            with torch.no_grad():
+                rows.append(_estimate("probability flow", ode_log_likelihood(diffusion, x_0)))
     result = Summary(tuple(rows))
     result.check()
     return result
 
 
+def _length(model: Any) -> Any:
+    """Number of latent states, where a program says it."""
+    return getattr(model, "num_timesteps", "?")
+
+
+def _applies(diffusion: DiffusionModel, measure: str, given: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the chain has a limit of infinitely many steps, and whether the flow has a density."""
+    curve: Any = diffusion.schedule
+    while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
+        curve = curve.schedule
+    has_curve = not isinstance(curve, AlphaSchedule)
+    has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim and not given
+    has_flow = has_flow and (has_curve or curve.num_timesteps > 1)
+    return has_curve, has_flow and measure == "density"
+
+
 def _bound(
-    model: str,
-    diffusion: DiffusionModel,
+    name: str,
+    model: Any,
     x_0: Tensor,
     standard_error: float,
-    num_timesteps: float | None,
+    given: dict[str, Any],
+    num_timesteps: float | None = None,
 ) -> SummaryRow:
-    result = evaluate_bound(
-        diffusion, x_0, standard_error=standard_error, num_timesteps=num_timesteps
-    )
-    return SummaryRow(model, f"by {result.estimator}", "bound", result.mean(), len(x_0), len(x_0))
+    settings = {"standard_error": standard_error, "num_timesteps": num_timesteps, **given}
+    result = evaluate_bound(model, x_0, **settings)
+    return SummaryRow(name, f"by {result.estimator}", "bound", result.mean(), len(x_0), len(x_0))
 
 
 def _estimate(model: str, evidence: Evidence) -> SummaryRow:

@@ -7,7 +7,7 @@ parameters, so that training one trains the other.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -182,3 +182,19 @@ def _check_increasing(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
     got, expected = f"{timesteps!r:.80}", f"increasing whole numbers in 1 … {last}"
     require(all(a < b for a, b in pairwise(steps)), "argument 'timesteps'", got, expected, remedy)
     return tuple(steps)
+
+
+def evenly_spaced(count: Any, last: int) -> list[int]:
+    """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
+    require(
+        not isinstance(count, bool) and 1 <= count <= last,
+        "argument 'timesteps'",
+        str(count),
+        f"1 … {last}, how many of the model's timesteps to keep",
+        "Take with_num_timesteps(…) for a finer grid of the same curve.",
+    )
+    count = int(count)
+    if count == 1:
+        return [last]
+    gaps = count - 1
+    return [1 + (2 * i * (last - 1) + gaps) // (2 * gaps) for i in range(count)]
