@@ -7,18 +7,25 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.optim import Adam
 from test_bernoulli import enumerated_bound
+from test_given import conditional, data, log_p
 
 from pyro_diffusion import (
+    MLP,
     BernoulliDiffusion,
     DataPrediction,
     DiffusionModel,
     EnumeratedDenoiser,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
+    HierarchicalVAE,
+    LadderEncoder,
     LevelPrediction,
     LinearDecaySchedule,
     LogSNRSchedule,
+    NeuralBernoulliDenoiser,
     NeuralDenoiser,
     OptimalVariance,
     PosteriorVariance,
@@ -27,6 +34,11 @@ from pyro_diffusion import (
     evaluate_bound,
     summary,
 )
+from pyro_diffusion.bounds.plan import GroupMoments, Timesteps
+from pyro_diffusion.bounds.pooled import FREEDOM, Pooled, Stage
+from pyro_diffusion.bounds.rows import Rows
+from pyro_diffusion.chains.time import Time
+from pyro_diffusion.given import Given
 from pyro_diffusion.likelihoods import GaussianLikelihood
 from pyro_diffusion.processes import GaussianProcess
 
@@ -273,3 +285,267 @@ def test_programs_and_denoisers_of_another_kind_are_refused():
         OptimalVariance.from_data(BernoulliDiffusion(bits), torch.eye(3))
     with pytest.raises(ValueError, match=r"data of shape \(5, 3\)"):
         summary(diffusion, torch.zeros(5, 3, dtype=torch.float64))
+
+
+# The error is honest.
+
+
+@pytest.mark.parametrize(("count", "target"), [(400, 0.1), (10, 0.5)])
+def test_error_is_honest_for_a_trained_network_of_bits(count, target):
+    """Rare large terms, and allocation by what was drawn: z of about unit variance, 40 times."""
+    pyro.set_rng_seed(0)
+    probs = torch.rand(12, 16) ** 3
+    x_0 = (torch.rand(2000, 16) < probs[torch.randint(12, (2000,))]).float()
+    network = MLP((16,), hidden_size=16, num_blocks=1)
+    diffusion = BernoulliDiffusion(NeuralBernoulliDenoiser(network, LinearDecaySchedule(20), (16,)))
+    pair = diffusion.subsampled()
+    svi = SVI(pair.model, pair.guide, Adam({"lr": 0.01}), TraceMeanField_ELBO())
+    for _ in range(100):
+        svi.step(x_0[torch.randint(1000, (200,))])
+    x_0 = x_0[1000 : 1000 + count]
+    particles = 40_000 // count
+    terms = elbo_terms(diffusion, x_0, num_particles=particles, progress=False).mean()
+    results = [evaluate_bound(diffusion, x_0, standard_error=target) for _ in range(40)]
+    assert max(r.monte_carlo_error for r in results) <= target
+    errors = [math.hypot(r.monte_carlo_error, terms.monte_carlo_error) for r in results]
+    z = torch.tensor([float(r.mean()) - terms.value for r in results]) / torch.tensor(errors)
+    assert 0.65 < z.std() < 1.4
+    assert abs(z.mean()) < 0.8
+
+
+@pytest.mark.parametrize(("count", "num_blocks"), [(1, 1), (10, 1), (100, 3), (1000, 31)])
+def test_offsets_are_spread_over_each_block(count, num_blocks):
+    """One point in each cell of a block's grid, in an order of its own in each replicate."""
+    diffusion = DiffusionModel(gaussian(50))
+    x_0 = torch.zeros(count, 2, dtype=torch.float64)
+    way = Timesteps(Rows(diffusion, x_0, Given(), Time.of(50), 2048))
+    assert way.num_blocks == num_blocks
+    assert way.num_blocks * (way.num_replicates - 1) >= 56
+    offsets = way._offsets(20)
+    for block in range(num_blocks):
+        mine = offsets[:, way.block == block]
+        cells = (mine * mine.shape[1]).floor().sort(1).values
+        assert (cells == torch.arange(mine.shape[1])).all()
+    assert (offsets.mean(0) - 0.5).abs().max() < 5 * (1 / 12 / 20) ** 0.5
+
+
+def test_every_group_has_a_share_of_the_rows():
+    """Also one whose rows have shown no noise; and neighbours of a noisy one have more than others."""
+    moments = GroupMoments(torch.ones(8, dtype=torch.float64))
+    moments.update(torch.arange(8).repeat(50), torch.randn(400, dtype=torch.float64) * 0)
+    assert (moments.shares(0.2) > 0.1).all()  # nothing known: even
+    terms = torch.zeros(400, dtype=torch.float64)
+    terms[4::8] = torch.randn(50, dtype=torch.float64)
+    moments.update(torch.arange(8).repeat(50), terms)
+    shares = moments.shares(0.2)
+    assert abs(shares.sum() - 1) < 1e-12
+    assert (shares[4] > shares[3]) & (shares[3] > shares[2]) & (shares[5] > shares[6])
+    assert (shares >= 0.2 / 8 - 1e-12).all()
+    assert shares[0] > 0.07
+
+
+def test_moments_of_groups_are_those_of_all_terms_together():
+    moments, parts = GroupMoments(torch.ones(3, dtype=torch.float64)), []
+    for _ in range(4):
+        group, terms = torch.randint(3, (30,)), 5 + torch.randn(30, dtype=torch.float64)
+        moments.update(group, terms)
+        parts.append((group, terms))
+    group, terms = (torch.cat(x) for x in zip(*parts, strict=True))
+    for g in range(3):
+        mine = terms[group == g]
+        torch.testing.assert_close(moments.mean[g], mine.mean())
+        torch.testing.assert_close(moments.squares[g] / (moments.count[g] - 1), mine.var())
+
+
+@pytest.mark.parametrize(
+    ("count", "num_data", "num_blocks"), [(64, 5, 1), (8, 64, 16), (4, 40, 40)]
+)
+def test_stages_pool_to_a_mean_with_its_error(count, num_data, num_blocks):
+    """Gaussian replicates of blocks with noises of their own, in two stages: z, and degrees of freedom."""
+    torch.manual_seed(0)
+    block, z, freedoms = torch.arange(num_data) % num_blocks, [], []
+    noise = 0.5 + torch.rand(num_blocks, dtype=torch.float64)
+    for _ in range(400):
+        pooled = Pooled()
+        for size in (count, 3 * count):
+            shared = torch.randn(count, num_blocks, dtype=torch.float64) * noise
+            values = 7 + shared[:, block] * math.sqrt(count / size)
+            pooled.add(Stage(values, block, size))
+        z.append(((pooled.mean.mean() - 7) / pooled.error).item())
+        freedoms.append(pooled.freedom)
+    assert pooled.size == 4 * count
+    assert abs(np.std(z) - 1) < 4 / math.sqrt(800)
+    assert abs(np.mean(z)) < 4 / math.sqrt(400)
+    # The second stage has three quarters of the weight, and so has its variance: 1.6 stages' freedom.
+    effective = 1.6 * (count - 1) * noise.square().sum() ** 2 / noise.pow(4).sum()
+    assert 0.6 < np.median(freedoms) / effective.item() < 1.1
+
+
+def test_an_error_that_rests_on_few_large_terms_is_not_believed():
+    torch.manual_seed(0)
+    block = torch.zeros(3, dtype=torch.long)
+    few = torch.randn(64, 3, dtype=torch.float64) * 1e-3
+    few[0] -= 5.0
+    for values, settled in ((few, False), (few - few * (few < -1), True)):
+        pooled = Pooled()
+        pooled.add(Stage(values, block, 64))
+        assert (pooled.freedom >= FREEDOM) == settled
+        assert pooled.settled(0.2) == settled
+        assert pooled.next_size(0.2, 1.0) >= 64
+
+
+def test_the_next_stage_is_as_large_as_the_error_needs():
+    torch.manual_seed(0)
+    pooled, block = Pooled(), torch.zeros(1, dtype=torch.long)
+    pooled.add(Stage(torch.randn(640, 1, dtype=torch.float64), block, 640))
+    size = pooled.next_size(0.01, 1.0)
+    assert abs((640 + size) * (0.9 * 0.01) ** 2 - pooled.variance / 640) < 0.01
+    cheaper = pooled.next_size(0.01, 0.25)  # draws of a quarter of the variance
+    after = (pooled.variance + cheaper * 0.25 * pooled.variance / 640) / (640 + cheaper) ** 2
+    assert abs(after / (0.9 * 0.01) ** 2 - 1) < 0.01
+    assert pooled.next_size(0.04, 1.0) >= 640
+
+
+# What goes with the data, and other families.
+
+
+def levels(num_timesteps=20):
+    torch.manual_seed(0)
+    schedule = LogSNRSchedule(num_timesteps, log_snr_max=6.0, log_snr_min=-8.0)
+    network = MLP((6,), num_outputs=5, hidden_size=16, num_blocks=1).double()
+    return DiffusionModel(NeuralDenoiser(network, schedule, (6,), prediction=LevelPrediction(5)))
+
+
+def masked(count):
+    mask = torch.rand(count, 6) < 0.6
+    mask[:, 0] = True
+    return torch.randint(5, (count, 6)), mask
+
+
+@pytest.mark.parametrize("error", [0.1, 0.03])
+def test_a_mask_gives_the_bound_of_the_observed_part(error):
+    diffusion = levels()
+    x_0, mask = masked(50)
+    terms = elbo_terms(diffusion, x_0, num_particles=200, mask=mask, progress=False)
+    result = evaluate_bound(diffusion, x_0, standard_error=error, mask=mask)
+    both = math.hypot(result.monte_carlo_error, terms.mean().monte_carlo_error)
+    assert abs(result.mean().value - terms.mean().value) < 4 * both
+    assert result.event_size == terms.event_size < 6
+    noise = (result.standard_error.square() + terms.standard_error.square()).sqrt()
+    assert ((result.elbo - terms.elbo).abs() < 5 * noise).float().mean() > 0.95
+    other = torch.where(mask, x_0, 4 - x_0)  # what stands in a gap does not matter
+    torch.manual_seed(1)
+    ours = evaluate_bound(diffusion, x_0, standard_error=0.2, mask=mask).elbo
+    torch.manual_seed(1)
+    theirs = evaluate_bound(diffusion, other, standard_error=0.2, mask=mask).elbo
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("num_timesteps", [20, math.inf])
+def test_a_mask_goes_with_a_transform_and_with_paths(num_timesteps):
+    """NaN in the gaps; an exact chain of independent entries has the observed entries' log p as its bound."""
+    x_0 = 100 + 30 * torch.randn(50, 2, dtype=torch.float64)
+    transform = Standardize.from_data(x_0)
+    diffusion = DiffusionModel(gaussian(20), transform=transform)
+    mask = torch.rand(50, 2) < 0.6
+    mask[:, 0] = True
+    inside, mean = transform(x_0), diffusion.denoiser.mean
+    law = dist.Normal(mean, diffusion.denoiser.variance.sqrt())
+    truth = law.log_prob(inside) + transform.log_abs_det_jacobian(x_0, inside)
+    truth = (truth * mask).sum(1)
+    x_0 = torch.where(mask, x_0, math.nan)
+    for error in (1e-3, 0.5) if num_timesteps == 20 else (0.2,):
+        result = evaluate_bound(
+            diffusion, x_0, standard_error=error, num_timesteps=num_timesteps, mask=mask
+        )
+        assert (result.estimator == "path") == (error == 1e-3)
+        slack = 5e-3 if error == 1e-3 else 4 * result.monte_carlo_error
+        assert abs(result.mean().value - truth.mean().item()) < slack
+
+
+@pytest.mark.parametrize("error", [0.2, 1e-3])
+def test_a_mask_that_leaves_nothing_out_changes_nothing(error):
+    diffusion, x_0 = DiffusionModel(gaussian(20)), torch.randn(50, 2, dtype=torch.float64)
+    results = []
+    for given in ({}, {"mask": torch.ones(50, 2, dtype=torch.bool)}):
+        torch.manual_seed(3)
+        results.append(evaluate_bound(diffusion, x_0, standard_error=error, **given))
+    assert results[0].rows == results[1].rows
+    torch.testing.assert_close(results[0].elbo, results[1].elbo, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 5, 50])
+def test_a_context_goes_with_its_rows(num_timesteps):
+    """The zero-variance identity by paths, and the same mean by single timesteps."""
+    pyro.set_rng_seed(0)
+    diffusion = conditional(num_timesteps)
+    x_0, context = data(40)
+    exact = evaluate_bound(diffusion, x_0, standard_error=1e-3, context=context, batch_size=100)
+    torch.testing.assert_close(exact.elbo, log_p(x_0, context), rtol=1e-8, atol=1e-8)
+    drawn = evaluate_bound(diffusion, x_0, standard_error=0.5, context=context, batch_size=100)
+    assert drawn.estimator == "timesteps"
+    assert abs(drawn.mean().value - log_p(x_0, context).mean()) < 4 * drawn.monte_carlo_error + 1e-8
+    wrong = {"mean": context["mean"].flip(0)}
+    other = evaluate_bound(diffusion, x_0, standard_error=1e-3, context=wrong)
+    torch.testing.assert_close(other.elbo, log_p(x_0, wrong), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_other_families_and_pairs_are_read_by_trajectories(ladder):
+    torch.manual_seed(0)
+    vae = HierarchicalVAE((2,), (3, 2), encoder=LadderEncoder((2,), (3, 2)) if ladder else None)
+    x_0 = torch.randn(40, 2)
+    terms = elbo_terms(vae, x_0, num_particles=1000, progress=False).mean()
+    for arguments in ((vae, x_0), (vae.model, vae.guide, x_0)):
+        result = evaluate_bound(*arguments, standard_error=0.03)
+        both = math.hypot(result.monte_carlo_error, terms.monte_carlo_error)
+        assert abs(result.mean().value - terms.value) < 4 * both
+        assert result.monte_carlo_error <= 0.03
+        assert result.estimator == ("KL" if ladder else "path")
+        assert (result.full_rows, result.event_size) == (80, 2)
+        assert result.rows % 80 == 0
+    with pytest.raises(ValueError, match="argument 'num_timesteps': got 3 for programs"):
+        evaluate_bound(vae, x_0, standard_error=0.03, num_timesteps=3)
+
+
+def test_programs_take_a_mask_and_have_a_limit_of_rows():
+    diffusion = levels(5)
+    x_0, mask = masked(30)
+    pair = diffusion.model, diffusion.posterior_guide
+    result = evaluate_bound(*pair, x_0, standard_error=0.2, mask=mask, batch_size=50)
+    terms = elbo_terms(*pair, x_0, num_particles=100, mask=mask, progress=False)
+    both = math.hypot(result.monte_carlo_error, terms.mean().monte_carlo_error)
+    assert abs(result.mean().value - terms.mean().value) < 4 * both
+    assert result.event_size == terms.event_size
+    with pytest.warns(UserWarning, match="argument 'max_rows'"):
+        evaluate_bound(*pair, x_0, standard_error=1e-6, max_rows=10)
+    with pytest.raises(ValueError, match="argument 'model': got a DiffusionModel"):
+        evaluate_bound(diffusion, pair[1], x_0, standard_error=0.2)
+
+
+def test_what_does_not_fit_is_refused_in_words():
+    diffusion, x_0 = DiffusionModel(gaussian(5)), torch.zeros(5, 2, dtype=torch.float64)
+    bits = BernoulliDiffusion(EnumeratedDenoiser(torch.eye(2), LinearDecaySchedule(5)))
+    for call, words in (
+        (lambda: evaluate_bound(diffusion, x_0, standard_error=1.0, masks=1), "argument 'masks'"),
+        (
+            lambda: evaluate_bound(diffusion, x_0, standard_error=1.0, mask=x_0[:2] == 0),
+            "argument 'mask': got torch.bool of shape",
+        ),
+        (
+            lambda: evaluate_bound(diffusion, x_0, standard_error=1.0, context=x_0),
+            "argument 'context': got one for a GaussianDenoiser",
+        ),
+        (
+            lambda: evaluate_bound(conditional(5), x_0, standard_error=1.0, context=x_0[:2]),
+            "argument 'context': got shape .* a row for each datum",
+        ),
+        (
+            lambda: evaluate_bound(
+                bits, torch.eye(2), standard_error=1.0, mask=torch.ones(2, 2) > 0
+            ),
+            "no value for a gap",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -24,6 +24,7 @@ LISTED = {
 
 BENCHMARKS = {
     "heartbeat.py": ["best", "heartbeats among samples", "log p is -2.3219"],
+    "honesty.py": ["sd z", "evaluate_bound", "levels", "smc_evidence"],
     "ising.py": ["log p − bound", "ladder VAE", "total variation"],
     "lengths.py": ["variance", "of a full sum", "| inf | any |"],
     "toys.py": ["gap, paired", "8 Gaussians", "moons"],

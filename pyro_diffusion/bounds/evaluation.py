@@ -11,10 +11,11 @@ of timesteps, are known from earlier rows and taken out,
 .. math::
     \widehat{\mathrm{ELBO}} = -L_T - \sum_t c_t - \frac1h \sum_{i=1}^h \frac{L_{t_i} - c_{t_i}}{\pi(t_i)},
     \qquad \pi(t) \approx \tfrac34 \frac{\sqrt{\operatorname{Var} L_t}}{\sum_s \sqrt{\operatorname{Var} L_s}}
-    + \tfrac14 \cdot \text{even} .
+    + \tfrac14 \cdot \text{elsewhere} .
 
-A quarter of the rows is spread evenly over the groups: where the noise of a term is made of rare large
-values, the rows so far may have seen none of them. For a single row the analytic KL has the least noise,
+A quarter of the rows goes elsewhere, a fifth evenly over the groups and a twentieth to the reconstruction
+(of the first rows more than half): where the noise of a term is made of rare large values, or of few data,
+the rows so far may have seen none of them. For a single row the analytic KL has the least noise,
 because it is the mean of the log-ratio given :math:`x_t`.
 
 *Whole paths*, where the error asked for needs that many rows. Along a path log-ratios cancel: at an exact

@@ -19,9 +19,13 @@ from pyro_diffusion.given import Given
 _LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of a first stage; of replicates that are drawn together
 _BLOCKS, _BLOCK = 32, 32  # of data: at most so many, of at least so many data
 _FREEDOM = 64  # of the error of a first stage: replicates, times blocks
-_PILOT = 1024  # rows, at least 32 of each group
+_PILOT = 1024  # rows of a pilot, at least 32 of each group
+_OF_FIRST = 256  # more of the reconstruction
 _PILOT_PATHS = 16  # of each of eight data, where paths are tried
-_DEFENCE = 0.25  # of the rows are spread evenly over the groups, whatever their noise seems to be
+#: Rows that go elsewhere than the noise seems to be. Evenly over the groups: in the first stage, which knows
+#: a pilot only, so many that no group of a short chain misses a datum; and later. And to the reconstruction,
+#: whose noise may be a few flipped bits in a thousand rows.
+_EVEN_AT_FIRST, _EVEN, _FIRST = 0.5, 0.2, 0.05
 
 
 class Way(ABC):
@@ -84,19 +88,20 @@ class Timesteps(Way):
         return self.rows.spent
 
     def _pilot(self) -> None:
-        """Rows of every group alike, of data that are chosen at random."""
+        """Rows of every group alike, and more of the first, of data that are chosen at random."""
         device, num_groups = self.rows.device, len(self.rows.sizes)
-        count = num_groups * max(32, _PILOT // num_groups)
+        count = num_groups * max(32, _PILOT // num_groups) + _OF_FIRST
         group = torch.arange(count, device=device) % num_groups
+        group[-_OF_FIRST:] = 0
         data = torch.randperm(max(count, self.rows.count), device=device)[:count] % self.rows.count
         position = torch.rand(count, dtype=torch.float64, device=device)
         self.moments.update(group, self.rows.terms(data, self.rows.timesteps(group, position)))
-        self.shares = self.moments.shares()
 
     def draw(self, size: int) -> Stage:
         """Replicates with as many points of each datum as make that size together."""
         num_points = math.ceil(size / self.num_replicates)
-        self.shares, centre = self.moments.shares(), self.moments.mean
+        centre = self.moments.mean
+        self.shares = self.moments.shares(_EVEN if self.draws else _EVEN_AT_FIRST)
         at_once = max(1, _MOST_ROWS // (num_points * self.rows.count))
         values = [
             self._replicates(min(at_once, self.num_replicates - start), num_points, centre)
@@ -137,7 +142,7 @@ class Timesteps(Way):
         """By the spread of the groups: with the shares of now over those that there were."""
         square = self.moments.spread()
         before = (square * self.inverse).sum().item() / self.draws
-        return (square / self.moments.shares()).sum().item() / before if before > 0 else 1.0
+        return (square / self.moments.shares(_EVEN)).sum().item() / before if before > 0 else 1.0
 
     def better(self, size: int, error: float) -> Way:
         """Whole paths, if they need fewer rows. It is worth a look where the pilot costs little beside."""
@@ -176,16 +181,16 @@ class GroupMoments:
         Rare large terms are missed in some groups and seen in others, and neighbours have them alike.
         """
         square = self.sizes.square() * self.squares / (self.count - 1).clamp(min=1)
-        if len(square) == 1:  # the reconstruction alone
-            return square
-        steps = torch.cat((square[1:2], square[1:], square[-1:]))
-        return torch.cat((square[:1], (steps[:-2] + 2 * steps[1:-1] + steps[2:]) / 4))
+        wide = torch.cat((square[:1], square, square[-1:]))
+        return (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
 
-    def shares(self) -> Tensor:
-        r"""The best shares, :math:`\pi_g \propto n_g s_g`, mixed with even ones."""
+    def shares(self, so_many: float) -> Tensor:
+        r"""The best shares, :math:`\pi_g \propto n_g s_g`, but so many even ones, and more of the first."""
         noise, even = self.spread().sqrt(), torch.ones_like(self.mean) / len(self.mean)
         best = noise / noise.sum() if noise.sum() > 0 else even
-        return (1 - _DEFENCE) * best + _DEFENCE * even
+        shares = (1 - so_many - _FIRST) * best + so_many * even
+        shares[0] += _FIRST
+        return shares
 
 
 class Paths(Way):
