@@ -129,14 +129,17 @@ def as_numbers(
         dtype: Dtype to read them in.
     """
     try:
-        numbers = torch.as_tensor(values, dtype=like.dtype if like is not None else dtype)
+        numbers = torch.as_tensor(values)
+        is_real = not numbers.is_complex()
+        if is_real and (dtype is not None or like is not None):
+            numbers = torch.as_tensor(values, dtype=dtype if like is None else like.dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"argument {argument!r}: got {described(values)} ({error}); expected numbers. Pass a tensor, an "
             "array or a number."
         ) from error
     require(
-        not numbers.is_complex(), f"argument {argument!r}", "complex numbers", "real ones",
+        is_real, f"argument {argument!r}", "complex numbers", "real ones",
         "Pass torch.view_as_real(…).",
     )  # fmt: skip
     return widened(numbers if like is None else numbers.to(like.device))
@@ -271,6 +274,10 @@ def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
         )
     if not _data_due.get():
         return x_0.view_as(x_0)
+    require(
+        not x_0.is_complex(), "argument 'x_0'", f"data of {x_0.dtype}", "real numbers",
+        "Pass torch.view_as_real(x_0).",
+    )  # fmt: skip
     x_0 = widened(x_0)
     if mask is not None:
         _check_observed_finite(x_0, check_mask(mask, x_0))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_count, check_shape, require
+from pyro_diffusion.checks import check_between, check_count, check_shape, require
 
 __all__ = [
     "MLP",
@@ -105,6 +105,7 @@ class MLP(nn.Module):
         hidden_size, num_blocks, num_outputs = _counts(
             hidden_size=hidden_size, num_blocks=num_blocks, num_outputs=num_outputs
         )
+        dropout = _share(dropout)
         self.event_shape = check_shape("event_shape", event_shape, _VECTORS)
         self.fourier_frequencies = tuple(fourier_frequencies)
         self.output_shape = self.event_shape + ((num_outputs,) if num_outputs > 1 else ())
@@ -168,6 +169,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden_size = check_count("hidden_size", hidden_size, 1, _DEFAULT)
         num_hidden = check_count("num_hidden", num_hidden, 0, _DEFAULT)
+        dropout = _share(dropout)
         self.input_shape = check_shape("input_shape", input_shape, _VECTORS)
         self.output_shape = check_shape("output_shape", output_shape, _VECTORS)
         *sizes, last = [self.input_shape.numel()] + [hidden_size] * num_hidden
@@ -245,6 +247,7 @@ class UNet(nn.Module):
         layers_per_block, self.num_outputs = _counts(
             layers_per_block=layers_per_block, num_outputs=num_outputs
         )
+        dropout = _share(dropout)
         self.event_shape = check_shape("event_shape", event_shape, "Pass (C, H, W), or (H, W).")
         _check_image(self.event_shape, channels, attention)
         image_channels, *sides = (1, *self.event_shape)[-3:]
@@ -309,6 +312,12 @@ def _check_image(
         f"{tuple(event_shape)}",
         f"(C, H, W) or (H, W) with sides that {len(levels)} levels can halve, multiples of {halvings}",
         "Pad the images, or give fewer channels=(…).",
+    )
+
+
+def _share(dropout: Any) -> float:
+    return check_between(
+        "dropout", dropout, 0, 1, "the share of hidden units to drop", _DEFAULT, "[]"
     )
 
 

@@ -9,6 +9,7 @@ Code that draws single terms of the bound takes a time of either kind.
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class Time(ABC):
         Raises:
             ValueError: Another value.
         """
-        if num_timesteps == math.inf:
+        if isinstance(num_timesteps, Real) and num_timesteps == math.inf:
             return Continuum()
         remedy = "Leave it out for the model's own, or pass math.inf for the chain without end."
         count = own if num_timesteps is None else num_timesteps

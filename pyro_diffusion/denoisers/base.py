@@ -22,7 +22,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import check_argument, check_finite, require
+from pyro_diffusion.checks import check_argument, check_finite, check_shape, require
 from pyro_diffusion.given import flattened, takes
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
@@ -43,7 +43,8 @@ class Denoiser(nn.Module, ABC):
         self.schedule: NoiseSchedule = check_argument(
             "schedule", schedule, NoiseSchedule, "LinearSchedule(1000)"
         )
-        self.event_shape = torch.Size(check_argument("event_shape", event_shape, tuple, "(64,)"))
+        remedy = "Pass (64,) for vectors of 64 numbers, () for single numbers."
+        self.event_shape = check_shape("event_shape", event_shape, remedy)
         require(
             schedule.event_shape in (torch.Size(), self.event_shape),
             "argument 'schedule'",

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import as_numbers, check_finite, require
+from pyro_diffusion.checks import as_numbers, check_argument, check_finite, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.denoisers.variances import exact_variance
 from pyro_diffusion.distributions import gaussian
@@ -71,6 +71,7 @@ class GaussianDenoiser(Denoiser):
             ValueError: A covariance of another shape, or one that is not positive definite; a schedule by
                 dimension, whose noise has other axes than the data.
         """
+        check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
         require(
             not schedule.event_dim,
             "argument 'schedule'",

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pyro_diffusion.checks import as_numbers, check_argument, check_data, require
+from pyro_diffusion.checks import as_numbers, check_argument, check_count, check_data, require
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.processes import ChainStep, posterior_variance
 from pyro_diffusion.reading import reading
@@ -180,6 +180,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
             ValueError: An object that is no model of real numbers, a schedule with a curve for each entry or
                 with one step, or data that the programs refuse.
         """
+        num_levels = check_count("num_levels", num_levels, 2, "64 are enough.", "of the log-SNR")
+        batch_size = check_count("batch_size", batch_size, 1, "Leave it out.")
         denoiser = getattr(diffusion, "denoiser", None)
         denoiser = check_argument(
             "diffusion", denoiser, Denoiser, "the DiffusionModel itself, trained"

@@ -75,6 +75,10 @@ def simulation_based_calibration(
         torch.Size([50])
     """
     model, guide = programs(family)
+    remedy = "Leave it out."
+    num_simulations = check_count("num_simulations", num_simulations, 1, remedy)
+    num_draws = check_count("num_draws", num_draws, 1, remedy)
+    batch_size = check_count("batch_size", batch_size, 1, remedy)
     require(
         callable(statistic), "argument 'statistic'", repr(statistic), "a function of the states",
         "Pass lambda states: states['x_1'].mean(-1), say.",

@@ -31,7 +31,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_diffusion.checks import check_count, check_data, check_state, require
+from pyro_diffusion.checks import check_count, check_data, check_positive, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.given import Given
@@ -105,6 +105,9 @@ def ode_log_likelihood(
     diffusion, x_0 = diffusion_of(diffusion, guide, x_0)
     _check(diffusion, state, num_probes)
     _check_given(given)
+    rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size, 1, "Leave it out.")
     x_0 = check_data(x_0)
     if state == 0:  # the flow is the curve's, however few steps there are on it
         diffusion = diffusion.with_both_ends()

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import as_numbers, check_count, check_data, check_state
+from pyro_diffusion.checks import check_count, check_data, check_state
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
 from pyro_diffusion.evidence.evidence import (
@@ -112,7 +112,7 @@ def smc_evidence(
     what = Given.of(**given)
     check_whole(state, what)
     refuse_gradients((x_0, what))
-    word, x_0 = fingerprint(as_numbers("x_0", x_0), what.mask), check_data(x_0, what.mask)
+    raw, x_0 = x_0, check_data(x_0, what.mask)
     if state == diffusion.schedule.num_timesteps:
         return at_the_end(diffusion.prior(), x_0, counts.particles)
     with reading(diffusion):
@@ -128,7 +128,7 @@ def smc_evidence(
         ess_by_timestep=ess,
         estimator="sequential Monte Carlo",
         num_particles=counts.particles,
-        data=word,
+        data=fingerprint(raw, what.mask),
         measure=measures[-1],
     )
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import check_between, check_count, check_finite, require
+from pyro_diffusion.checks import check_between, check_count, check_finite, described, require
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
@@ -333,10 +333,11 @@ def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tenso
     if x_T is None:
         return ReverseWalk(model).start().sample((num_samples,))
     expected = (num_samples, *model.event_shape)
+    fit = getattr(x_T, "shape", None) == expected and getattr(x_T, "device", None) == model.device
     require(
-        x_T.shape == expected and x_T.device == model.device,
+        fit and check_finite("argument 'x_T'", x_T, "Draw them anew.") is x_T,
         "argument 'x_T'",
-        f"states of shape {tuple(x_T.shape)} on {x_T.device}",
+        f"{described(x_T)} on {getattr(x_T, 'device', 'no device')}",
         f"{expected} on {model.device}, one for each of {num_samples} data",
         "Draw them from diffusion.prior().",
     )
