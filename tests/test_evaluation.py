@@ -192,6 +192,10 @@ def test_rows_have_a_limit_and_nonsense_is_refused():
     assert caught[0].filename == __file__
     assert result.rows < 40_000
     assert "network rows" in repr(result)
+    with pytest.warns(UserWarning, match="network rows leave"):  # the last stage is cut short
+        result = evaluate_bound(diffusion, x_0, standard_error=1e-9, max_rows=60_000)
+    assert result.monte_carlo_error > 0
+    assert evaluate_bound(diffusion, x_0, standard_error=0.5, max_rows=math.inf).rows < 40_000
     for error in (0, -1.0, math.inf, "small"):
         with pytest.raises(ValueError, match="argument 'standard_error'"):
             evaluate_bound(diffusion, x_0, standard_error=error)

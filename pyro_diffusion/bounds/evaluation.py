@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.bounds.plan import Timesteps, Trajectories, Way
-from pyro_diffusion.bounds.pooled import Pooled
+from pyro_diffusion.bounds.pooled import FREEDOM, Pooled
 from pyro_diffusion.bounds.rows import Rows
 from pyro_diffusion.bounds.terms import Estimate
 from pyro_diffusion.chains.time import Time
@@ -62,6 +62,8 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.family import Family, unpacked
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading, refuse_gradients
+
+_FEWEST = 4  # draws of each datum in a stage, which has an error of its own
 
 
 class BoundEvaluation(NamedTuple):
@@ -225,9 +227,9 @@ def _drawn(way: Way, error: float, max_rows: float) -> tuple[Way, Pooled]:
         if better is not way:
             way, pooled, size = better, Pooled(), better.least
         left = (max_rows - way.spent) / way.cost
-        size = max(1, min(size, math.ceil(left)))
+        size = max(_FEWEST, math.ceil(min(size, left)))
     if not pooled.settled(error):
-        needed = way.spent * max((pooled.error / error) ** 2, 30 / pooled.freedom)
+        needed = way.spent * max((pooled.error / error) ** 2, FREEDOM / pooled.freedom)
         warnings.warn(
             f"argument 'max_rows': {way.spent:,} network rows leave a Monte Carlo error of "
             f"{pooled.error:.3g} nats per datum; {error:g} would need about {needed:.2g}.",
