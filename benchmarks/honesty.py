@@ -196,28 +196,34 @@ def others(reader, read, args):
         result = read(diffusion, x_0)
         results.append((*result.mean()[:2], 1))
         tails.append(getattr(result, "pareto_k", torch.zeros(1)).max().item())
-    return {
-        "reader": reader,
-        "data": "reals",
-        "num_data": len(x_0),
-        "num_timesteps": diffusion.schedule.num_timesteps,
-        "target": None,
-        "largest_pareto_k": max(tails),
-    } | scores(results)
+    return (
+        {
+            "reader": reader,
+            "data": "reals",
+            "num_data": len(x_0),
+            "num_timesteps": diffusion.schedule.num_timesteps,
+            "target": None,
+            "largest_pareto_k": max(tails),
+        }
+        | scores(results)
+        | {"rows": None, "work": None}
+    )
 
 
 def markdown(r, before):
     off = f"{r['off']:+.1f}" if "off" in r else "–"
     case = ("reader", "data", "num_data", "num_timesteps", "target")
     same = [old for old in before if all(old[key] == r[key] for key in case)]
-    then = ratio = "–"
+    then = ratio = rows = work = "–"
+    if r["rows"]:
+        rows, work = f"{r['rows']:,.0f}", f"{r['work']:.3g}"
     if same:
         then = f"{same[0]['sd_z']:.2f} ± {same[0]['sd_z_error']:.2f}"
         ratio = f"{same[0]['work'] / r['work']:.1f} ×" if r["work"] else "–"
     return (
         f"| {r['reader']} | {r['data']} | {r['num_data']:,} | {r['num_timesteps']} | {r['target'] or '–'} | "
         f"{r['mean_z']:+.2f} ± {r['mean_z_error']:.2f} | {r['sd_z']:.2f} ± {r['sd_z_error']:.2f} | {off} | "
-        f"{r['rows']:,.0f} | {r['work']:.3g} | {then} | "
+        f"{rows} | {work} | {then} | "
         f"{ratio} |"
     )
 
