@@ -16,7 +16,7 @@ References:
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ from pyro_diffusion.training.graphs import (
     GraphLoss,
     Step,
     leaves_of,
+    machine_code,
     modules_called,
     restore_buffers,
     trace_step,
+    without_dead_draws,
 )
 
 
@@ -119,7 +121,7 @@ class CompiledELBO(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, differentiable in all parameters."""
-        values, spec = pytree.tree_flatten((args, kwargs))
+        values, spec = _flattened(args, kwargs)
         _check_call(values)
         tensors = [value for value in values if isinstance(value, Tensor)]
         graph = self._graphs.get(self._key(values, spec))
@@ -127,25 +129,26 @@ class CompiledELBO(nn.Module):
             graph = self._compile(values, spec)
             self._graphs[self._key(values, spec)] = graph  # the call has found more parameters
         if torch.is_grad_enabled():
-            return GraphLoss.apply(graph.run, tensors, *graph.leaves)
+            return GraphLoss.apply(graph, tensors, *graph.leaves)
         return graph.run(*tensors)[0].clone()
 
     def _key(self, values: list[Any], spec: pytree.TreeSpec) -> Any:
         """What a graph is good for: kinds of arguments and parameters, modes of modules, precision."""
+        read = {id(tensor): tensor for tensor in (*self._leaves, *self._tensors_read())}
         return (
             spec,
             tuple(map(_kind, values)),
-            tuple(map(_kind, self._leaves)),
-            tuple(module.training for module in self._modes),
-            tuple(map(id, self._tensors_read())),
+            tuple(read),
+            tuple(map(_kind, read.values())),
+            tuple([module.training for module in self._modes]),
             tuple(_PYRO_STACK),
             _autocast(values),
         )
 
     def _tensors_read(self) -> list[Tensor]:
         """Parameters and buffers of the modules. Another object in a place needs another graph."""
-        held = (kind for m in self._modes for kind in (m._parameters, m._buffers))
-        return [tensor for kind in held for tensor in kind.values() if tensor is not None]
+        held = [kind.values() for m in self._modes for kind in (m._parameters, m._buffers) if kind]
+        return [tensor for tensors in held for tensor in tensors if tensor is not None]
 
     def _compile(self, values: list[Any], spec: pytree.TreeSpec) -> CompiledGraph:
         """Run the programs, trace them, and compile. The generators' states stay as they were."""
@@ -157,17 +160,20 @@ class CompiledELBO(nn.Module):
                 leaves = self._find_leaves(values, spec)
             restore_buffers(called)
             self._modes = list(dict.fromkeys((*self._modes, *called)))
-            graph = trace_step(
-                partial(self._step, leaves, values, spec),
-                [value for value in values if isinstance(value, Tensor)],
-            )
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            traced = trace_step(partial(self._step, leaves, values, spec), tensors)
+            compiled = self._compiled(traced, tensors, on_cuda=bool(devices))
+            held = self._tensors_read()
+            graph = CompiledGraph(compiled, leaves, _autocast(values), held).tried(tensors)
             restore_buffers(called)  # running the graph moved running means, too
-        compiled = self._compiled(graph, on_cuda=bool(devices))
-        return CompiledGraph(compiled, leaves, _autocast(values), self._tensors_read())
+        return graph
 
-    def _compiled(self, graph: GraphModule, on_cuda: bool) -> Step:
+    def _compiled(self, graph: GraphModule, tensors: list[Tensor], on_cuda: bool) -> Step:
         if self.backend is None:
             return graph
+        graph = without_dead_draws(graph)
+        if self.backend == "inductor" and not on_cuda:
+            return machine_code(graph, tensors)
         options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": on_cuda}
         return torch.compile(
             graph,
@@ -199,12 +205,12 @@ class CompiledELBO(nn.Module):
 
     def _step(
         self, leaves: list[Tensor], values: list[Any], spec: pytree.TreeSpec, *tensors: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, ...]:
         """The loss and its gradients as a function of the tensors among the arguments."""
         given = iter(tensors)
         values = [next(given) if isinstance(value, Tensor) else value for value in values]
         loss, surrogate = self.loss_and_surrogate(*pytree.tree_unflatten(values, spec))
-        return torch.as_tensor(loss), list(torch.autograd.grad(surrogate, leaves))
+        return torch.as_tensor(loss), *torch.autograd.grad(surrogate, leaves)
 
     def loss_and_surrogate(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,6 +227,19 @@ class CompiledELBO(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": {}, "_stated": {}}  # they belong to the original
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The values among the arguments, and where they stand."""
+    if not kwargs and all(isinstance(value, Tensor) for value in args):
+        return list(args), _of_tensors(len(args))
+    return pytree.tree_flatten((args, kwargs))
+
+
+@cache
+def _of_tensors(count: int) -> pytree.TreeSpec:
+    """Where the values stand if all arguments are tensors, which most calls have."""
+    return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
 def _own(tensor: Tensor) -> Tensor:

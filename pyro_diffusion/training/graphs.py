@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.checks import require, unchecked
 
-#: The loss of some tensors, and its gradients.
-Step = Callable[..., tuple[Tensor, list[Tensor]]]
+#: The loss of some tensors, and behind it the gradients.
+Step = Callable[..., tuple[Tensor, ...]]
 Buffers = dict[nn.Module, dict[str, tuple[Tensor, Tensor]]]
 
 
@@ -66,6 +66,44 @@ def leaves_of(loss: Any) -> list[Tensor]:
         seen.update(new)
         nodes.extend(new)
     return leaves[::-1]
+
+
+def without_dead_draws(graph: GraphModule) -> GraphModule:
+    """The graph without the draws that nothing uses, such as those of sites whose KL has a formula.
+
+    An optimising compiler removes other dead operations by itself, but keeps draws, because they move the
+    generator.
+    """
+    for node in reversed(graph.graph.nodes):
+        if node.op == "call_function" and not node.users and _is_dead_draw(node):
+            drawn_into = node.all_input_nodes
+            graph.graph.erase_node(node)
+            for empty in drawn_into:
+                graph.graph.erase_node(empty)
+    graph.recompile()
+    return graph
+
+
+def _is_dead_draw(node: torch.fx.Node) -> bool:
+    """Whether a node without users only fills a new tensor, which nothing else reads, with random numbers."""
+    is_draw = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return is_draw and all(
+        not maker.all_input_nodes and list(maker.users) == [node] for maker in node.all_input_nodes
+    )
+
+
+def machine_code(graph: GraphModule, tensors: list[Tensor]) -> Step:
+    """The graph, compiled by inductor as it is.
+
+    ``torch.compile`` would trace it once more, and check at every call what may have changed. The graph is a
+    trace already, and its owner's key says what it is good for.
+    """
+    from torch._inductor import (
+        compile as compiled,
+    )  # as torch.compile does: it takes a second to import
+
+    with torch.no_grad():
+        return cast(Step, compiled(graph, list(tensors), options={"fallback_random": True}))
 
 
 @contextmanager
@@ -110,28 +148,48 @@ class CompiledGraph(NamedTuple):
     leaves: Sequence[Tensor]
     autocast: tuple[str, torch.dtype] | None
     held: list[Tensor]  # the key has their ids: while they live, no other object takes one of these
+    fresh: bool = False  #: whether each gradient is in memory that nothing else uses
 
-    def run(self, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The loss and its gradients. The graph contains the casts of mixed precision already."""
         no_casts = torch.autocast(self.autocast[0], enabled=False) if self.autocast else None
         with torch.no_grad(), no_casts or nullcontext():
             return self.compiled(*tensors)
 
+    def tried(self, tensors: list[Tensor]) -> "CompiledGraph":
+        """The same, after a first run that shows whether the gradients share memory with other tensors.
+
+        A graph always places its results alike. On a GPU it may write to the same memory at every run.
+        """
+        loss, *grads = self.run(*tensors)
+        if any(x.is_cuda for x in (loss, *grads)):
+            return self
+        others = {
+            x.untyped_storage().data_ptr() for x in (loss, *tensors, *self.held, *self.leaves)
+        }
+        places = {grad.untyped_storage().data_ptr() for grad in grads}
+        return self._replace(fresh=len(places) == len(grads) and not places & others)
+
 
 class GraphLoss(torch.autograd.Function):
-    """A loss whose gradients were computed along with it: ``GraphLoss.apply(run, tensors, *leaves)``."""
+    """A loss whose gradients were computed along with it: ``GraphLoss.apply(graph, tensors, *leaves)``."""
 
     @staticmethod
-    def forward(ctx: Any, run: Step, tensors: list[Tensor], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, graph: CompiledGraph, tensors: list[Tensor], *leaves: Tensor) -> Tensor:
         """The loss. Its gradients by the leaves are kept for the backward pass."""
-        loss, ctx.grads = run(*tensors)
+        loss, *grads = graph.run(*tensors)
+        ctx.save_for_backward(*grads)
+        ctx.fresh = graph.fresh
         return loss.clone()  # the next run of a CUDA graph writes to the same memory
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """The gradients that were kept, times that of the loss."""
-        return None, None, *torch._foreach_mul(ctx.grads, grad)
+        """The gradients that were kept, times that of the loss; as they are where that is one."""
+        grads = ctx.saved_tensors
+        if ctx.fresh and grad.item() == 1:
+            return None, None, *grads
+        return None, None, *torch._foreach_mul(grads, grad)
 
 
 class _Recording(TorchFunctionMode):
@@ -181,7 +239,7 @@ def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> N
     results = []
     for run in (step, graph):
         torch.manual_seed(0)
-        loss, grads = run(*tensors)
+        loss, *grads = run(*tensors)
         results.append((loss.item(), torch.cat([g.detach().double().flatten() for g in grads])))
     (ours, our_grads), (theirs, their_grads) = results
     require(
