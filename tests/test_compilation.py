@@ -646,3 +646,70 @@ def test_a_first_call_in_inference_mode():
     assert_same(loss_and_grads(compiled, x_0, 1), loss_and_grads(elbo(model, guide), x_0, 1))
     torch.manual_seed(1)
     torch.testing.assert_close(value, compiled(x_0).detach())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_machine_code_follows_parameters_in_place_and_leaves_out_dead_draws():
+    """What trains in place reaches the code; another tensor makes another graph; the terms are the ELBO's."""
+    network = nn.Linear(2, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(network(x), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network.bias, 1.0).to_event(1))
+
+    x, elbo = torch.randn(5, 2), TraceMeanField_ELBO()  # no draw is in this bound
+    compiled, stock = compile_elbo(model, guide, elbo), elbo(model, guide)
+
+    def agree():
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        network.zero_grad()
+        compiled(x).backward()
+        ours = [p.grad.clone() for p in network.parameters()]
+        assert torch.equal(torch.get_rng_state(), before)  # dead draws are not drawn
+        network.zero_grad()
+        stock(x).backward()
+        for grad, p in zip(ours, network.parameters(), strict=True):
+            torch.testing.assert_close(grad, p.grad)
+
+    agree()
+    with torch.no_grad():
+        network.weight.mul_(2)
+    network.bias.data.add_(1)
+    agree()
+    assert len(compiled._graphs) == 1
+    network.bias = nn.Parameter(torch.zeros(2))
+    agree()
+    assert len(compiled._graphs) == 2
+
+
+def test_gradients_that_share_memory_are_copied():
+    """A gradient is handed over as it is only if no other tensor has its memory."""
+    a, b, x = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5)), torch.randn(5)
+    compiled = interpreted(*pair_of(lambda x: a + b + x), Trace_ELBO())
+    compiled(x).backward()
+    expected = a.grad.clone()
+    a.grad.zero_()
+    torch.testing.assert_close(b.grad, expected)
+    (graph,) = compiled._graphs.values()
+    first = [grad.clone() for grad in (a.grad, b.grad)]
+    loss = compiled(x)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert graph.leaves and not torch.equal(first[0], a.grad)
+    torch.manual_seed(3)
+    one = torch.autograd.grad(compiled(x), [a, b])
+    a.grad = b.grad = None
+    torch.manual_seed(3)
+    twice = compiled(x)
+    twice.backward(retain_graph=True)
+    a.grad.mul_(5)  # what was handed over is the caller's
+    twice.backward()
+    torch.testing.assert_close(a.grad, 6 * one[0])
+    torch.testing.assert_close(b.grad, 2 * one[1])

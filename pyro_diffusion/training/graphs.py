@@ -69,25 +69,27 @@ def leaves_of(loss: Any) -> list[Tensor]:
 
 
 def without_dead_draws(graph: GraphModule) -> GraphModule:
-    """The graph without the draws that nothing uses, such as those of sites whose KL has a formula.
+    """The graph without what nothing uses, draws included, such as those of sites whose KL has a formula.
 
-    An optimising compiler removes other dead operations by itself, but keeps draws, because they move the
+    An optimising compiler removes dead operations by itself, but keeps draws, because they move the
     generator.
     """
     for node in reversed(graph.graph.nodes):
-        if node.op == "call_function" and not node.users and _is_dead_draw(node):
-            drawn_into = node.all_input_nodes
+        if node.op == "call_function" and not node.users and _is_removable(node):
             graph.graph.erase_node(node)
-            for empty in drawn_into:
-                graph.graph.erase_node(empty)
     graph.recompile()
     return graph
 
 
-def _is_dead_draw(node: torch.fx.Node) -> bool:
-    """Whether a node without users only fills a new tensor, which nothing else reads, with random numbers."""
-    is_draw = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return is_draw and all(
+def _is_removable(node: torch.fx.Node) -> bool:
+    """Whether an operation has no other effect than its result, which nothing uses."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::") or "assert" in schema.name:
+        return False
+    if not schema.is_mutable:
+        return True
+    # A draw in place, of which the graph has most, into a new tensor that nothing else reads.
+    return torch.Tag.nondeterministic_seeded in cast(Any, node.target).tags and all(
         not maker.all_input_nodes and list(maker.users) == [node] for maker in node.all_input_nodes
     )
 
