@@ -23,10 +23,10 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import pyro
 import torch
@@ -116,6 +116,31 @@ class _OnePlace(Messenger):
             )
 
 
+class _Parts(NamedTuple):
+    """What a module is made of, by path."""
+
+    places: list[Any]  #: what the lists follow from
+    modules: list[tuple[str, nn.Module]]  #: all, which keeps them alive, and their ids their own
+    pyro_modules: list[tuple[str, PyroModule]]
+    parameters: list[tuple[str, nn.Parameter]]
+
+
+def _places(module: nn.Module) -> list[Any]:
+    """The name and identity of every module and parameter below a module: quicker than their paths."""
+    places: list[Any] = []
+    due = [module]
+    seen = {module}
+    for module in due:  # which grows
+        for registry in (module._parameters, module._modules):
+            if registry:
+                places += registry
+                places += map(id, registry.values())
+        new = [m for m in module._modules.values() if m is not None and m not in seen]
+        seen.update(new)
+        due += new
+    return places
+
+
 class ParamScope(nn.Module):
     """A module whose parameters, with those of its submodules, have one prefix in Pyro's param store.
 
@@ -153,35 +178,39 @@ class ParamScope(nn.Module):
         Raises:
             ValueError: The store holds another tensor under a parameter's name.
         """
-        modules = [
-            (path, module)
-            for path, module in self.named_modules()
-            if isinstance(module, PyroModule)
-        ]
+        parts = self._parts()
+        modules = parts.pyro_modules
         # Each call has its own context, in which Pyro modules keep the values that they sample.
-        context = PyroModule()._pyro_context
+        context = PyroModule()._pyro_context if modules else nullcontext()
         for path, module in modules:
             module.__dict__.update(_pyro_name=f"{self.name}.{path}", _pyro_context=context)
         with context:
-            self._state_parameters(below, skip_unconstrained=bool(modules))
+            self._state_parameters(parts.parameters, below, skip_unconstrained=bool(modules))
             for _, module in (pair for pair in modules if pair[0].startswith(below)):
                 with _OnePlace():
                     for attribute in (*module._pyro_params, *module._pyro_samples):
                         getattr(module, attribute)
             yield
 
-    def _state_parameters(self, below: str, *, skip_unconstrained: bool) -> None:
-        for path, parameter in self.named_parameters():
+    def _state_parameters(
+        self, parameters: list[tuple[str, nn.Parameter]], below: str, *, skip_unconstrained: bool
+    ) -> None:
+        store = pyro.get_param_store()
+        held = store.keys().mapping
+        for path, parameter in parameters:
             # A Pyro module states the tensor of a PyroParam itself, with its constraint, when it is read.
             constrained = skip_unconstrained and path.endswith("_unconstrained")
             if not parameter.requires_grad or not path.startswith(below) or constrained:
                 continue
-            name, store = f"{self.name}.{path}", pyro.get_param_store()
-            if name not in store and not parameter.is_contiguous():
+            name = f"{self.name}.{path}"
+            found = held.get(name)
+            if found is None and not parameter.is_contiguous():
                 # What is assigned to the store by name is copied if it is not contiguous.
                 own: Any = {"params": {name: parameter}, "constraints": {name: constraints.real}}
                 store.set_state(own)
-            if store.setdefault(name, parameter) is not parameter:
+            if found is None:
+                found = store.setdefault(name, parameter)
+            if found is not parameter:
                 raise ValueError(
                     f"parameter {name!r}: Pyro's param store holds another tensor under this name, so that "
                     "training would not reach this model; expected the module's own tensor. Call "
@@ -189,6 +218,17 @@ class ParamScope(nn.Module):
                     "(load_state_dict(assign=True))."
                 )
             pyro.param(name, parameter)
+
+    def _parts(self) -> "_Parts":
+        """Pyro modules and parameters by their paths, found anew when anything has another place."""
+        parts = self.__dict__.get("_parts_found")
+        places = _places(self)
+        if parts is None or parts.places != places:
+            modules = list(self.named_modules())
+            pyro_modules = [pair for pair in modules if isinstance(pair[1], PyroModule)]
+            parts = _Parts(places, modules, pyro_modules, list(self.named_parameters()))
+            self.__dict__["_parts_found"] = parts
+        return parts
 
     @property
     def description(self) -> dict[str, str]:
@@ -278,7 +318,7 @@ class ParamScope(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():  # Pyro leaves a weak reference, which cannot be pickled
             parameter.__dict__.pop("unconstrained", None)
-        return self.__dict__.copy()
+        return {name: value for name, value in self.__dict__.items() if name != "_parts_found"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -347,3 +347,57 @@ def test_a_users_family_is_put_on_another_grid():
     assert (other.schedule.num_timesteps, diffusion.schedule.num_timesteps) == (7, 3)
     assert other.denoiser.network is diffusion.denoiser.network
     assert_trains(diffusion, pair=(other.model, other.guide))
+
+
+# what is found once and kept
+
+
+def stated(program, *args):
+    """Names and tensors that a program states to Pyro."""
+    trace = pyro.poutine.trace(program, param_only=True).get_trace(*args)
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
+
+
+def test_statements_follow_what_is_swapped_frozen_or_renamed():
+    """The paths of parameters are kept between runs, and found anew when anything has another place."""
+    diffusion = build()
+    program, denoiser = diffusion.model, diffusion.denoiser
+    prefix = f"{diffusion.name}.denoiser.network"
+    before = stated(program, X)
+    assert set(before) == {f"{diffusion.name}.{name}" for name, _ in diffusion.named_parameters()}
+
+    denoiser.network = MLP((2,), hidden_size=4, num_blocks=2)  # another submodule
+    pyro.clear_param_store()
+    after = stated(program, X)
+    assert {n for n in after if n.startswith(prefix)} == {
+        f"{prefix}.{name}" for name, _ in denoiser.network.named_parameters()
+    }
+    assert all(any(v is p for p in diffusion.parameters()) for v in after.values())
+
+    denoiser.network.decode.bias = nn.Parameter(torch.zeros(2))  # another parameter in its place
+    with pytest.raises(ValueError, match="another tensor"):
+        stated(program, X)
+    pyro.clear_param_store()
+    assert stated(program, X)[f"{prefix}.decode.bias"] is denoiser.network.decode.bias
+
+    denoiser.network.decode.bias.requires_grad_(False)
+    assert f"{prefix}.decode.bias" not in stated(program, X)
+    denoiser.network.decode.bias.requires_grad_(True)
+    assert f"{prefix}.decode.bias" in stated(program, X)
+
+    denoiser.network.decode.bias = None  # a parameter less
+    assert f"{prefix}.decode.bias" not in stated(program, X)
+    denoiser.network = ScaledNetwork()  # a Pyro module where none was
+    pyro.clear_param_store()
+    assert f"{prefix}.scale" in stated(program, X)
+
+
+def test_a_shared_copy_and_a_deep_copy_find_their_own():
+    diffusion = build()
+    stated(diffusion.model, X)
+    shared, deep = shared_copy(diffusion), copy.deepcopy(diffusion)
+    shared.denoiser = shared.denoiser.with_schedule(shared.schedule.with_num_timesteps(4))
+    assert stated(shared.model, X).keys() == stated(diffusion.model, X).keys()
+    own = stated(deep.model, X)
+    assert all(name.startswith(f"{deep.name}.") for name in own)
+    assert all(any(value is p for p in deep.parameters()) for value in own.values())
