@@ -68,16 +68,47 @@ def _coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
     return ChainStep.between(schedule, *schedule.log_snr(torch.stack(((t - 1).clamp(min=0), t))))
 
 
-def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, missing_dim: int) -> Tensor:
-    r""":math:`\tilde\mu_t(x_t, x_0)` of E3; at ``t = 1`` it is :math:`x_0`."""
+def mean_coefficients(step: ChainStep) -> tuple[Tensor, Tensor]:
+    r"""The coefficients of :math:`x_0` and of :math:`x_t` in :math:`\tilde\mu_t`, E3; float64."""
     from_x_0 = step.signal_prev * step.share
     from_x_t = step.signal_prev / step.signal * (1 - step.share)
+    return from_x_0, from_x_t
+
+
+def posterior_mean(x_t: Tensor, x_0: Tensor, step: ChainStep, *, missing_dim: int) -> Tensor:
+    r""":math:`\tilde\mu_t(x_t, x_0)` of E3; at ``t = 1`` it is :math:`x_0`."""
+    from_x_0, from_x_t = mean_coefficients(step)
     return pad(from_x_0, missing_dim, x_t.dtype) * x_0 + pad(from_x_t, missing_dim, x_t.dtype) * x_t
 
 
 def posterior_variance(step: ChainStep) -> Tensor:
     r""":math:`\tilde\beta_t` of E3, float64; zero at ``t = 1``."""
     return step.noise_prev**2 * step.share
+
+
+# Functions of a timestep for the schedule's tables.
+
+
+def _scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    return schedule.scales(schedule.log_snr(t))
+
+
+def _prior_scale(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    signal, noise = _scales(schedule, t)
+    return ((signal**2 + noise**2).sqrt(),)
+
+
+def _inverse_root_of_snr(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    return ((-0.5 * schedule.log_snr(t)).exp(),)
+
+
+def _mean_coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    return mean_coefficients(ChainStep(*_coefficients(schedule, t)))
+
+
+def _posterior(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    step = ChainStep(*_coefficients(schedule, t))
+    return (*mean_coefficients(step), posterior_variance(step).sqrt())
 
 
 class GaussianProcess(ForwardProcess):
@@ -103,8 +134,9 @@ class GaussianProcess(ForwardProcess):
 
     def prior(self, dtype: torch.dtype) -> TorchDistribution:
         r""":math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I)`, which is :math:`N(0, I)` where variance is kept."""
-        signal, noise = self.schedule.scales(self.schedule.log_snr(self.schedule.num_timesteps))
-        scale = (signal**2 + noise**2).sqrt().to(dtype).expand(self.event_shape)
+        last = self.schedule.check_timestep(self.schedule.num_timesteps)
+        (scale,) = self.schedule.tabulated(_prior_scale, last, dtype)
+        scale = scale.expand(self.event_shape)
         return gaussian(torch.zeros_like(scale), scale, self.event_dim)
 
     def transition(self, x_prev: Tensor, t: int | Tensor) -> TorchDistribution:
@@ -113,6 +145,12 @@ class GaussianProcess(ForwardProcess):
         mean = self._pad(step.signal / step.signal_prev, x_prev) * x_prev
         return self._gaussian(mean, step.noise * step.share.sqrt())
 
+    def marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
+        r""":math:`N(a_t x_0, \sigma_t^2 I)` (E2)."""
+        t = self.schedule.check_timestep(t, at_least=1)
+        signal, noise = self.schedule.tabulated(_scales, t, x_0.dtype)
+        return self._gaussian(self._pad(signal, x_0) * x_0, noise)
+
     def noised(self, x_0: Tensor, log_snr: Tensor) -> TorchDistribution:
         r""":math:`N(a x_0, \sigma^2 I)`; of a timestep's log-SNR it is E2."""
         signal, noise = self.schedule.scales(log_snr)
@@ -120,9 +158,10 @@ class GaussianProcess(ForwardProcess):
 
     def posterior(self, x_t: Tensor, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
         r""":math:`N(\tilde\mu_t(x_t, x_0), \tilde\beta_t I)` (E3)."""
-        step = chain_step(t, self.schedule, at_least=2)
-        mean = posterior_mean(x_t, x_0, step, missing_dim=self.missing_dim)
-        return self._gaussian(mean, posterior_variance(step).sqrt())
+        t = self.schedule.check_timestep(t, at_least=2)
+        from_x_0, from_x_t, scale = self.schedule.tabulated(_posterior, t, x_t.dtype)
+        mean = self._pad(from_x_0, x_t) * x_0 + self._pad(from_x_t, x_t) * x_t
+        return self._gaussian(mean, scale)
 
     def reverse(
         self,
@@ -140,10 +179,11 @@ class GaussianProcess(ForwardProcess):
             variance: :math:`\Sigma_t` from the step's coefficients, which have the state's dimensions;
                 :math:`\tilde\beta_t` by default.
         """
-        step = chain_step(t, self.schedule)
-        mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
-        scale = variance(step.padded(self.missing_dim)).sqrt().to(x_t.dtype)
-        return gaussian(mean, scale, self.event_dim)
+        t = self.schedule.check_timestep(t, at_least=1)
+        from_x_0, from_x_t = self.schedule.tabulated(_mean_coefficients, t, x_t.dtype)
+        mean = self._pad(from_x_0, x_t) * denoised.x_0_hat + self._pad(from_x_t, x_t) * x_t
+        step = ChainStep(*self.schedule.tabulated(_coefficients, t)).padded(self.missing_dim)
+        return gaussian(mean, variance(step).sqrt().to(x_t.dtype), self.event_dim)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
         r"""What the channel below says of the datum in a unit of time, at the rate of :math:`u`,
@@ -170,8 +210,12 @@ class GaussianProcess(ForwardProcess):
 
     def check_states(self, x_0: Tensor) -> Tensor:
         """``x_0``, if the noise of :math:`x_1`, the smallest of the chain, is not lost in rounding."""
-        noise = (-0.5 * self.schedule.log_snr(1)).exp()
-        largest, eps = x_0.abs().amax(0), torch.finfo(x_0.dtype).eps
+        first = self.schedule.check_timestep(1)
+        (noise,) = self.schedule.tabulated(_inverse_root_of_snr, first)
+        eps = torch.finfo(x_0.dtype).eps
+        if holds(eps * x_0.abs().amax() <= noise):  # of all entries, most of the time
+            return x_0
+        largest = x_0.abs().amax(0)
         if not holds(eps * largest <= noise):
             raise ValueError(
                 f"argument 'x_0': got states of up to {largest.max().item():.3g} in {x_0.dtype} with a "

@@ -29,7 +29,7 @@ _LARGEST_TABLE = 100_000  # steps: a few megabytes for each function
 class _Table(NamedTuple):
     """Values of a function at all timesteps, and the numbers of the schedule that they belong to."""
 
-    values: tuple[Tensor, ...]
+    values: Tensor  #: ``(T + 1, number of values)``
     num_timesteps: int
     numbers: list[Tensor]
 
@@ -38,8 +38,10 @@ class _Table(NamedTuple):
         # Not their version counters, which do not notice what an optimiser writes to tensor.data.
         same = num_timesteps == self.num_timesteps and len(numbers) == len(self.numbers)
         return same and all(
-            x.device == y.device and torch.equal(x, y)
-            for x, y in zip(numbers, self.numbers, strict=True)
+            [
+                x.device == y.device and torch.equal(x, y)
+                for x, y in zip(numbers, self.numbers, strict=True)
+            ]
         )
 
 
@@ -111,31 +113,38 @@ class NoiseSchedule(nn.Module, ABC):
         return self.tabulated(NoiseSchedule._log_snr, self.check_timestep(t))[0]
 
     def tabulated(
-        self, function: Callable[["NoiseSchedule", Tensor], tuple[Tensor, ...]], t: Tensor
+        self,
+        function: Callable[["NoiseSchedule", Tensor], tuple[Tensor, ...]],
+        t: Tensor,
+        dtype: torch.dtype = torch.float64,
     ) -> tuple[Tensor, ...]:
-        r"""``function(self, t)``, looked up in a table over :math:`0 … T` where possible.
+        r"""``function(self, t)`` in a dtype, looked up in a table over :math:`0 … T` where possible.
 
         A chain asks for the same coefficients again and again. The table is made anew when a number of the
         schedule has changed. There is none if a number is learned, if every entry has a curve of its own, or
         if the class is a user's, whose values may depend on anything.
 
         Args:
-            function: Coefficients as functions of the schedule and of timesteps; also the table's key.
+            function: Coefficients as functions of the schedule and of timesteps, in float64; also the
+                table's key.
             t: Timesteps that :meth:`check_timestep` returned.
+            dtype: Dtype of the results.
         """
+        if not looking() or not self._is_own() or self.num_timesteps > _LARGEST_TABLE:
+            return tuple(value.to(dtype) for value in function(self, t))
         numbers = self._numbers()
-        learned = self.event_dim or any(x.requires_grad for x in numbers)
-        if learned or not looking() or not self._is_own() or self.num_timesteps > _LARGEST_TABLE:
-            return function(self, t)
-        table = self._tables.get(function)
+        if self.event_dim or any([x.requires_grad for x in numbers]):
+            return tuple(value.to(dtype) for value in function(self, t))
+        table = self._tables.get((function, dtype))
         if table is None or not table.holds_for(self.num_timesteps, numbers):
             # The table may be made in validation and serve in training: no inference tensors in it.
             with torch.inference_mode(False), torch.no_grad():
-                values = function(self, torch.arange(self.num_timesteps + 1, device=self.device))
+                every = torch.arange(self.num_timesteps + 1, device=self.device)
+                values = torch.stack(function(self, every), -1).to(dtype)
                 numbers = [x.clone() for x in numbers]
-            table = self._tables[function] = _Table(values, self.num_timesteps, numbers)
-        # A single number would be a view of the table, through which the caller could write.
-        return tuple(value[t] if t.dim() else value[t].clone() for value in table.values)
+            table = self._tables[function, dtype] = _Table(values, self.num_timesteps, numbers)
+        # A single row would be a view of the table, through which the caller could write.
+        return (table.values[t] if t.dim() else table.values[t].clone()).unbind(-1)
 
     def _is_own(self) -> bool:
         """Whether the class is one of this package's, whose values depend on :meth:`_numbers` alone."""
@@ -216,7 +225,7 @@ class NoiseSchedule(nn.Module, ABC):
         if isinstance(t, Tensor):
             got = f"a tensor of {t.dtype}"
             inside = not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-            if inside and not holds((t >= at_least) & (t <= self.num_timesteps)):
+            if inside and not _within(t, at_least, self.num_timesteps):
                 inside, got = False, "values from {} to {}".format(*map(int, t.aminmax()))
         else:
             got, whole = repr(t), isinstance(t, Integral) and not isinstance(t, bool)
@@ -235,6 +244,14 @@ class NoiseSchedule(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"num_timesteps={self.num_timesteps}"
+
+
+def _within(t: Tensor, least: int, most: int) -> bool:
+    """Whether all timesteps are in ``least … most``; on a CPU by the two extremes, which is quicker."""
+    if t.is_cuda or not t.numel() or not looking():
+        return holds((t >= least) & (t <= most))
+    low, high = t.aminmax()
+    return bool(least <= low.item() and high.item() <= most)
 
 
 def _check_num_timesteps(num_timesteps: int) -> int:
