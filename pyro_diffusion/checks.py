@@ -8,6 +8,7 @@ Every check of *values* calls :func:`holds`. A program that is traced into a gra
 inside :func:`data_checked`, so that they do not check every chunk again.
 """
 
+import cmath
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ __all__ = [
     "check_values",
     "data_checked",
     "described",
+    "finite",
     "holds",
     "looking",
     "require",
@@ -55,6 +57,11 @@ _data_due: ContextVar[bool] = ContextVar("data_due", default=True)
 def holds(condition: Tensor) -> bool:
     """Whether a condition holds in every entry. Inside :func:`unchecked` it is taken to hold."""
     return not looking() or bool(condition.all())
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by their sum, and one by one only if that is not finite."""
+    return not looking() or cmath.isfinite(values.sum().item()) or holds(values.isfinite())
 
 
 def looking() -> bool:
@@ -236,7 +243,7 @@ def check_unused(settings: Mapping[str, Any], beside: str) -> None:
 
 def check_finite(what: str, values: Tensor, remedy: str) -> Tensor:
     """``values``, if none of them is NaN or infinite."""
-    if not holds(values.isfinite()):
+    if not finite(values):
         count = int((~values.isfinite()).sum())
         raise ValueError(
             f"{what}: got {count} NaN or infinite values of {values.numel()}; expected finite numbers. "
@@ -283,7 +290,7 @@ def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
         _check_observed_finite(x_0, check_mask(mask, x_0))
         mask = _check_rows(mask)
         x_0 = torch.where(mask, x_0, _first_observed(x_0, mask))
-    if not holds(x_0.isfinite()):
+    if not finite(x_0):
         raise ValueError(
             f"argument 'x_0': got {int((~x_0.isfinite()).sum())} NaN or infinite values in data of "
             f"shape {tuple(x_0.shape)}; expected finite numbers. Drop those entries, or pass "

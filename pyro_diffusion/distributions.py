@@ -47,10 +47,25 @@ __all__ = [
 
 def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribution:
     """A Normal with independent entries. It is not validated, because a schedule's scales are positive."""
-    return ChainNormal(mean, scale, validate_args=False).to_event(event_dim)
+    normal = ChainNormal(mean, scale, validate_args=False)
+    return _Event(normal, event_dim, validate_args=False) if event_dim else normal
 
 
-class ChainNormal(dist.Normal):
+class _Settled:
+    """A law that is not copied to be expanded to its own shape, as every plate around a site asks for."""
+
+    batch_shape: torch.Size
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        same = _instance is None and torch.Size(batch_shape) == self.batch_shape
+        return self if same else super().expand(batch_shape, _instance)  # type: ignore[misc]
+
+
+class _Event(_Settled, dist.Independent):
+    """Independent entries that form one datum."""
+
+
+class ChainNormal(_Settled, dist.Normal):
     """A Normal that takes a single logarithm of a scale that many entries share."""
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -213,7 +228,8 @@ class WrappedSite(dist.Independent):
         super().__init__(base_dist, 0, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        return type(self)(self.base_dist.expand(torch.Size(batch_shape)))
+        expanded = self.base_dist.expand(torch.Size(batch_shape))
+        return self if expanded is self.base_dist else type(self)(expanded)
 
 
 class CarriedSite(WrappedSite):
@@ -284,31 +300,55 @@ class TimestepDistribution(dist.TorchDistribution):
         log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
         batch_shape: Shape of a joint draw.
         share: The part that this draw is of a larger joint draw; by default all of it.
+        edges: What :meth:`edges_of` gives, where it is known; ``log_pi`` must not change then.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
     def __init__(
-        self, log_pi: Tensor, batch_shape: torch.Size = torch.Size(), share: Share = Share()
+        self,
+        log_pi: Tensor,
+        batch_shape: torch.Size = torch.Size(),
+        share: Share = Share(),
+        edges: Tensor | None = None,
     ) -> None:
-        self.log_pi, self.share = log_pi, share
+        self.log_pi, self.share, self.edges = log_pi, share, edges
+        self._cast: dict[torch.dtype, TimestepDistribution] = {}
         super().__init__(batch_shape, validate_args=False)
+
+    @staticmethod
+    def edges_of(log_pi: Tensor) -> Tensor:
+        r""":math:`\pi(1), \pi(1) + \pi(2), …`, below the last: where the quantile function steps."""
+        return log_pi.double().exp().cumsum(0)[:-1].contiguous()
 
     @property
     def support(self) -> constraints.Constraint:
         return constraints.integer_interval(1, len(self.log_pi))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "TimestepDistribution":
-        return type(self)(self.log_pi, torch.Size(batch_shape), self.share)
+        batch_shape = torch.Size(batch_shape)
+        if batch_shape == self.batch_shape:
+            return self
+        return type(self)(self.log_pi, batch_shape, self.share, self.edges)
 
     def to(self, dtype: torch.dtype) -> "TimestepDistribution":
-        """The same law with weights of another dtype."""
-        return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
+        """The same law with weights of another dtype; made once where ``log_pi`` does not change."""
+        if dtype == self.log_pi.dtype:
+            return self
+        if self.edges is None:
+            return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
+        if dtype not in self._cast:
+            # Evaluation may make it, and training use it: no inference tensors in it.
+            with torch.inference_mode(False):
+                cast = self.log_pi.to(dtype)
+                law = type(self)(cast, self.batch_shape, self.share, self.edges_of(cast))
+            self._cast[dtype] = law
+        return self._cast[dtype]
 
     def shared(self, share: Share) -> "TimestepDistribution":
         """The same law, as a share of a joint draw."""
-        return type(self)(self.log_pi, self.batch_shape, share)
+        return type(self)(self.log_pi, self.batch_shape, share, self.edges)
 
     def points(self, count: int) -> Tensor:
         """Uniform numbers in [0, 1), float64, which the quantile function maps to timesteps."""
@@ -319,8 +359,8 @@ class TimestepDistribution(dist.TorchDistribution):
 
     def quantile(self, points: Tensor) -> Tensor:
         """The quantile function: timesteps from uniform numbers."""
-        edges = self.log_pi.double().exp().cumsum(0)
-        return 1 + torch.searchsorted(edges[:-1].contiguous(), points, right=True)
+        edges = self.edges_of(self.log_pi) if self.edges is None else self.edges
+        return 1 + torch.searchsorted(edges, points, right=True)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         shape = self._extended_shape(sample_shape)

@@ -1,3 +1,5 @@
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -187,3 +189,21 @@ def test_a_captured_graph_follows_the_shift():
     for rest in (0, 1, 0):
         handler.rest.fill_(rest)
         assert ((graph(torch.zeros(6, dtype=torch.float64)) * 12).long() % 2 == rest).all()
+
+
+def test_a_kept_law_follows_its_share_and_is_nobody_elses():
+    """The stratified law is made once for each share, length, device and dtype."""
+    rule, cpu = StratifiedTimesteps(0.1), torch.device("cpu")
+    assert rule(20, cpu) is rule(20, cpu)
+    assert rule(20, cpu).to(torch.float32) is rule(20, cpu).to(torch.float32)
+    assert rule(20, cpu).to(torch.float32).log_pi.dtype == torch.float32
+    rule.reconstruction_share = 0.5
+    assert rule(20, cpu).log_pi[0].exp() == pytest.approx(0.5)
+    assert not pickle.loads(pickle.dumps(rule))._laws
+    with torch.inference_mode():
+        inside = StratifiedTimesteps()(5, cpu).to(torch.float32)
+    assert not inside.log_pi.is_inference()
+    assert not inside.edges.is_inference()
+    learned = ImportanceTimesteps()
+    learned(20, cpu).log_pi.zero_()  # as observing does, in place
+    assert learned.start(20, cpu).log_pi[0].exp() == pytest.approx(0.1)

@@ -114,16 +114,16 @@ class _SubsampledModel(SubsampledProgram, GenerativeProgram):
             x_0, Given.of(context=context, **given), num_data=num_data, num_samples=num_samples,
             plate=plate, prefix=prefix,
         ) as run:  # fmt: skip
-            prior = self.prior()
-            x_T = pyro.sample(f"x_{self.num_timesteps}", prior, infer=STATE)
+            x_T = pyro.sample(f"x_{self.num_timesteps}", prior := self.prior(), infer=STATE)
             with self.over_timesteps(x_T, prefix, HandedOver) as drawn:
                 x_t = pyro.sample("x_t", CarriedSite(prior))
                 step, likelihood = self.reverse(run.seen(x_t), drawn.t, **run.context)
-                with poutine.scale(scale=drawn.weight), poutine.mask(mask=~drawn.is_first):
-                    pyro.sample(self.time.step_site, step, infer=STATE)
-                with poutine.scale(scale=drawn.weight), poutine.mask(mask=drawn.is_first):
-                    likelihood = check_event_shape(likelihood, run.x_0)
-                    pyro.sample("x_0", likelihood, obs=run.x_0, infer=STATE)
+                with poutine.scale(scale=drawn.weight):
+                    with poutine.mask(mask=~drawn.is_first):
+                        pyro.sample(self.time.step_site, step, infer=STATE)
+                    with poutine.mask(mask=drawn.is_first):
+                        fitting = check_event_shape(likelihood, run.x_0)
+                        pyro.sample("x_0", fitting, obs=run.x_0, infer=STATE)
             self._complete_volume(run.x_0, run.given.get("mask"), drawn)
 
     def _complete_volume(self, x_0: Tensor | None, mask: Tensor | None, drawn: Drawn) -> None:

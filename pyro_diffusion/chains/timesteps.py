@@ -121,13 +121,27 @@ class StratifiedTimesteps(Timesteps):
         self.reconstruction_share = check_between(
             "reconstruction_share", reconstruction_share, 0, 1, meaning, remedy
         )
+        self._laws: dict[Any, TimestepDistribution] = {}  # nothing that they depend on changes
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
+        key = self.reconstruction_share, num_timesteps, device
+        if key not in self._laws:
+            # Evaluation may make it, and training use it: no inference tensors in it.
+            with torch.inference_mode(False):
+                log_pi = self._log_pi(num_timesteps, device)
+                edges = TimestepDistribution.edges_of(log_pi)
+            self._laws[key] = TimestepDistribution(log_pi, edges=edges)
+        return self._laws[key]
+
+    def _log_pi(self, num_timesteps: int, device: torch.device) -> Tensor:
         first = max(self.reconstruction_share, 1 / num_timesteps)
         rest = (1 - first) / max(num_timesteps - 1, 1)
         pi = torch.full((num_timesteps,), rest, dtype=torch.float64, device=device)
         pi[0] = first
-        return TimestepDistribution(pi.log())
+        return pi.log()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_laws": {}}
 
     def continuous(self, device: torch.device) -> TimestepDistribution:
         first = self.reconstruction_share
@@ -209,7 +223,7 @@ class ImportanceTimesteps(Timesteps):
     def _log_pi(self, num_timesteps: int, device: torch.device) -> Tensor:
         start = self.start(num_timesteps, device).log_pi
         if not self.moments:
-            return start
+            return start.clone()
         root = torch.as_tensor(self._roots(num_timesteps), device=device)
         pi = (1 - self.uniform_share) * root / root.sum()
         return (pi + self.uniform_share * start.exp()).log()
