@@ -38,10 +38,8 @@ class _Table(NamedTuple):
         # Not their version counters, which do not notice what an optimiser writes to tensor.data.
         same = num_timesteps == self.num_timesteps and len(numbers) == len(self.numbers)
         return same and all(
-            [
-                x.device == y.device and torch.equal(x, y)
-                for x, y in zip(numbers, self.numbers, strict=True)
-            ]
+            x.device == y.device and torch.equal(x, y)
+            for x, y in zip(numbers, self.numbers, strict=True)
         )
 
 
@@ -133,7 +131,7 @@ class NoiseSchedule(nn.Module, ABC):
         if not looking() or not self._is_own() or self.num_timesteps > _LARGEST_TABLE:
             return tuple(value.to(dtype) for value in function(self, t))
         numbers = self._numbers()
-        if self.event_dim or any([x.requires_grad for x in numbers]):
+        if self.event_dim or any(x.requires_grad for x in numbers):
             return tuple(value.to(dtype) for value in function(self, t))
         table = self._tables.get((function, dtype))
         if table is None or not table.holds_for(self.num_timesteps, numbers):
