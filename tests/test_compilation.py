@@ -689,6 +689,38 @@ def test_machine_code_follows_parameters_in_place_and_leaves_out_dead_draws():
     assert len(compiled._graphs) == 2
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_machine_code_moves_buffers_and_has_the_casts_of_its_first_call():
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    twin = copy.deepcopy(network)
+
+    def programs_of(network):
+        def guide(x):
+            loc = network(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return model, guide
+
+    x, compiled = torch.randn(8, 2), compile_elbo(*programs_of(network), Trace_ELBO())
+    stock = Trace_ELBO()(*programs_of(twin))
+    for seed in (1, 2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.manual_seed(seed)
+            ours = compiled(x)
+            torch.manual_seed(seed)
+            theirs = stock(x)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-3)
+    for ours, theirs in zip(network.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_gradients_that_share_memory_are_copied():
     """A gradient is handed over as it is only if no other tensor has its memory."""
     a, b, x = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5)), torch.randn(5)

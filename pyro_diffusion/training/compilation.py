@@ -37,6 +37,7 @@ from pyro_diffusion.training.graphs import (
     modules_called,
     restore_buffers,
     trace_step,
+    without_casts,
     without_dead_draws,
 )
 
@@ -62,7 +63,9 @@ def compile_elbo(
     In Lightning it is ``SVIModule(model, guide, partial(compile_elbo, elbo=TraceMeanField_ELBO()), …)``.
 
     The first call runs the programs themselves, traces them and compiles the graph, which takes seconds.
-    Later calls run the graph. Every call draws new noise, seeded by ``torch.manual_seed``.
+    Later calls run the graph. Every call draws new noise, seeded by ``torch.manual_seed``. A compiled graph
+    leaves out draws that the loss does not depend on, such as those of sites with an analytic KL; otherwise
+    the same seed gives the programs' draws.
 
     A change of shape, dtype, device or training mode makes another graph, and so does another tensor in
     place of a parameter or buffer. Drop the last batch if it is smaller. Parameters and buffers are the
@@ -162,9 +165,10 @@ class CompiledELBO(nn.Module):
             self._modes = list(dict.fromkeys((*self._modes, *called)))
             tensors = [value for value in values if isinstance(value, Tensor)]
             traced = trace_step(partial(self._step, leaves, values, spec), tensors)
-            compiled = self._compiled(traced, tensors, on_cuda=bool(devices))
-            held = self._tensors_read()
-            graph = CompiledGraph(compiled, leaves, _autocast(values), held).tried(tensors)
+            autocast, held = _autocast(values), self._tensors_read()
+            with without_casts(autocast):
+                compiled = self._compiled(traced, tensors, on_cuda=bool(devices))
+            graph = CompiledGraph(compiled, leaves, autocast, held).tried(tensors)
             restore_buffers(called)  # running the graph moved running means, too
         return graph
 

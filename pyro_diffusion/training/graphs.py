@@ -15,7 +15,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -143,6 +143,11 @@ def restore_buffers(called: Buffers) -> None:
                 buffer.copy_(before)
 
 
+def without_casts(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
+    """Mixed precision switched off, where it is on: a graph contains its casts."""
+    return torch.autocast(autocast[0], enabled=False) if autocast else nullcontext()
+
+
 class CompiledGraph(NamedTuple):
     """A compiled loss: ``compiled(*tensors)`` gives it, and its gradients by ``leaves``."""
 
@@ -154,8 +159,7 @@ class CompiledGraph(NamedTuple):
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The loss and its gradients. The graph contains the casts of mixed precision already."""
-        no_casts = torch.autocast(self.autocast[0], enabled=False) if self.autocast else None
-        with torch.no_grad(), no_casts or nullcontext():
+        with torch.no_grad(), without_casts(self.autocast):
             return self.compiled(*tensors)
 
     def tried(self, tensors: list[Tensor]) -> "CompiledGraph":
