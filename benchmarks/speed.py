@@ -3,7 +3,9 @@ r"""What writing diffusion as a probabilistic program costs, beside PyTorch writ
 Every ratio is of two things that ran in turn in the same process, warm-up excluded: for each of a few
 repeats a row has the time of ours over that of the other, and the table their median and range. "By hand"
 is a loss of ten lines that draws a timestep for each datum and weights the squared error as the bound does.
-The memory of a full bound is the peak of a process of its own above what it held before.
+The small network has four linear layers and 165 thousand parameters, so that the cost of Python shows; its
+steps run on one thread and on two. The memory of a full bound is the peak of a process of its own above what
+it held before.
 
     python benchmarks/speed.py [--device cuda] [--repeats 7] [--only step,sampling,bound,memory,scaling]
         [--smoke] [--output benchmarks/results]
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +29,7 @@ import matplotlib
 import pyro
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
+from torch import nn
 
 from pyro_diffusion import (
     MLP,
@@ -36,6 +40,7 @@ from pyro_diffusion import (
     UNet,
     compile_elbo,
     elbo_terms,
+    evaluate_bound,
 )
 
 matplotlib.use("Agg")
@@ -68,12 +73,59 @@ def main():
     return None
 
 
+class SmallNetwork(nn.Module):
+    """Four linear layers, with the log-SNR as one more column: 165 thousand parameters for 64 entries."""
+
+    def __init__(self, dimension=DIMENSION, width=256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dimension + 1, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, dimension),
+        )  # fmt: skip
+
+    def forward(self, x_t, log_snr):
+        """The noise, from a state and its log-SNR."""
+        return self.layers(torch.cat([x_t, log_snr[:, None] / 10], 1))
+
+
 # Steps of training.
+
+
+def small_steps(args):
+    """A step of a network so small that Python shows: on one thread, and on two."""
+    rows = []
+    for count in (1, 2):
+        with threads(count):
+            pyro.clear_param_store()
+            works = training_steps(SmallNetwork, (DIMENSION,), 128, args)
+            # Short repeats, many of them: another job then disturbs a few, and not each of them.
+            times = interleaved(works, args, repeats=4 * args.repeats, seconds=args.seconds / 4)
+        kind = f"small network, batch 128, {count} thread{'s' if count > 1 else ''}"
+        rows += [
+            row(f"`SVI` step, {kind}", "step by hand", times, "svi", "hand", 2.0),
+            row(f"`compile_elbo` step, {kind}", "step by hand", times, "ours", "hand", 1.0),
+            row(f"`compile_elbo` step, {kind}", "step by hand, compiled", times, "ours", "compiled", 1.05),
+        ]  # fmt: skip
+    return rows
+
+
+@contextmanager
+def threads(count):
+    """Run, and compile, with so many threads."""
+    from torch._inductor import config
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    with config.patch({"cpp.threads": count}):
+        yield
+    torch.set_num_threads(before)
 
 
 def steps(args):
     """A step of an MLP: SVI, compiled, by hand, by hand compiled; batches of 128 and 2048."""
-    rows = []
+    rows = small_steps(args)
     for batch, target in ((128, 1.6), (2048, 1.15)):
         pyro.clear_param_store()
         works = training_steps(lambda: MLP((DIMENSION,)), (DIMENSION,), batch, args)
@@ -84,7 +136,7 @@ def steps(args):
             rows += [
                 row(f"`compile_elbo` step, {kind}", "step by hand", times, "ours", "hand", 0.95),
                 row(f"`compile_elbo` step, {kind}", "step by hand, compiled", times, "ours", "compiled",
-                    1.05 if on_gpu(args) else 1.10),
+                    1.05),
             ]  # fmt: skip
     return rows
 
@@ -199,7 +251,39 @@ def full_bound(args):
     full = row(what, "its network rows in batches of 8,192", times, "bound", "rows", 1.15)
     least, most = (ratio / full["ratio"] for ratio in CALC_BPD_LOOP)
     print(f"calc_bpd_loop, by the issue's figures, takes {least:.1f} to {most:.1f} times as long")
-    return [full]
+    return [full, *bounds_of_small_network(args)]
+
+
+def bounds_of_small_network(args):
+    """Two readers of the bound on a network whose rows cost little, each beside its rows."""
+    pyro.set_rng_seed(0)
+    schedule = LinearSchedule(args.num_timesteps).to(args.device)
+    network = SmallNetwork().to(args.device)
+    diffusion = DiffusionModel(NeuralDenoiser(network, schedule, event_shape=(DIMENSION,)))
+    x_0 = torch.randn(min(args.num_data, 128), DIMENSION, device=args.device)
+    programs = diffusion.model, diffusion.posterior_guide
+    # The least rows, and then the error of sixteen times as many.
+    loose = evaluate_bound(diffusion, x_0, standard_error=1e9).mean().monte_carlo_error
+
+    def evaluated():
+        """The mean bound to that error, with the same draws at every call."""
+        pyro.set_rng_seed(1)
+        return evaluate_bound(diffusion, x_0, standard_error=loose / 4)
+
+    sizes = {"terms": len(x_0) * args.num_timesteps, "evaluated": evaluated().rows}
+    works = {
+        "terms": lambda: elbo_terms(*programs, x_0, num_particles=1, progress=False),
+        "terms' rows": lambda: network_rows(diffusion, sizes["terms"], 8192, args),
+        "evaluated": evaluated,
+        "evaluated's rows": lambda: network_rows(diffusion, sizes["evaluated"], 8192, args),
+    }
+    times = interleaved(works, args, calls=1)
+    kind = f"T = {args.num_timesteps}, {len(x_0)} data, small network"
+    against = "its network rows in batches of 8,192"
+    return [
+        row(f"full bound, {kind}", against, times, "terms", "terms' rows", 1.2),
+        row(f"`evaluate_bound`, {kind}", against, times, "evaluated", "evaluated's rows", 1.2),
+    ]
 
 
 def sampling(args):
@@ -372,16 +456,16 @@ def plot_costs(scaling, path):
 # How things are timed, and what is written.
 
 
-def interleaved(works, args, calls=None):
+def interleaved(works, args, calls=None, repeats=None, seconds=None):
     """Seconds a call of each work, by repeat; the first calls of each are not counted."""
     for work in works.values():
         for _ in range(1 if calls else 10):
             timed(work, 1, args)
     if calls is None:
         longest = max(timed(work, 3, args) for work in works.values())
-        calls = max(1, math.ceil(args.seconds / longest))
+        calls = max(1, math.ceil((seconds or args.seconds) / longest))
     times = {name: [] for name in works}
-    for _ in range(args.repeats):
+    for _ in range(repeats or args.repeats):
         for name, work in works.items():
             times[name].append(timed(work, calls, args))
     return times
@@ -407,6 +491,7 @@ def row(work, against, times, ours, other, target):
         "against": against,
         "ratio": statistics.median(ratios),
         "range": [min(ratios), max(ratios)],
+        "middle_half": quartiles(ratios),
         "repeats": len(ratios),
         "target": target,
         "seconds": statistics.median(times[ours]),
@@ -414,6 +499,12 @@ def row(work, against, times, ours, other, target):
     }
     print(markdown(line), flush=True)
     return line
+
+
+def quartiles(ratios):
+    """The interval of the middle half."""
+    first, _, third = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return [first, third]
 
 
 def markdown(line):
