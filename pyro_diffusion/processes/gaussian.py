@@ -146,7 +146,9 @@ class GaussianProcess(ForwardProcess):
         return self._gaussian(mean, step.noise * step.share.sqrt())
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`N(a_t x_0, \sigma_t^2 I)` (E2)."""
+        r""":math:`N(a_t x_0, \sigma_t^2 I)` (E2); of a subclass with another :meth:`noised`, that."""
+        if type(self).noised is not GaussianProcess.noised:
+            return super().marginal(x_0, t)
         t = self.schedule.check_timestep(t, at_least=1)
         signal, noise = self.schedule.tabulated(_scales, t, x_0.dtype)
         return self._gaussian(self._pad(signal, x_0) * x_0, noise)
