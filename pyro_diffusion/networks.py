@@ -49,8 +49,15 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
 
 def network_dtype(network: nn.Module) -> torch.dtype:
     """Dtype of a network's first floating-point parameter: the dtype in which it takes its states."""
+    dtype = _first_dtype(network)  # in the order of parameters(), which takes longer to begin
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
-    return next(floating, torch.get_default_dtype())
+    return dtype or next(floating, torch.get_default_dtype())
+
+
+def _first_dtype(module: nn.Module) -> torch.dtype | None:
+    own = [p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    below = (_first_dtype(m) for m in module._modules.values() if m is not None)
+    return own[0] if own else next((dtype for dtype in below if dtype), None)
 
 
 def apply_layer(layer: nn.Module, h: Tensor) -> Any:

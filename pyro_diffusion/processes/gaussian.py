@@ -102,8 +102,9 @@ def _inverse_root_of_snr(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ..
     return ((-0.5 * schedule.log_snr(t)).exp(),)
 
 
-def _mean_coefficients(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
-    return mean_coefficients(ChainStep(*_coefficients(schedule, t)))
+def _reverse(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
+    step = ChainStep(*_coefficients(schedule, t))
+    return (*mean_coefficients(step), *step)
 
 
 def _posterior(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, ...]:
@@ -182,10 +183,10 @@ class GaussianProcess(ForwardProcess):
                 :math:`\tilde\beta_t` by default.
         """
         t = self.schedule.check_timestep(t, at_least=1)
-        from_x_0, from_x_t = self.schedule.tabulated(_mean_coefficients, t, x_t.dtype)
+        from_x_0, from_x_t, *step = self.schedule.tabulated(_reverse, t)
         mean = self._pad(from_x_0, x_t) * denoised.x_0_hat + self._pad(from_x_t, x_t) * x_t
-        step = ChainStep(*self.schedule.tabulated(_coefficients, t)).padded(self.missing_dim)
-        return gaussian(mean, variance(step).sqrt().to(x_t.dtype), self.event_dim)
+        scale = variance(ChainStep(*step).padded(self.missing_dim)).sqrt().to(x_t.dtype)
+        return gaussian(mean, scale, self.event_dim)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
         r"""What the channel below says of the datum in a unit of time, at the rate of :math:`u`,
