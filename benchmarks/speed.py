@@ -102,12 +102,13 @@ def small_steps(args):
             works = training_steps(SmallNetwork, (DIMENSION,), 128, args)
             # Short repeats, many of them: another job then disturbs a few, and not each of them.
             times = interleaved(works, args, repeats=4 * args.repeats, seconds=args.seconds / 4)
-        kind = f"small network, batch 128, {count} thread{'s' if count > 1 else ''}"
-        rows += [
-            row(f"`SVI` step, {kind}", "step by hand", times, "svi", "hand", 2.0),
-            row(f"`compile_elbo` step, {kind}", "step by hand", times, "ours", "hand", 1.0),
-            row(f"`compile_elbo` step, {kind}", "step by hand, compiled", times, "ours", "compiled", 1.05),
-        ]  # fmt: skip
+            kind = f"small network, batch 128, {count} thread{'s' if count > 1 else ''}"
+            svi, ours = f"`SVI` step, {kind}", f"`compile_elbo` step, {kind}"
+            rows += [
+                row(svi, "step by hand", times, "svi", "hand", 2.0),
+                row(ours, "step by hand", times, "ours", "hand", 1.0),
+                row(ours, "step by hand, compiled", times, "ours", "compiled", 1.05),
+            ]
     return rows
 
 
@@ -493,6 +494,7 @@ def row(work, against, times, ours, other, target):
         "range": [min(ratios), max(ratios)],
         "middle_half": quartiles(ratios),
         "repeats": len(ratios),
+        "threads": torch.get_num_threads(),
         "target": target,
         "seconds": statistics.median(times[ours]),
         "seconds_against": statistics.median(times[other]),

@@ -21,6 +21,7 @@ from pyro_diffusion.denoisers import (
 )
 from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
 from pyro_diffusion.networks import MLP
+from pyro_diffusion.processes import Denoised, GaussianProcess
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -478,3 +479,38 @@ def test_a_schedule_of_ones_own_has_no_table():
         if wrapped is schedule:
             schedule.steepness = 0.5
             assert wrapped.log_snr(1) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_follow_the_numbers(dtype):
+    """The coefficients of the kernels are kept by dtype, and made anew for other numbers."""
+    schedule, t = LogSNRSchedule(10), torch.tensor([2, 5, 10])
+    x, denoised = torch.ones(3, 2, dtype=dtype), Denoised(torch.zeros(3, 2, dtype=dtype))
+
+    def kernels(schedule):
+        process = GaussianProcess(schedule, torch.Size([2]))
+        return (
+            process.prior(dtype), process.marginal(x, t), process.marginal(x, 3), process.posterior(x, -x, t),
+            process.reverse(x, denoised, t), process.transition(x, t),
+        )  # fmt: skip
+
+    before = kernels(schedule)
+    schedule.log_snr_min.data.fill_(-4.0)  # the curve now goes from 12 to -4
+    expected = kernels(LogSNRSchedule(10, log_snr_max=12.0, log_snr_min=-4.0))
+    for kernel, old, other in zip(kernels(schedule), before, expected, strict=True):
+        assert kernel.mean.dtype == kernel.stddev.dtype == dtype
+        torch.testing.assert_close(kernel.mean, other.mean)
+        torch.testing.assert_close(kernel.stddev, other.stddev)
+        assert old is before[0] or not torch.allclose(kernel.stddev, old.stddev)
+
+
+def test_a_process_may_define_its_marginals_by_noised_alone():
+    class Louder(GaussianProcess):
+        def noised(self, x_0, log_snr):
+            return super().noised(2 * x_0, log_snr)
+
+    schedule, x_0, t = LogSNRSchedule(10), torch.ones(3, 2), torch.tensor([1, 5, 10])
+    ours, plain = (
+        kind(schedule, torch.Size([2])).marginal(x_0, t) for kind in (Louder, GaussianProcess)
+    )
+    torch.testing.assert_close(ours.mean, 2 * plain.mean)
