@@ -28,7 +28,7 @@ KINDS = {
     ),
     "idea 2: the programs, and their time": ("#f9dcc4", "chains family diffusion hvae"),
     "ideas 3, 4 and 5: the walk, the score, what goes with the data": (
-        "#f6e7a8", "walk scoring given",
+        "#f6e7a8", "walk scoring given reading",
     ),
     "what reads, samples, trains and shows them": (
         "#e3d7f0", "bounds evidence samplers training diagnostics plots",

@@ -17,6 +17,7 @@ LISTED = {
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
     "lightning_digits.py": ["bits/dim", "validation", "trajectory.png", "last.ckpt"],
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],
+    "proportions.py": ["exact log p", "mixture of 30", "paired", "proportions.png"],
     "scale_out.py": ["bits/dim", "Monte Carlo", "sampling", "draws of", "ranks"],
     "two_moons.py": ["entropy", "sequential", "subsampled"],
 }
