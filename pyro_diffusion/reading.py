@@ -82,7 +82,10 @@ def rows_within(cost: Callable[[int], float], most: int, budget: float = BUDGET)
         most: Rows that suffice.
         budget: Bytes.
     """
-    one = cost(1)
+    try:
+        one = cost(1)
+    except ValueError:  # of the data, which the run itself will raise about all of them
+        return most
     if one * most <= budget or one * _SEVERAL > budget:
         return max(1, min(most, int(budget // max(one, 1))))
     each = max((cost(_SEVERAL) - one) / (_SEVERAL - 1), 1.0)

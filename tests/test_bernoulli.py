@@ -232,7 +232,7 @@ def test_what_it_cannot_take_is_refused_in_words():
         EnumeratedDenoiser(torch.eye(3), schedule, torch.ones(2))
     with pytest.raises(ValueError, match="arguments 'data' and 'weights'"):
         EnumeratedDenoiser(torch.ones(3), schedule)
-    for program in (diffusion.guide, diffusion.model, diffusion.subsampled().model):
+    for program in (diffusion.guide, diffusion.model, diffusion.subsampled().guide):
         with pytest.raises(
             ValueError, match="'mask': got one for states that have no value for a gap"
         ):

@@ -109,7 +109,7 @@ def test_the_flow_in_a_factor_gives_the_posterior_of_a_model():
         pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
     svi = SVI(model, lambda: None, Adam({"lr": 0.2}), Trace_ELBO())
-    for _ in range(100):
+    for _ in range(60):
         svi.step()
     expected = (law.mean / law.variance + y) / (1 / law.variance + 1)
     torch.testing.assert_close(pyro.param("x").detach(), expected, rtol=0, atol=0.02)
@@ -391,12 +391,12 @@ PROGRAM = """
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def categories():
-        schedule = LogSNRSchedule(50, log_snr_max=3.0)
+    def categories(num_timesteps=50):
+        schedule = LogSNRSchedule(num_timesteps, log_snr_max=3.0)
         return DiffusionModel(NeuralDenoiser(Free(), schedule, (20, 2000)), CategoricalLikelihood(2000))
 
     def mixture():
-        schedule = LogSNRSchedule(50)
+        schedule = LogSNRSchedule(5)
         means = torch.randn(2000, 20)
         return DiffusionModel(GaussianMixtureDenoiser(torch.ones(2000), means, 0.5, schedule))
 
@@ -412,12 +412,12 @@ PROGRAM = """
         "importance_evidence": lambda: importance_evidence(categories(), levels(4), num_particles=12),
         "evaluate_bound": lambda: evaluate_bound(categories(), levels(16), standard_error=1e4),
         "smc_evidence": lambda: smc_evidence(
-            categories(), levels(4), num_particles=32, num_pilot=25, num_runs=2),
+            categories(6), levels(2), num_particles=100, num_pilot=50, num_runs=2),
         "to_arviz": lambda: to_arviz(categories(), levels(1), num_draws=25, timesteps=[1]),
-        "mixture": lambda: elbo_terms(mixture(), torch.randn(200, 20), num_particles=8),
-        "hierarchical": lambda: elbo_terms(wide(), torch.randn(500, 20), num_particles=20),
+        "mixture": lambda: elbo_terms(mixture(), torch.randn(40, 20), num_particles=8),
+        "hierarchical": lambda: elbo_terms(wide(), torch.randn(200, 20), num_particles=10),
         "flow": lambda: ode_log_likelihood(
-            reals(), torch.randn(100, 20_000), state=1, num_probes=8, rtol=0.1, atol=0.1),
+            reals(), torch.randn(100, 20_000), state=1, num_probes=4, rtol=1.0, atol=1.0),
     }
 
     def levels(count):

@@ -33,7 +33,7 @@ def check_program(argument: str, program: Any) -> None:
         f"argument {argument!r}",
         f"a {type(program).__name__}",
         "one of its programs",
-        "Pass the family itself, or its .model and its .posterior_guide (or .guide), and the data.",
+        "Pass its .model, and its .posterior_guide (or .guide), or the family itself, and the data.",
     )
 
 

@@ -276,11 +276,7 @@ def _rows_at_a_time(
     diffusion: Any = getattr(model, "owner", None)
     length = getattr(model, "num_timesteps", 0)
     cost = of_chain if isinstance(diffusion, DiffusionModel) else of_programs
-    most = min(len(x_0) * particles, ROWS)
-    try:
-        return rows_within(cost, most)
-    except ValueError:  # which the run itself will raise, about all of the data
-        return most
+    return rows_within(cost, min(len(x_0) * particles, ROWS))
 
 
 PARTICLES = (

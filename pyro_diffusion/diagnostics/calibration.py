@@ -75,10 +75,8 @@ def simulation_based_calibration(
         torch.Size([50])
     """
     model, guide = programs(family)
-    remedy = "Leave it out."
-    num_simulations = check_count("num_simulations", num_simulations, 1, remedy)
-    num_draws = check_count("num_draws", num_draws, 1, remedy)
-    batch_size = check_count("batch_size", batch_size, 1, remedy)
+    counts = {"num_simulations": num_simulations, "num_draws": num_draws, "batch_size": batch_size}
+    num_simulations, num_draws, batch_size = _counts(**counts)
     require(
         callable(statistic), "argument 'statistic'", repr(statistic), "a function of the states",
         "Pass lambda states: states['x_1'].mean(-1), say.",
@@ -95,12 +93,10 @@ def simulation_based_calibration(
             for x_0 in repeated(simulated["x_0"], num_draws).split(batch_size)
         ]
     require(
-        truth.shape == (num_simulations,),
-        "argument 'statistic'",
-        f"values of shape {tuple(truth.shape)} for {num_simulations} trajectories",
-        "one number for each",
+        truth.shape == (num_simulations,), "argument 'statistic'",
+        f"values of shape {tuple(truth.shape)} for {num_simulations} trajectories", "one number for each",
         "Reduce event dimensions, as in lambda states: states['x_1'].mean(-1).",
-    )
+    )  # fmt: skip
     ranked = torch.cat(draws).reshape(num_draws, num_simulations)
     require(
         not (ranked == truth).all(),
@@ -110,6 +106,10 @@ def simulation_based_calibration(
         "Use states['x_1'], say, and not the datum alone.",
     )
     return randomized_pit(truth, ranked)
+
+
+def _counts(**counts: Any) -> list[int]:
+    return [check_count(name, number, 1, "Leave it out.") for name, number in counts.items()]
 
 
 def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:

@@ -106,8 +106,6 @@ def ode_log_likelihood(
     _check(diffusion, state, num_probes)
     _check_given(given)
     rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
-    if batch_size is not None:
-        batch_size = check_count("batch_size", batch_size, 1, "Leave it out.")
     x_0 = check_data(x_0)
     if state == 0:  # the flow is the curve's, however few steps there are on it
         diffusion = diffusion.with_both_ends()
@@ -115,7 +113,7 @@ def ode_log_likelihood(
         num_probes = 8
     with torch.inference_mode(False), evaluating(diffusion), poutine.block():
         x_0 = x_0.clone() if x_0.is_inference() else x_0
-        size = batch_size or _rows_at_a_time(diffusion, x_0, num_probes)
+        size = _rows_at_a_time(diffusion, x_0, num_probes, batch_size)
         parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(size)]
     log_p = torch.cat(parts, dim=1)
     exact = num_probes is None
@@ -235,8 +233,12 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
     return 2.0 * torch.randint(2, (num_probes, *x.shape), dtype=x.dtype, device=x.device) - 1.0
 
 
-def _rows_at_a_time(diffusion: DiffusionModel, x_0: Tensor, num_probes: int | None) -> int:
-    """Data whose step of the solver fits the budget of memory."""
+def _rows_at_a_time(
+    diffusion: DiffusionModel, x_0: Tensor, num_probes: int | None, batch_size: int | None
+) -> int:
+    """Data whose step of the solver fits the budget of memory, or as many as asked for."""
+    if batch_size is not None:
+        return check_count("batch_size", batch_size, 1, "Leave it out.")
 
     def cost(count: int) -> float:
         """Bytes of a step, of whose kind the solver holds many."""

@@ -229,18 +229,22 @@ class GaussianProcess(ForwardProcess):
         return x_0
 
     def warn_of_scale(self, x_0: Tensor) -> None:
-        r"""Warn if data are ten times as large as a draw of :math:`p(x_T)`, or hidden at :math:`x_1`."""
+        r"""Warn if data are ten times as large as a draw of :math:`p(x_T)`, or hidden at :math:`x_1`.
+
+        Data are hidden if the noise of :math:`x_1` is larger, and so is a tenth of a draw of :math:`p(x_T)`.
+        """
         schedule = self.schedule
         signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
-        largest = 10 * (signal**2 + noise**2).sqrt().mean().item()
-        smallest = (-0.5 * schedule.log_snr(1)).exp().mean().item()
+        unit = (signal**2 + noise**2).sqrt().mean().item()
+        largest, hidden = 10 * unit, (-0.5 * schedule.log_snr(1)).exp().mean().item()
+        smallest = min(hidden, 0.1 * unit)
         size = x_0.double().square().mean().sqrt().item()
         if size > largest or (
             len(x_0) > 7 and 0 < size < smallest
         ):  # a few may lie near the origin
             warnings.warn(
                 f"argument 'x_0': got states of a root mean square of {size:.3g}; expected one between "
-                f"{smallest:.2g}, the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), because "
+                f"{smallest:.2g}, about the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), as "
                 "the bound is poor outside. Pass transform=Standardize.from_data(x_0), which leaves the "
                 "bound in your units.",
                 stacklevel=2,

@@ -337,7 +337,9 @@ def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tenso
     require(
         fit and check_finite("argument 'x_T'", x_T, "Draw them anew.") is x_T,
         "argument 'x_T'",
-        f"{described(x_T)} on {getattr(x_T, 'device', 'no device')}",
+        f"states of shape {tuple(x_T.shape)} on {x_T.device}"
+        if isinstance(x_T, Tensor)
+        else described(x_T),
         f"{expected} on {model.device}, one for each of {num_samples} data",
         "Draw them from diffusion.prior().",
     )
