@@ -294,6 +294,29 @@ def test_smc_of_the_observed_part():
         ode_log_likelihood(diffusion, x_0, mask=mask)
 
 
+def test_diagnostics_of_the_observed_part():
+    """Weights are those of the observed entries; what was observed is said beside the data."""
+    diffusion, x_0 = gaussian(), torch.randn(4, 2).double()
+    mask = torch.tensor([[True, False], [False, True]] * 2)
+    gaps = x_0.where(mask, math.nan)
+    draws = to_arviz(diffusion, gaps, num_draws=25, mask=mask)
+    expected = importance_evidence(diffusion, gaps, num_particles=25, mask=mask)
+    torch.testing.assert_close(
+        torch.tensor(draws["importance"]["evidence"].values),
+        expected.log_evidence,
+        rtol=0,
+        atol=1e-6,
+    )
+    assert draws["importance"].attrs["data"] == expected.data
+    assert (draws["observed_data"]["observed"].values == mask.numpy()).all()
+    pair = to_arviz(diffusion.model, diffusion.guide, gaps, num_draws=25, mask=mask)
+    assert pair["sample_stats"]["lp"].shape == (1, 25, 4)
+    with pytest.raises(ValueError, match="argument 'context'"):
+        to_arviz(diffusion, x_0, num_draws=25, context=torch.zeros(4, 1))
+    vae = HierarchicalVAE((2,), (2,), hidden_size=8)
+    assert active_units(vae, gaps.float(), mask=mask)["x_1"].shape == (2,)
+
+
 def test_a_hierarchical_vae_is_read_by_all_that_need_a_model_and_a_guide():
     vae, x_0 = HierarchicalVAE((2,), (2, 2), hidden_size=8), torch.randn(20, 2)
     terms = elbo_terms(vae, x_0, num_particles=400)

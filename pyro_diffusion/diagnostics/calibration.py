@@ -16,6 +16,7 @@ References:
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from pyro_diffusion.diagnostics.recording import (
     joined,
 )
 from pyro_diffusion.family import Family, Pair, programs
-from pyro_diffusion.given import repeated
+from pyro_diffusion.given import Given, repeated, together
 from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS
 
@@ -143,6 +144,7 @@ def active_units(
     *,
     num_particles: int = 16,
     threshold: float = 0.01,
+    **given: Any,
 ) -> dict[str, Tensor]:
     r"""Find the latent numbers that depend on the datum: :math:`E_q[x_{t,i} \mid x_0]` varies over data.
 
@@ -155,6 +157,7 @@ def active_units(
         x_0: At least two data, shape ``(N,)`` + the shape of one datum.
         num_particles: Draws for each datum, at least 2.
         threshold: Variance above which a number is active.
+        given: What goes with the data: ``mask=`` of observed entries, ``context=``.
 
     Returns:
         For each latent site a boolean tensor of the latent's shape; its ``sum()`` is the number of active
@@ -168,16 +171,20 @@ def active_units(
         Importance Weighted Autoencoders (Burda et al., 2016), section 5.2.
         https://arxiv.org/abs/1509.00519
     """
-    x_0 = check_data(x_0)
+    what = Given.of(**given)
+    x_0 = check_data(x_0, what.mask)
+    what.check_rows(len(x_0))
     guide = programs(guide)[1] if isinstance(guide, Family) else guide
     remedy = "Pass more: a variance over data is compared with the noise of its means."
     check_count("len(x_0)", len(x_0), 2, remedy)
     num_particles = check_count("num_particles", num_particles, 2, remedy)
     chunks = []
     with reading(guide, data=x_0):
-        for data in x_0.split(max(ROWS // num_particles, 1)):
+        size = max(ROWS // num_particles, 1)
+        for start in range(0, len(x_0), size):
+            data, own = together(itemgetter(slice(start, start + size)), x_0, what)
             record = Record(mean=True)
-            chunks.append(record.of_particles(guide, data, num_particles))
+            chunks.append(record.of_particles(guide, data, num_particles, own))
             if record.observed:
                 raise ValueError(
                     f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms, TermMoments, join_chunks, trajectory_terms
-from pyro_diffusion.checks import check_count, check_timesteps, require
+from pyro_diffusion.checks import check_count, check_data, check_timesteps, require
 from pyro_diffusion.diagnostics.recording import (
     DRAWS,
     Held,
@@ -33,8 +33,9 @@ from pyro_diffusion.diagnostics.recording import (
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.family import Family, Pair, unpacked
+from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading
-from pyro_diffusion.walk import ROWS
+from pyro_diffusion.walk import ROWS, ReverseWalk
 
 if TYPE_CHECKING:
     import xarray
@@ -59,6 +60,7 @@ def to_arviz(  # type: ignore[misc]
     timesteps: Sequence[int] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    **given: Any,
 ) -> Any:
     r"""Draws, terms and weights in ArviZ's schema: an ``xarray.DataTree``, for 0.23 an ``InferenceData``.
 
@@ -97,12 +99,14 @@ def to_arviz(  # type: ignore[misc]
             reconstruction from :math:`x_t` takes ``t`` network rows for each draw and datum.
         batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
         progress: Show a progress bar if it takes more than five seconds.
+        given: What goes with the data: ``mask=`` of observed entries. Then ``lp``, ``log_q``, the weights and
+            the bound are those of the observed entries, and ``observed_data`` has a variable ``observed``.
 
     Returns:
         The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
 
     Raises:
-        ValueError: Fewer than 25 draws, timesteps outside ``1 … T``, and the errors of
+        ValueError: Fewer than 25 draws, timesteps outside ``1 … T``, a context, and the errors of
             :func:`~pyro_diffusion.bounds.elbo_terms`: latents that differ between the programs, a latent
             outside the data plate, weights that are not finite.
 
@@ -117,30 +121,40 @@ def to_arviz(  # type: ignore[misc]
         "Draw more, of fewer data if memory is short.", "for the tail of the weights gives Pareto k",
     )  # fmt: skip
     model, guide, x_0 = unpacked(family, guide, x_0)
-    timesteps = _kept_timesteps(family, timesteps)
+    timesteps, what = _kept_timesteps(family, timesteps), Given.of(**given)
+    require(
+        what.context is None, "argument 'context'", "one for draws that are made without data as well",
+        "data alone, since the group prior has no rows of a context", "Use importance_evidence.",
+    )  # fmt: skip
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
-    drawn = _draw(model, guide, x_0, num_draws, keep, batch_size, progress)
-    rows = ROWS if batch_size is None else batch_size
+    drawn = _draw(model, guide, x_0, what, num_draws, keep, batch_size, progress)
     with reading(model, guide):
+        rows = _rows_at_a_time(family, x_0, what) if batch_size is None else batch_size
         if isinstance(family, Family):
             predictions = _family_predictions(family, drawn, x_0, timesteps, rows, progress)
         else:
-            predictions = _pair_predictions(model, drawn, x_0, rows)
-    weights = {
-        "lp": drawn.log_weight + drawn.log_q,
-        "log_q": drawn.log_q,
-        "log_weight": drawn.log_weight,
-    }
+            predictions = _pair_predictions(model, drawn, x_0, what, rows)
+    if what.mask is not None:
+        predictions["observed_data"] = dataset(("data",), {"x_0": x_0, "observed": what.mask})
     groups = {
         "posterior": states_dataset(DRAWS, drawn.states, timesteps),
         **predictions,
-        "sample_stats": dataset(DRAWS, weights),
+        "sample_stats": dataset(DRAWS, drawn.weights()),
         "bound": _bound(drawn.terms),
-        "importance": _importance(average(drawn.log_weight)._replace(data=fingerprint(x_0))),
+        "importance": _importance(
+            average(drawn.log_weight)._replace(data=fingerprint(x_0, what.mask))
+        ),
     }
     if isinstance(family, DiffusionModel):
         groups["constant_data"] = _curves(family)
     return arviz_bridge.as_arviz(groups)
+
+
+def _rows_at_a_time(family: Any, x_0: Tensor, given: Given) -> int:
+    """Rows of the model that run on from a state; of a diffusion model as many as memory allows."""
+    if not isinstance(family, DiffusionModel):
+        return ROWS
+    return ReverseWalk(family, given=given).rows_within(check_data(x_0, given.mask))
 
 
 def _kept_timesteps(family: Pair, timesteps: Sequence[int] | None) -> list[int] | None:
@@ -169,11 +183,17 @@ class _Drawn(NamedTuple):
     log_q: Tensor
     terms: ELBOTerms
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is said of whole trajectories."""
+        log_p = self.log_weight + self.log_q
+        return {"lp": log_p, "log_q": self.log_q, "log_weight": self.log_weight}
+
 
 def _draw(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     x_0: Tensor,
+    given: Given,
     num_draws: int,
     keep: Collection[str] | None,
     batch_size: int | None,
@@ -184,7 +204,7 @@ def _draw(
     log_qs: dict[int, list[Tensor]] = defaultdict(list)
     states: dict[str, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for start, sites in trajectory_terms(
-        model, guide, x_0, num_particles=num_draws, analytic_kl=False, batch_size=batch_size,
+        model, guide, x_0, given, num_particles=num_draws, analytic_kl=False, batch_size=batch_size,
         progress=progress, description="draws", keep=keep,
     ):  # fmt: skip
         moments.update(start, sites)
@@ -230,16 +250,17 @@ def _family_predictions(
 
 
 def _pair_predictions(
-    model: Callable[..., Any], drawn: _Drawn, x_0: Tensor, rows: int
+    model: Callable[..., Any], drawn: _Drawn, x_0: Tensor, given: Given, rows: int
 ) -> "dict[str, xarray.Dataset]":
     """An ordinary model that observes nothing, with latents of its own and with those of the guide."""
     free = poutine.uncondition(model)
-    data = {name: x for name, x in Record().of(model, x_0).items() if name not in drawn.states}
+    values = Record().of(model, x_0, **given.arguments())
+    data = {name: x for name, x in values.items() if name not in drawn.states}
     priors, posteriors = [], []
     for part in torch.arange(len(drawn.log_weight)).split(max(rows // len(x_0), 1)):
         states = {name: x[part].flatten(0, 1) for name, x in drawn.states.items()}
-        priors.append(Record().of_particles(free, x_0, len(part)))
-        posteriors.append(Record(data).of_particles(Held(states)(free), x_0, len(part)))
+        priors.append(Record().of_particles(free, x_0, len(part), given))
+        posteriors.append(Record(data).of_particles(Held(states)(free), x_0, len(part), given))
     prior, posterior = joined(priors, 0), joined(posteriors, 0)
     return {
         "prior": dataset(DRAWS, {name: prior[name] for name in drawn.states}),

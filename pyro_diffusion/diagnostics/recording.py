@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.given import repeated
+from pyro_diffusion.given import Given, repeated, together
 
 if TYPE_CHECKING:
     import xarray
@@ -40,10 +40,11 @@ class Record(Messenger):
         return self.values
 
     def of_particles(
-        self, program: Callable[..., Any], x_0: Tensor, particles: int
+        self, program: Callable[..., Any], x_0: Tensor, particles: int, given: Given = Given()
     ) -> dict[str, Tensor]:
         """Run ``program(x_0)`` once for all particles; the values have shape ``(particles, N, …)``."""
-        values = self.of(program, repeated(x_0, particles))
+        data, rows = together(lambda x: repeated(x, particles), x_0, given)
+        values = self.of(program, data, **rows.arguments())
         return {name: x.unflatten(0, (particles, -1)) for name, x in values.items()}
 
     def _pyro_post_sample(self, msg: Any) -> None:
