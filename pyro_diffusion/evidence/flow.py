@@ -244,11 +244,11 @@ def _rows_at_a_time(
         """Bytes of a step, of whose kind the solver holds many."""
         shape = (count, *diffusion.event_shape)
         x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
-        probes = _probes(x, num_probes)
-        velocity = _velocity(diffusion, probes, exact=num_probes is None)
+        signs = x.expand(num_probes, *shape) + 1 if num_probes is not None else _probes(x, None)
+        velocity = _velocity(diffusion, signs, exact=num_probes is None)
         level, start = (
             diffusion.schedule.log_snr(1).detach(),
-            (x.double(), x.new_zeros(len(probes), count)),
+            (x.double(), x.new_zeros(len(signs), count)),
         )
         with torch.no_grad():
             held, peak = footprint(lambda: velocity(level, start))
