@@ -1,7 +1,7 @@
 r"""Proportions in (0, 1): a diffusion in logits beside a mixture of scikit-learn, ranked by log p.
 
-Two proportions of a whole, such as sand and clay of a soil sample, have a density on the unit square that
-crowds towards its edges. Both models see them through the logit, :math:`y = \log x - \log(1 - x)`, and both
+Two proportions, such as cloud cover and relative humidity, have a density on the unit square that crowds
+towards its edges. Both models see them through the logit, :math:`y = \log x - \log(1 - x)`, and both
 report :math:`\log p(x) = \log p(y) + \log |\partial y / \partial x|` in the units of x. ``Logit`` loses no
 digits next to 1, where most of these data are. The density of the data is known, so that the entropy is.
 
@@ -85,7 +85,7 @@ NOISE = 0.6
 
 
 def curve(u):
-    """A curve of logits, from sand to clay."""
+    """A curve of logits."""
     return torch.stack((10 * u - 3, 4 * (6.283 * u).sin() + 2), -1)
 
 
@@ -134,14 +134,17 @@ def plot(folder, diffusion, train):
         log_p[inside] = value.log_evidence.cpu() - volume  # of the logits
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     image = log_p.clamp(min=-12).reshape(60, 60).T
-    axes[0].imshow(image, origin="lower", extent=(-9, 12, -9, 12), cmap="viridis")
+    shown = axes[0].imshow(image, origin="lower", extent=(-9, 12, -9, 12), cmap="viridis")
+    fig.colorbar(shown, ax=axes[0], label="nats")
     axes[0].set(
-        title="log density of the flow, in logits", xlabel="logit of sand", ylabel="logit of clay"
+        title="log density of the flow, in logits",
+        xlabel="logit of cover",
+        ylabel="logit of humidity",
     )
     draws = diffusion.sample(1_000).cpu()
     for values, name, color in ((train[:1_000].cpu(), "data", "C0"), (draws, "draws", "C1")):
         axes[1].scatter(*values.T, s=3, label=name, color=color, alpha=0.6)
-    axes[1].set(title="proportions", xlabel="sand", ylabel="clay")
+    axes[1].set(title="proportions", xlabel="cover", ylabel="humidity")
     fig.legend(loc="outside right upper")
     path, aside = folder / "proportions.png", folder / ".proportions.part"
     fig.savefig(aside, dpi=120, format="png")
