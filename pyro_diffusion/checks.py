@@ -112,7 +112,7 @@ def described(value: Any) -> str:
 def check_argument(name: str, value: Any, kind: type | UnionType, example: str) -> Any:
     """``value``, if it is an instance of ``kind``, a class or a union of classes."""
     if not isinstance(value, kind):
-        got = repr(value) if isinstance(value, str | int | list) else type(value).__name__
+        got = repr(value) if isinstance(value, str | int) else type(value).__name__
         got = f"the class {value.__name__}" if isinstance(value, type) else got
         kinds = " or ".join(part.__name__ for part in get_args(kind) or (kind,)).replace(
             "NoneType", "None"

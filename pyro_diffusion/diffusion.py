@@ -41,7 +41,7 @@ from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.schedules.views import evenly_spaced
 
-__all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion", "diffusion_of"]
+__all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion"]
 
 
 class DiffusionModel(Family):
@@ -386,13 +386,6 @@ class BernoulliDiffusion(DiffusionModel):
 def check_diffusion(diffusion: Any) -> DiffusionModel:
     """``diffusion``, if it is a model and not one of its programs, or another family."""
     return check_argument("diffusion", diffusion, DiffusionModel, "the DiffusionModel itself")
-
-
-def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]:
-    """A diffusion model and data, from what a reader was called with: those, or its programs and data."""
-    if callable(guide) and getattr(model, "owner", model) is getattr(guide, "owner", guide):
-        return check_diffusion(getattr(model, "owner", model)), x_0
-    return check_diffusion(model), guide if x_0 is None else x_0
 
 
 _DRAWS = "One timestep for each datum is enough: the bound stays unbiased."

@@ -232,7 +232,7 @@ def describe_part(part: Any) -> str:
 Pair = Family | tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def programs(family: Pair) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def programs(family: Pair | list[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Model and guide. A family's guide is the one in the model's order, if it has one."""
     if isinstance(family, Family):
         return family.model, getattr(family, "posterior_guide", family.guide)
@@ -250,6 +250,6 @@ def unpacked(model: Any, guide: Any, x_0: Any) -> tuple[Any, Any, Any]:
     A family is a :class:`Family`, or a pair of programs as a tuple.
     """
     given = not callable(guide) and (guide is None or x_0 is None)
-    if given and isinstance(model, Family | tuple):
+    if given and isinstance(model, Family | tuple | list):
         return (*programs(model), guide if x_0 is None else x_0)
     return model, guide, x_0

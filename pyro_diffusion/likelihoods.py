@@ -35,7 +35,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_diffusion.checks import check_num_levels, check_positive, check_values, widened
+from pyro_diffusion.checks import (
+    check_count,
+    check_num_levels,
+    check_positive,
+    check_values,
+    require,
+    widened,
+)
 from pyro_diffusion.distributions import Counts, DiscretizedGaussian
 from pyro_diffusion.given import as_real
 
@@ -99,6 +106,15 @@ class Likelihood(nn.Module, ABC):
         """Observed entries of a state, from those of the data, by :attr:`widths`."""
         if self.widths is None:
             return mask
+        remedy = "Give as many as a datum has entries on its last axis."
+        for width in self.widths:
+            check_count(
+                "widths", width, 1, remedy, "entries of the state for an entry of the datum"
+            )
+        require(
+            mask.dim() > 1 and len(self.widths) == mask.shape[-1], "attribute 'widths' of the likelihood",
+            f"{len(self.widths)} of them for data of shape {tuple(mask.shape)}", "one for each entry", remedy,
+        )  # fmt: skip
         return mask.repeat_interleave(torch.tensor(self.widths, device=mask.device), -1)
 
 

@@ -126,11 +126,12 @@ class _Parts(NamedTuple):
 
 
 def _places(module: nn.Module) -> list[Any]:
-    """The name and identity of every module and parameter below a module: quicker than their paths."""
+    """Name, identity and class of every module and parameter below a module: quicker than their paths."""
     places: list[Any] = []
     due = [module]
     seen = {module}
     for module in due:  # which grows
+        places.append(type(module))  # which to_pyro_module_ changes in place
         for registry in (module._parameters, module._modules):
             if registry:
                 places += registry

@@ -5,10 +5,9 @@ programs inside :func:`reading`. It works through rows in chunks that :func:`row
 tensors of a step, as they are measured with a row or two, and not from the shape of a datum.
 """
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_diffusion.checks import unchecked
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.params import ParamScope
 
-__all__ = ["BUDGET", "Footprint", "footprint", "reading", "rows_within"]
+__all__ = [
+    "BUDGET",
+    "Footprint",
+    "alone",
+    "footprint",
+    "reading",
+    "refuse_gradients",
+    "rows_within",
+]
 
 BUDGET = (
     2**28
@@ -41,7 +50,23 @@ def reading(*programs: Callable[..., Any], data: Any = ()) -> Iterator[None]:
         ValueError: Data that require a gradient, where gradients are recorded.
     """
     refuse_gradients(data)
-    with torch.no_grad(), evaluating(*programs), poutine.block():
+    with torch.no_grad(), alone(*programs):
+        yield
+
+
+@contextmanager
+def alone(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Run programs unseen by handlers outside, in evaluation mode, with parameters under their own names.
+
+    A family's kernels may be called outside of its programs here: its parameters are stated, and weights that
+    are drawn are drawn once.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(*programs))
+        stack.enter_context(poutine.block())
+        for program in programs:
+            if isinstance(program, ParamScope):
+                stack.enter_context(program.param_statements())
         yield
 
 
@@ -64,10 +89,12 @@ class Footprint(NamedTuple):
 
 
 def footprint(function: Callable[[], Any]) -> Footprint:
-    """Run a function, and count the bytes of the tensors that it makes. Random states are as before."""
+    """Run a function, and count the bytes of the tensors that it makes. Random states are as before.
+
+    Values are not checked, because the run itself will look at all of them.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices), _Memory() as memory, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a run for real will say it again
+    with torch.random.fork_rng(devices), unchecked(), _Memory() as memory:
         result = function()
         held = memory.live
     del result

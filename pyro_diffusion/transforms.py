@@ -260,12 +260,15 @@ def _check_margin(transform: Transform, x_0: Tensor) -> None:
 def check_codomain(transform: Transform, support: constraints.Constraint) -> None:
     """Raise a ``ValueError`` if a kernel has mass where the transform has no values."""
     values, needed = (getattr(c, "base_constraint", c) for c in (transform.codomain, support))
-    bounded = any(hasattr(values, name) for name in ("lower_bound", "upper_bound"))
+    bounded = isinstance(values, type(constraints.simplex)) or any(
+        hasattr(values, name) for name in ("lower_bound", "upper_bound")
+    )
     if bounded and isinstance(needed, type(constraints.real)):
         raise ValueError(
             f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the "
             "real line; expected a transform from the user's units onto the whole line, or part of the "
-            f"model's mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that."
+            f"model's mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that, "
+            "or follow it by one onto the line, such as ExpTransform().inv."
         )
 
 

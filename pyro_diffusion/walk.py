@@ -27,16 +27,75 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_diffusion.chains import GenerativeChain
+from pyro_diffusion.checks import require
 from pyro_diffusion.denoisers import Denoised, Denoiser
-from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.given import Given, as_real, flattened, observed_part, repeated, seen, together
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
 from pyro_diffusion.reading import footprint, rows_within
 from pyro_diffusion.scoring import Score, log_density, score
 
-__all__ = ["ROWS", "ReverseWalk", "look", "taken"]
+__all__ = [
+    "ROWS",
+    "ReverseWalk",
+    "check_weights",
+    "diffusion_of",
+    "look",
+    "taken",
+    "whose_programs",
+]
 
 ROWS = 2048  #: of a network at a time, where nothing else says how many: a batch that fits a cache
+
+
+def whose_programs(model: Any, guide: Any) -> DiffusionModel | None:
+    """The diffusion model whose own, whole programs these are; ``None`` of any others."""
+    owner = getattr(model, "owner", None)
+    both = owner is getattr(guide, "owner", None)
+    if not isinstance(owner, DiffusionModel) or not both:
+        return None
+    own, length = owner.model, owner.schedule.num_timesteps
+    kernels = ("prior", "transition", "likelihood")
+    same = isinstance(model, GenerativeChain) and all(
+        getattr(model, kernel).function == getattr(own, kernel).function for kernel in kernels
+    )
+    return owner if same and model.num_timesteps == guide.num_timesteps == length else None
+
+
+def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]:
+    """A diffusion model and data, from what a reader was called with: those, or its programs and data.
+
+    Raises:
+        ValueError: Programs of another kind, or of a part of the chain; weights that are drawn.
+    """
+    if isinstance(model, tuple | list) and len(model) == 2:
+        x_0 = guide if x_0 is None else x_0
+        model, guide = model[0], model[1]
+    if callable(guide) and not isinstance(model, DiffusionModel):
+        diffusion = whose_programs(model, guide)
+        if diffusion is None:
+            raise ValueError(
+                f"arguments 'model' and 'guide': got a {type(model).__name__} and a {type(guide).__name__}; "
+                "expected the whole programs of one DiffusionModel, whose kernels are walked. Pass the model "
+                "itself, and state=t for states."
+            )
+    else:
+        diffusion, x_0 = check_diffusion(model), guide if x_0 is None else x_0
+    return check_weights(diffusion), x_0
+
+
+def check_weights(diffusion: DiffusionModel) -> DiffusionModel:
+    """``diffusion``, if no weight of it is drawn from a prior, which would be another model at every call."""
+    drawn = [m for m in diffusion.modules() if getattr(m, "_pyro_samples", None)]
+    require(
+        not drawn,
+        "argument 'diffusion'",
+        f"a {type(drawn[0]).__name__ if drawn else ''} with a PyroSample, whose weights are drawn",
+        "weights that stay",
+        "Read a model and a guide, which draws the weights too, by SVI and Trace_ELBO.",
+    )
+    return diffusion
 
 
 class ReverseWalk:

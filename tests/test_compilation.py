@@ -739,3 +739,42 @@ def test_gradients_that_share_memory_are_copied():
     twice.backward()
     torch.testing.assert_close(a.grad, 6 * one[0])
     torch.testing.assert_close(b.grad, 2 * one[1])
+
+
+class Two(nn.Module):
+    """Two parameters in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(3.0))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z + self.a + 10 * self.b, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.a.expand(len(x)), 1.0))
+
+
+def test_parameters_that_change_places_or_are_tied_make_another_graph():
+    two, x = Two(), torch.randn(8)
+    loss = interpreted(two.model, two.guide, TraceMeanField_ELBO())
+
+    def agree():
+        values = []
+        for call in (
+            lambda: loss(x).item(),
+            lambda: TraceMeanField_ELBO().loss(two.model, two.guide, x),
+        ):
+            torch.manual_seed(0)
+            values.append(call())
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+        return values[0]
+
+    first = agree()
+    two.a, two.b = two.b, two.a
+    swapped = agree()
+    two.b = two.a
+    assert len({first, swapped, agree()}) == 3

@@ -13,8 +13,10 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from torch import nn
+from torch.distributions import constraints
 
 from pyro_diffusion import (
     MLP,
@@ -160,6 +162,128 @@ def test_a_bound_by_datum_passes_gradients():
 
 
 # Inference mode, and a surrounding program.
+
+
+def test_the_flow_has_gradients_by_the_numbers_of_an_oracle():
+    """Which are buffers: d log N(x; m, s²) / dm = (x − m) / s²."""
+    mean = torch.tensor([0.3, -1.0], dtype=torch.float64, requires_grad=True)
+    schedule = LogSNRSchedule(5, log_snr_max=14.0, log_snr_min=-30.0)
+    diffusion = DiffusionModel(GaussianDenoiser(mean, torch.ones(2).double(), schedule))
+    x_0 = torch.randn(4, 2).double()
+    log_p = ode_log_likelihood(diffusion, x_0, rtol=1e-8, atol=1e-8).log_evidence
+    (grad,) = torch.autograd.grad(log_p.sum(), mean)
+    torch.testing.assert_close(grad, (x_0 - mean.detach()).sum(0), rtol=1e-3, atol=1e-3)
+
+
+class Positive(PyroModule):
+    def __init__(self, factor):
+        super().__init__()
+        value = torch.tensor(factor, dtype=torch.float64)
+        self.factor = PyroParam(value, constraints.positive)
+
+    def forward(self, x_t, log_snr):
+        return self.factor * x_t
+
+
+class Drawn(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.factor = PyroSample(dist.Normal(0.0, 1.0))
+
+    def forward(self, x_t, log_snr):
+        return self.factor * x_t
+
+
+ALONE = {
+    "elbo_terms": lambda d, x: elbo_terms(d, x).elbo,
+    "paths": lambda d, x: elbo_terms(d, x, analytic_kl=False).elbo,
+    "importance_evidence": lambda d, x: importance_evidence(d, x, num_particles=3).log_evidence,
+    "evaluate_bound": lambda d, x: evaluate_bound(d, x, standard_error=99.0).elbo,
+    "smc_evidence": lambda d, x: smc_evidence(d, x, num_particles=3, num_runs=2).log_evidence,
+    "ode_log_likelihood": lambda d, x: ode_log_likelihood(d, x).log_evidence.detach(),
+    "OptimalVariance": lambda d, x: OptimalVariance.from_data(d, x, num_levels=3).log_mean_square,
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_models_with_constrained_parameters_are_two(name):
+    """Each is read with its own numbers, under its own names, whatever was read before."""
+
+    def value(factor, before):
+        pyro.clear_param_store()
+        models = [
+            DiffusionModel(NeuralDenoiser(Positive(f), LogSNRSchedule(5), (2,)))
+            for f in (*before, factor)
+        ]
+        for model in models:
+            torch.manual_seed(0)
+            result = ALONE[name](model, x_0)
+        names = list(pyro.get_param_store().keys())
+        assert all(key.startswith("diffusion_model") for key in names)
+        return result
+
+    x_0 = torch.randn(6, 2).double()
+    assert torch.equal(value(1.5, [0.5]), value(1.5, []))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_weights_that_are_drawn_are_not_read(name):
+    if name == "OptimalVariance":
+        pytest.skip("it is made with one draw of them")
+    diffusion = DiffusionModel(NeuralDenoiser(Drawn(), LogSNRSchedule(5), (2,)))
+    with pytest.raises(ValueError, match="PyroSample|latent sites"):
+        ALONE[name](diffusion, torch.randn(6, 2))
+
+
+def test_a_part_of_a_chain_is_not_taken_for_the_whole():
+    diffusion, x_2 = gaussian(), torch.randn(4, 2).double()
+    part = diffusion.model.of_state(2), diffusion.guide.of_state(2)
+    for call in (smc_evidence, ode_log_likelihood):
+        settings = {"num_particles": 3} if call is smc_evidence else {}
+        with pytest.raises(ValueError, match="pass state=|state=t for states"):
+            call(*part, x_2, **settings)
+    ours = importance_evidence(*part, x_2, num_particles=3).log_evidence
+    theirs = smc_evidence(diffusion, x_2, num_particles=3, state=2).log_evidence
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+class Told(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, x_t, log_snr, context=None):
+        return self.layer(torch.cat((x_t, log_snr[:, None], context), -1))
+
+
+@pytest.mark.parametrize(
+    "name", ["elbo_terms", "paths", "evaluate_bound", "smc_evidence", "summary"]
+)
+def test_a_context_goes_with_the_rows_that_measure_a_step(name):
+    diffusion = DiffusionModel(NeuralDenoiser(Told(), LogSNRSchedule(5), (2,)))
+    x_0, context = torch.randn(6, 2), torch.randn(6, 3)
+    calls = {
+        "elbo_terms": lambda: elbo_terms(diffusion, x_0, context=context).elbo,
+        "paths": lambda: elbo_terms(diffusion, x_0, context=context, analytic_kl=False).elbo,
+        "evaluate_bound": lambda: (
+            evaluate_bound(diffusion, x_0, standard_error=9.0, context=context).elbo
+        ),
+        "smc_evidence": lambda: (
+            smc_evidence(diffusion, x_0, num_particles=3, context=context).log_evidence
+        ),
+        "summary": lambda: torch.tensor(
+            [row.value.value for row in summary(diffusion, x_0, context=context).rows]
+        ),
+    }
+    assert calls[name]().isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["elbo_terms", "paths", "evaluate_bound", "smc_evidence"])
+def test_a_reader_warns_of_a_scale_that_does_not_fit(name):
+    """Measuring a step neither warns nor uses the warning up."""
+    diffusion = DiffusionModel(NeuralDenoiser(MLP((2,), hidden_size=4), LogSNRSchedule(5), (2,)))
+    with pytest.warns(UserWarning, match="root mean square"):
+        ALONE[name](diffusion, 1e3 * torch.randn(50, 2))
 
 
 def test_inference_mode():
@@ -361,6 +485,11 @@ def test_a_foreign_density_is_compared():
     ):
         with pytest.raises(ValueError, match=expected):
             compare({"chain": ours, "mixture": wrong})
+    mask = torch.rand(30, 2) < 0.7
+    mask[:, 0] = True
+    gaps = x_0.where(mask, math.nan)
+    observed = importance_evidence(diffusion, gaps, num_particles=30, mask=mask)
+    assert Evidence.exact(foreign, gaps, mask=mask.numpy()).data == observed.data
     for arguments in ((foreign[:, None],), (foreign, x_0[:5]), (foreign * math.nan,), ("words",)):
         with pytest.raises(ValueError, match="argument 'log_p'"):
             Evidence.exact(*arguments)
@@ -432,6 +561,9 @@ PROGRAM = """
     WORKS = {
         "elbo_terms": lambda: elbo_terms(categories(), levels(16), num_particles=4),
         "paths": lambda: elbo_terms(categories(), levels(4), num_particles=8, analytic_kl=False),
+        "rows": lambda: elbo_terms(
+            DiffusionModel(GaussianDenoiser(torch.zeros(1), torch.ones(1), LogSNRSchedule(400))),
+            torch.randn(10_000, 1), num_particles=1),
         "importance_evidence": lambda: importance_evidence(categories(), levels(4), num_particles=12),
         "evaluate_bound": lambda: evaluate_bound(categories(), levels(16), standard_error=1e4),
         "smc_evidence": lambda: smc_evidence(
@@ -453,10 +585,10 @@ PROGRAM = """
 """
 
 
-WORKS = "elbo_terms paths importance_evidence evaluate_bound smc_evidence to_arviz mixture hierarchical flow"
+WORKS = "elbo_terms paths rows importance_evidence evaluate_bound smc_evidence to_arviz"
 
 
-@pytest.mark.parametrize("work", WORKS.split())
+@pytest.mark.parametrize("work", [*WORKS.split(), "mixture", "hierarchical", "flow"])
 def test_a_budget_of_memory_holds(work):
     """At most twice the 256 MiB above what the process held before, models and small results included.
 

@@ -147,7 +147,7 @@ def evaluate_bound(
     error = check_positive("standard_error", standard_error, remedy, meaning)
     check_between("max_rows", max_rows, 0, math.inf, "network rows", "Leave it out.", "[]")
     if batch_size is not None:
-        check_count("batch_size", batch_size, 1, "Leave it out.", "network rows at a time")
+        batch_size = check_count("batch_size", batch_size, 1, "Leave it out.", "rows at a time")
     what = Given.of(**given)
     if isinstance(model, DiffusionModel) and not callable(guide):
         x_0 = guide if x_0 is None else x_0

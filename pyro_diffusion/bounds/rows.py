@@ -18,7 +18,7 @@ from pyro_diffusion.checks import check_data, check_finite
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.given import Given, as_real, observed_part, seen, together
 from pyro_diffusion.scoring import Score, log_density, score
-from pyro_diffusion.walk import ReverseWalk
+from pyro_diffusion.walk import ReverseWalk, check_weights
 
 GROUPS = 32  # of timesteps, each with a mean, a noise and a share of its own
 _HALVINGS = 10  # of the first group: few bits have flipped there, each with a term like 1 / t
@@ -47,7 +47,7 @@ class Rows:
         x_0 = check_data(x_0, given.mask)
         given.check_rows(len(x_0))
         diffusion.denoiser.check_given(given.of_kernels())
-        self.diffusion, self.time = diffusion, time
+        self.diffusion, self.time = check_weights(diffusion), time
         walk = ReverseWalk(diffusion, given=given)
         self.batch_size = walk.rows_within(x_0) if batch_size is None else batch_size
         self.given, self.count, self.device = given, len(x_0), x_0.device

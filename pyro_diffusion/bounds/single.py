@@ -12,28 +12,34 @@ Carlo error that of a sum of independent numbers,
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_diffusion.bounds.moments import Moments
 from pyro_diffusion.bounds.rows import Rows
 from pyro_diffusion.bounds.terms import ELBOTerms
-from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.chains.base import GuideProgram
+from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.reading import BUDGET
+from pyro_diffusion.walk import whose_programs
+
+_BYTES = 64  # of a row: what it is of, its term, and the moments
 
 
 def whose_terms_are_single(model: Any, guide: Any) -> DiffusionModel | None:
-    """The diffusion model of which these are the programs, if the guide knows its marginals."""
-    if not isinstance(guide, GuideProgram) or not isinstance(model, GenerativeChain):
+    """The diffusion model of which these are the programs, if the guide knows its marginals.
+
+    Its denoiser must make kernels as the abstract class does, in ``forward``: terms are made without it.
+    """
+    diffusion = whose_programs(model, guide)
+    if diffusion is None or not isinstance(guide, GuideProgram) or not guide.knows_marginals():
         return None
-    owner = model.owner
-    whole = model.num_timesteps == guide.num_timesteps and guide.owner is owner
-    if not whole or not guide.knows_marginals() or not isinstance(owner, DiffusionModel):
-        return None
-    own = owner.model
-    kernels = ("prior", "transition", "likelihood")
-    same = all(getattr(model, k).function == getattr(own, k).function for k in kernels)
-    return owner if same and model.num_timesteps == own.num_timesteps else None
+    denoiser = diffusion.denoiser
+    hooks = denoiser._forward_hooks or denoiser._forward_pre_hooks
+    own = type(denoiser).forward is Denoiser.forward and not hooks
+    drawn = any(getattr(module, "_pyro_samples", None) for module in diffusion.modules())
+    return diffusion if own and not drawn else None
 
 
 def single_terms(rows: Rows, num_particles: int, progress: bool) -> ELBOTerms:
@@ -45,29 +51,38 @@ def single_terms(rows: Rows, num_particles: int, progress: bool) -> ELBOTerms:
         progress: Show a progress bar if it takes more than five seconds.
     """
     length, count = int(rows.time.num_timesteps), rows.count
-    t = torch.arange(1, length + 1, device=rows.device)
-    at_once = max(1, min(num_particles, rows.batch_size // (length * count)))
-    moments = Moments()
-    with tqdm(total=num_particles * length * count, desc="bound", unit="row", delay=5,
-              disable=not progress, leave=False) as bar:  # fmt: skip
-        for start in range(0, num_particles, at_once):
-            times = min(at_once, num_particles - start)
-            shape = (times, length, count)
-            data = torch.arange(count, device=rows.device).expand(shape).flatten()
-            values = rows.terms(data, t[:, None].expand(shape).flatten(), bar.update)
-            moments.update(values.reshape(shape))
+    steps = max(1, int(BUDGET // (_BYTES * count)))  # timesteps of all data at a time
+    moments = []
+    with tqdm(
+        total=num_particles * length * count, desc="bound", unit="row", delay=5,
+        disable=not progress, leave=False,
+    ) as bar:  # fmt: skip
+        for t in torch.arange(1, length + 1, device=rows.device).split(steps):
+            moments.append(_moments(rows, t, num_particles, bar))
     return _terms(rows, moments)
 
 
-def _terms(rows: Rows, moments: Moments) -> ELBOTerms:
+def _moments(rows: Rows, t: Tensor, num_particles: int, bar: tqdm) -> Moments:
+    """Moments over particles of the terms of some timesteps, of shape ``(len(t), N)``."""
+    moments = Moments()
+    at_once = max(1, rows.batch_size // (len(t) * rows.count))
+    for start in range(0, num_particles, at_once):
+        shape = (min(at_once, num_particles - start), len(t), rows.count)
+        data = torch.arange(rows.count, device=rows.device).expand(shape).flatten()
+        values = rows.terms(data, t[:, None].expand(shape).flatten(), bar.update)
+        moments.update(values.reshape(shape))
+    return moments
+
+
+def _terms(rows: Rows, moments: list[Moments]) -> ELBOTerms:
     """The terms of every datum from those of rows, which have their signs and no log-Jacobian."""
-    prior, error = rows.log_volume - rows.known, moments.standard_error()
+    mean = torch.cat([part.mean for part in moments])
+    error = torch.cat([part.standard_error() for part in moments])
+    prior, mask, length = rows.log_volume - rows.known, rows.given.mask, len(mean)
     certain = torch.zeros_like(prior)[None]
-    mask = rows.given.mask
-    length = len(moments.mean)
     return ELBOTerms(
-        reconstruction=moments.mean[0] + rows.log_volume,
-        transition=-moments.mean[1:],
+        reconstruction=mean[0] + rows.log_volume,
+        transition=-mean[1:],
         prior=prior,
         standard_error=error.square().sum(0).sqrt(),
         term_standard_error=torch.cat((error, certain)),

@@ -269,8 +269,9 @@ def _rows_at_a_time(
         """Bytes of a state at every site of a diffusion model's chain, and of a step."""
         state = diffusion.schedule.num_timesteps - length
         with reading(diffusion):
-            data = rows_of_first(count)[0]
-            held, peak = footprint(partial(ReverseWalk(diffusion, state).rehearse, data))
+            data, own = rows_of_first(count)
+            walk = ReverseWalk(diffusion, state, given=own)
+            held, peak = footprint(partial(walk.rehearse, data))
         return length * held + peak
 
     diffusion: Any = getattr(model, "owner", None)

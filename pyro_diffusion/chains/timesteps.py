@@ -125,6 +125,7 @@ class StratifiedTimesteps(Timesteps):
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         key = self.reconstruction_share, num_timesteps, device
+        vars(self).setdefault("_laws", {})  # which an older pickle has not
         if key not in self._laws:
             # Evaluation may make it, and training use it: no inference tensors in it.
             with torch.inference_mode(False):

@@ -227,6 +227,7 @@ class Networked:
             _check_signature(network, _ARGUMENTS[: 2 + len(extra)])
             raise
         per_entry = (count,) if count > 1 else ()
+        check_argument("network", output, Tensor, "the output alone from its forward")
         if output.shape != flat.shape + per_entry:
             raise ValueError(
                 f"argument 'network': got an output of shape {tuple(output.shape)}; expected "

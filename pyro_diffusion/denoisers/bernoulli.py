@@ -166,7 +166,8 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         data = as_numbers("data", data)
         super().__init__(schedule, tuple(data.shape[1:]), rate)
         data = data if data.is_floating_point() else data.to(torch.get_default_dtype())
-        weights = torch.ones(len(data)) if weights is None else as_numbers("weights", weights)
+        count = len(data) if data.dim() else 0
+        weights = torch.ones(count) if weights is None else as_numbers("weights", weights)
         fit = data.dim() > 1 and weights.shape == data.shape[:1]
         require(
             fit and bool((weights > 0).all()),

@@ -80,6 +80,7 @@ class GaussianDenoiser(Denoiser):
             "Rotate the data to their principal axes, and use GaussianDenoiser(mean, std, schedule) there.",
         )
         mean = as_numbers("mean", mean)
+        mean = mean if mean.is_floating_point() else mean.to(torch.get_default_dtype())
         covariance = as_numbers("covariance", covariance, like=mean)
         require(
             mean.dim() == 1 and covariance.shape == (len(mean), len(mean)),
@@ -275,9 +276,10 @@ def _check_std(argument: str, std: Tensor, mean: Tensor) -> Tensor:
     except RuntimeError:
         expanded = None
     if expanded is None or not (std > 0).all() or not std.isfinite().all():
+        least = f"{std.min().item():g}" if std.numel() else "none"
         raise ValueError(
             f"argument {argument!r}: got shape {tuple(std.shape)} with a smallest value of "
-            f"{std.min().item():g}; expected positive standard deviations that broadcast to the "
+            f"{least}; expected positive standard deviations that broadcast to the "
             f"means' shape {tuple(mean.shape)}. A constant entry has no density: drop it."
         )
     return expanded

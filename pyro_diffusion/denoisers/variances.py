@@ -198,7 +198,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
         )
         ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
         levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
-        with reading(denoiser, data=x_0):
+        with reading(diffusion, data=x_0):  # type: ignore[arg-type]
             x_0, squares = diffusion.embed(check_data(x_0)), []
             for level in levels:
                 total = 0.0

@@ -121,11 +121,7 @@ def to_arviz(  # type: ignore[misc]
         "Draw more, of fewer data if memory is short.", "for the tail of the weights gives Pareto k",
     )  # fmt: skip
     model, guide, x_0 = unpacked(family, guide, x_0)
-    timesteps, what = _kept_timesteps(family, timesteps), Given.of(**given)
-    require(
-        what.context is None, "argument 'context'", "one for draws that are made without data as well",
-        "data alone, since the group prior has no rows of a context", "Use importance_evidence.",
-    )  # fmt: skip
+    timesteps, what = _kept_timesteps(family, timesteps), _without_context(Given.of(**given))
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
     drawn = _draw(model, guide, x_0, what, num_draws, keep, batch_size, progress)
     with reading(model, guide):
@@ -148,6 +144,14 @@ def to_arviz(  # type: ignore[misc]
     if isinstance(family, DiffusionModel):
         groups["constant_data"] = _curves(family)
     return arviz_bridge.as_arviz(groups)
+
+
+def _without_context(given: Given) -> Given:
+    require(
+        given.context is None, "argument 'context'", "one for draws that are made without data as well",
+        "data alone, since the group prior has no rows of a context", "Use importance_evidence.",
+    )  # fmt: skip
+    return given
 
 
 def _rows_at_a_time(family: Any, x_0: Tensor, given: Given) -> int:

@@ -69,7 +69,10 @@ class Evidence(NamedTuple):
             -0.9189385175704956
         """
         log_p = as_numbers("log_p", log_p).detach().double()
-        data = fingerprint(check_data(x_0), mask) if x_0 is not None else ""
+        mask = None if mask is None else as_numbers("mask", mask)
+        if x_0 is not None:
+            check_data(x_0, mask)
+        data = "" if x_0 is None else fingerprint(x_0, mask)
         count = len(log_p) if x_0 is None and log_p.dim() else 0 if x_0 is None else len(x_0)
         require(
             log_p.shape == (count,) and bool(log_p.isfinite().all()),

@@ -28,16 +28,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_diffusion.checks import check_count, check_data, check_positive, check_state, require
-from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.given import Given
-from pyro_diffusion.networks import evaluating
-from pyro_diffusion.reading import footprint, rows_within
-from pyro_diffusion.walk import look
+from pyro_diffusion.reading import alone, footprint, rows_within
+from pyro_diffusion.walk import diffusion_of, look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
 _MOST = 256  # data that share the solver's steps
@@ -111,7 +109,7 @@ def ode_log_likelihood(
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
-    with torch.inference_mode(False), evaluating(diffusion), poutine.block():
+    with torch.inference_mode(False), alone(diffusion):
         x_0 = x_0.clone() if x_0.is_inference() else x_0
         size = _rows_at_a_time(diffusion, x_0, num_probes, batch_size)
         parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(size)]
@@ -174,7 +172,9 @@ def _integrated(
     """The path and its divergence at the second log-SNR, from those at the first."""
     from torchdiffeq import odeint, odeint_adjoint
 
-    parameters = [p for p in diffusion.parameters() if p.requires_grad]
+    # An oracle's numbers are buffers.
+    numbers = (*diffusion.parameters(), *diffusion.buffers())
+    parameters = [x for x in numbers if x.requires_grad]
     wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
     settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": "dopri5"}
     if torch.is_grad_enabled() and wanted:

@@ -30,6 +30,7 @@ from pyro_diffusion.checks import check_state, require
 from pyro_diffusion.evidence.evidence import Evidence, at_the_end, average, fingerprint
 from pyro_diffusion.family import Family, Pair, unpacked
 from pyro_diffusion.given import Given
+from pyro_diffusion.reading import refuse_gradients
 
 
 @overload
@@ -101,6 +102,7 @@ def importance_evidence(  # type: ignore[misc]
     if state != 0:
         forward = model.guide if isinstance(model, Family) else q
         q = _check_guide(chain, forward, state, given)
+        refuse_gradients(x_0)
         if state == chain.num_timesteps:
             return at_the_end(chain.prior(), x_0, num_particles)
         chain, q = chain.of_state(state), q.of_state(state)

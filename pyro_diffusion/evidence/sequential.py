@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion.checks import check_count, check_data, check_state
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.diffusion import DiffusionModel, diffusion_of
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import (
     Evidence,
     at_the_end,
@@ -49,7 +49,7 @@ from pyro_diffusion.given import Given, as_real, repeated, together
 from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
 from pyro_diffusion.reading import BUDGET, footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
-from pyro_diffusion.walk import ROWS, ReverseWalk, taken
+from pyro_diffusion.walk import ROWS, ReverseWalk, diffusion_of, taken
 
 _KEPT = (
     128  # bytes of a particle at a timestep: features and weights, and the copies that a fit makes

@@ -25,6 +25,7 @@ from pyro_diffusion.evidence.importance import importance_evidence
 from pyro_diffusion.evidence.sequential import smc_evidence
 from pyro_diffusion.family import unpacked
 from pyro_diffusion.schedules import AlphaSchedule
+from pyro_diffusion.walk import whose_programs
 
 _TOLERANCE = 5.0  # joint standard errors beyond which two estimates disagree
 
@@ -135,10 +136,7 @@ def summary(
         ['chain, T = 10', 'chain, T → ∞', 'probability flow']
     """
     pair, guide, x_0 = unpacked(model, guide, x_0)
-    owner: Any = getattr(pair, "owner", None)
-    diffusion: Any = (
-        owner if isinstance(owner, DiffusionModel) and owner is getattr(guide, "owner", 0) else None
-    )
+    diffusion = whose_programs(pair, guide)
     settings = {"num_particles": num_particles, **given}
     chain = f"chain, T = {_length(pair)}"
     bound = _bound(chain, diffusion or (pair, guide), x_0, standard_error, given)

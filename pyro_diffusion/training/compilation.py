@@ -137,12 +137,13 @@ class CompiledELBO(nn.Module):
 
     def _key(self, values: list[Any], spec: pytree.TreeSpec) -> Any:
         """What a graph is good for: kinds of arguments and parameters, modes of modules, precision."""
-        read = {id(tensor): tensor for tensor in (*self._leaves, *self._tensors_read())}
+        read = (*self._leaves, *self._tensors_read())
+        kinds = {id(tensor): tensor for tensor in read}
         return (
             spec,
             tuple(map(_kind, values)),
-            tuple(read),
-            tuple(map(_kind, read.values())),
+            tuple(map(id, read)),  # in their places: one tensor may be in two
+            tuple(map(_kind, kinds.values())),
             tuple([module.training for module in self._modes]),
             tuple(_PYRO_STACK),
             _autocast(values),
