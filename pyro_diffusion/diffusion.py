@@ -290,10 +290,11 @@ class DiffusionModel(Family):
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
         """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved.
 
-        The first data of a model are compared with the chain's noise; a warning says if they do not fit.
+        The first data of a model with a network are compared with the chain's noise. A warning says if they
+        do not fit. An oracle knows the scale of its data.
         """
         states = self.process.check_states(super().embed(x_0, mask))
-        if looking() and not self._scale_is_known:
+        if looking() and not self._scale_is_known and hasattr(self.denoiser, "network"):
             self._scale_is_known = True
             self.process.warn_of_scale(states)
         return states
