@@ -30,9 +30,8 @@ __all__ = [
     "rows_within",
 ]
 
-BUDGET = (
-    2**28
-)  #: bytes of tensors that a reader holds at a time, beside the model, data and results
+#: Bytes of tensors that a reader holds at a time, beside the model, the data and the results.
+BUDGET = 2**28
 
 #: Rows of the second measurement: enough to tell what a row takes from what all rows share.
 _SEVERAL = 8

@@ -62,7 +62,8 @@ def ode_log_likelihood(
 
     Where gradients are recorded, the result has those by the data and by the model's parameters, from the
     adjoint equation, which is solved backwards to the same tolerances and needs no more memory for more
-    steps. So it may stand in a ``pyro.factor``, under ``SVI`` or ``NUTS``. Call it in ``torch.no_grad()`` to
+    steps. So it may stand in a ``pyro.factor``, under ``SVI`` or ``NUTS``, where the model's own parameters
+    stay as they are, because the program around does not see them. Call it in ``torch.no_grad()`` to
     read numbers only.
 
     Args:
