@@ -132,3 +132,23 @@ def test_many_dimensions_take_probes_and_chunks():
     assert found.log_evidence.dtype == torch.float64
     expected = diffusion.denoiser.data_distribution.log_prob(x_0).double()
     torch.testing.assert_close(found.log_evidence, expected, rtol=0.0, atol=0.2)
+
+
+def test_the_solver_asks_about_the_log_snrs_of_the_curve_only():
+    """A slow start made the solver guess a first step of a thousand, and then one of zero."""
+    schedule = LogSNRSchedule(5, log_snr_max=14.0, log_snr_min=-30.0)
+    mean, std = torch.tensor([0.3]).double(), torch.tensor([2.0]).double()
+    denoiser = GaussianDenoiser(mean, std, schedule)
+    asked, denoise = [], denoiser.denoise
+
+    def listening(x_t, log_snr):
+        asked.append(float(log_snr))
+        return denoise(x_t, log_snr)
+
+    denoiser.denoise = listening
+    x_0 = torch.tensor([[0.04742070755472291]]).double()
+    value = ode_log_likelihood(DiffusionModel(denoiser), x_0, rtol=1e-3, atol=1e-3).log_evidence
+    exact = torch.distributions.Normal(0.3, 2.0).log_prob(x_0)[:, 0]
+    torch.testing.assert_close(value, exact, rtol=0, atol=0.03)
+    assert min(asked) >= -30.0 - 1e-9
+    assert max(asked) <= 14.0 + 1e-9

@@ -177,12 +177,16 @@ def _integrated(
     numbers = (*diffusion.parameters(), *diffusion.buffers())
     parameters = [x for x in numbers if x.requires_grad]
     wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
-    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "method": "dopri5"}
+    # The solver's own guess of a first step asks about log-SNRs far outside of the curve, and can be zero.
+    first = 0.01 * (log_snr[1] - log_snr[0]).abs().detach()
+    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "options": {"first_step": first}}
     if torch.is_grad_enabled() and wanted:
-        path = odeint_adjoint(velocity, start, log_snr, adjoint_params=parameters, **settings)
+        path = odeint_adjoint(
+            velocity, start, log_snr, adjoint_params=parameters, method="dopri5", **settings
+        )
     else:
         with torch.no_grad():
-            path = odeint(velocity, start, log_snr, **settings)
+            path = odeint(velocity, start, log_snr, method="dopri5", **settings)
     return path[0][-1], path[1][-1]
 
 
