@@ -179,7 +179,11 @@ def _integrated(
     wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
     # The solver's own guess of a first step asks about log-SNRs far outside of the curve, and can be zero.
     first = 0.01 * (log_snr[1] - log_snr[0]).abs().detach()
-    settings: dict[str, Any] = {"rtol": rtol, "atol": atol, "options": {"first_step": first}}
+    settings: dict[str, Any] = {
+        "rtol": rtol,
+        "atol": atol,
+        "options": {"first_step": first, "step_t": log_snr.detach()},
+    }
     if torch.is_grad_enabled() and wanted:
         path = odeint_adjoint(
             velocity, start, log_snr, adjoint_params=parameters, method="dopri5", **settings
