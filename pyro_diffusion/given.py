@@ -14,7 +14,8 @@ matter, and may be NaN.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ __all__ = [
     "Given",
     "ObservedEntries",
     "as_real",
+    "chunks",
+    "first_repeated",
     "flattened",
     "observed_part",
     "repeated",
@@ -101,6 +104,17 @@ def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def repeated(x: Tensor, times: int) -> Tensor:
     """All rows, several times over, ``(times · N, …)``: for particles in front of the data."""
     return x.repeat(times, *(1,) * (x.dim() - 1))
+
+
+def chunks(x_0: Tensor, given: Given, size: int) -> Iterator[tuple[int, Tensor, Given]]:
+    """Data in chunks of so many rows, with what goes with them: the first row's number, data, given."""
+    for start in range(0, len(x_0), size):
+        yield start, *together(itemgetter(slice(start, start + size)), x_0, given)
+
+
+def first_repeated(x_0: Tensor, given: Given, times: int) -> tuple[Tensor, Given]:
+    """The first datum several times over, with what goes with it: rows to measure a step with."""
+    return together(lambda x: repeated(x[:1], times), x_0, given)
 
 
 def flattened(context: Any, batch_shape: torch.Size) -> Any:

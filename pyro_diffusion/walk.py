@@ -31,7 +31,7 @@ from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import require
 from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.given import Given, as_real, flattened, observed_part, repeated, seen, together
+from pyro_diffusion.given import Given, as_real, first_repeated, flattened, observed_part, seen
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
 from pyro_diffusion.reading import footprint, rows_within
 from pyro_diffusion.scoring import Score, log_density, score
@@ -85,9 +85,14 @@ def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]
     return check_weights(diffusion), x_0
 
 
+def drawing(diffusion: DiffusionModel) -> list[Any]:
+    """The modules of a model whose weights are drawn from a prior."""
+    return [module for module in diffusion.modules() if getattr(module, "_pyro_samples", None)]
+
+
 def check_weights(diffusion: DiffusionModel) -> DiffusionModel:
     """``diffusion``, if no weight of it is drawn from a prior, which would be another model at every call."""
-    drawn = [m for m in diffusion.modules() if getattr(m, "_pyro_samples", None)]
+    drawn = drawing(diffusion)
     require(
         not drawn,
         "argument 'diffusion'",
@@ -179,7 +184,7 @@ class ReverseWalk:
 
         def cost(count: int) -> float:
             """Bytes of a step."""
-            data, own = together(lambda x: repeated(x[:1], count), x_0, self.given)
+            data, own = first_repeated(x_0, self.given, count)
             walk = ReverseWalk(self.diffusion, self.state, denoiser=self.denoiser, given=own)
             return footprint(lambda: walk.rehearse(data)).peak
 

@@ -22,7 +22,7 @@ from pyro_diffusion.chains.base import GuideProgram
 from pyro_diffusion.denoisers import Denoiser
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.reading import BUDGET
-from pyro_diffusion.walk import whose_programs
+from pyro_diffusion.walk import drawing, whose_programs
 
 _BYTES = 64  # of a row: what it is of, its term, and the moments
 
@@ -38,8 +38,7 @@ def whose_terms_are_single(model: Any, guide: Any) -> DiffusionModel | None:
     denoiser = diffusion.denoiser
     hooks = denoiser._forward_hooks or denoiser._forward_pre_hooks
     own = type(denoiser).forward is Denoiser.forward and not hooks
-    drawn = any(getattr(module, "_pyro_samples", None) for module in diffusion.modules())
-    return diffusion if own and not drawn else None
+    return diffusion if own and not drawing(diffusion) else None
 
 
 def single_terms(rows: Rows, num_particles: int, progress: bool) -> ELBOTerms:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from pyro_diffusion.bounds.checks import (
 from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.given import Given, chunks, first_repeated, repeated, together
 from pyro_diffusion.reading import footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS, ReverseWalk
@@ -101,8 +100,7 @@ def trajectory_terms(
     with tqdm(
         total=0, desc=description, unit="site", delay=5, disable=not progress, leave=False
     ) as bar:
-        for start in range(0, len(x_0), chunk_data):
-            data, parts = together(itemgetter(slice(start, start + chunk_data)), x_0, given)
+        for start, data, parts in chunks(x_0, given, chunk_data):
             for first in range(0, num_particles, chunk_particles):
                 times = min(chunk_particles, num_particles - first)
                 rows_of_all = together(partial(repeated, times=times), data, parts)
@@ -255,21 +253,17 @@ def _rows_at_a_time(
 ) -> int:
     """Trajectories whose states and step fit the budget of memory."""
 
-    def rows_of_first(count: int) -> tuple[Tensor, Given]:
-        """The first datum, several times over."""
-        return together(lambda x: repeated(x[:1], count), x_0, given)
-
     def of_programs(count: int) -> float:
         """Bytes of a run of both programs."""
         with tqdm(disable=True) as bar:
-            run = partial(_read, model, guide, *rows_of_first(count), None, (), bar, 1)
+            run = partial(_read, model, guide, *first_repeated(x_0, given, count), None, (), bar, 1)
             return footprint(run).peak
 
     def of_chain(count: int) -> float:
         """Bytes of a state at every site of a diffusion model's chain, and of a step."""
         state = diffusion.schedule.num_timesteps - length
         with reading(diffusion):
-            data, own = rows_of_first(count)
+            data, own = first_repeated(x_0, given, count)
             walk = ReverseWalk(diffusion, state, given=own)
             held, peak = footprint(partial(walk.rehearse, data))
         return length * held + peak

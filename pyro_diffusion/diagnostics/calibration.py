@@ -16,7 +16,6 @@ References:
 
 import math
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from pyro_diffusion.diagnostics.recording import (
     joined,
 )
 from pyro_diffusion.family import Family, Pair, programs
-from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.given import Given, chunks, repeated
 from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS
 
@@ -178,20 +177,18 @@ def active_units(
     remedy = "Pass more: a variance over data is compared with the noise of its means."
     check_count("len(x_0)", len(x_0), 2, remedy)
     num_particles = check_count("num_particles", num_particles, 2, remedy)
-    chunks = []
+    means = []
     with reading(guide, data=x_0):
-        size = max(ROWS // num_particles, 1)
-        for start in range(0, len(x_0), size):
-            data, own = together(itemgetter(slice(start, start + size)), x_0, what)
+        for _, data, own in chunks(x_0, what, max(ROWS // num_particles, 1)):
             record = Record(mean=True)
-            chunks.append(record.of_particles(guide, data, num_particles, own))
+            means.append(record.of_particles(guide, data, num_particles, own))
             if record.observed:
                 raise ValueError(
                     f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "
                     "guide, whose latents follow the data. Pass family.guide."
                 )
     active = {}
-    for name, x in joined(chunks, 1).items():
+    for name, x in joined(means, 1).items():
         noise = x.var(0).mean(0) / num_particles
         excess = x.mean(0).var(0) - noise
         active[name] = excess > (3 * noise * math.sqrt(2 / (len(x_0) - 1))).clamp(min=threshold)

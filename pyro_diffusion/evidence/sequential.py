@@ -26,7 +26,6 @@ References:
 
 import math
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ from pyro_diffusion.evidence.evidence import (
     log_mean,
     tail,
 )
-from pyro_diffusion.given import Given, as_real, repeated, together
+from pyro_diffusion.given import Given, as_real, chunks, first_repeated
 from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
 from pyro_diffusion.reading import BUDGET, footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
@@ -165,8 +164,7 @@ def _parts(
     with tqdm(
         total=steps, desc="evidence", unit="step", delay=5, disable=not progress, leave=False
     ) as bar:
-        for start in range(0, num_data, size):
-            data, own = together(itemgetter(slice(start, start + size)), x_0, given)
+        for _, data, own in chunks(x_0, given, size):
             walk = ReverseWalk(diffusion, state, rows=rows, given=own)
             parts.append(_chunk(walk, data, *counts, bar))
     return parts
@@ -178,7 +176,7 @@ def _data_at_a_time(walk: ReverseWalk, x_0: Tensor, given: Given, counts: _Count
 
     def cost(count: int) -> float:
         """Bytes of two steps, and of what the pilot run keeps of all."""
-        data, own = together(lambda x: repeated(x[:1], count), x_0, given)
+        data, own = first_repeated(x_0, given, count)
         short = ReverseWalk(walk.diffusion, walk.state, rows=walk.rows, given=own)
         with tqdm(disable=True) as bar:
             step = footprint(lambda: _run(short, data, particles, None, bar, steps=2))
