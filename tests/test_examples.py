@@ -25,6 +25,7 @@ LISTED = {
 
 BENCHMARKS = {
     "heartbeat.py": ["best", "heartbeats among samples", "log p is -2.3219"],
+    "fit.py": ["behind", "ahead of the loop", "a step of fit"],
     "honesty.py": ["sd z", "evaluate_bound", "levels", "smc_evidence"],
     "ising.py": ["log p − bound", "ladder VAE", "total variation"],
     "lengths.py": ["variance", "of a full sum", "| inf | any |"],
