@@ -1,7 +1,8 @@
 r"""What is installed, and whether it works: ``python -m pyro_diffusion``.
 
-It prints versions, devices and the extras that are found. Then it runs a check of about ten seconds. Each
-part of the check compares the package with an oracle, a number that is known without it:
+It prints versions, devices and the extras that are found. Then it runs a check of about ten seconds; the
+first time, the C++ compiler takes some twenty more. Each part of the check compares the package with an
+oracle, a number that is known without it:
 
 - With the exact reverse chain of Gaussian data, or of a mixture, every draw of the bound is
   :math:`\log p(x_0)`.

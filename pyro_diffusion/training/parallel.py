@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import require
 
-Result = TypeVar("Result")  # of a function of data
+_Result = TypeVar("_Result")  # of a function of data
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -66,7 +66,7 @@ def common_length(lengths: Sequence[int], remedy: str) -> int:
     return lengths[0]
 
 
-def over_ranks(function: Callable[..., Result], *data: Any) -> Result:
+def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
     """Call a function on this rank's share of the data, and join the results of all ranks.
 
     Every rank calls it with the same data and gets the same result. On one process it is
@@ -118,7 +118,7 @@ def over_ranks(function: Callable[..., Result], *data: Any) -> Result:
         if said is not None:
             raise ValueError(f"rank {rank}: {said}")
     values, kinds, sizes, _ = zip(*(part for part in parts if part[2]), strict=True)
-    result: Result = _joined(values, sizes, kinds[0])
+    result: _Result = _joined(values, sizes, kinds[0])
     return result
 
 
