@@ -39,7 +39,7 @@ from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.schedules.views import evenly_spaced
-from pyro_diffusion.typed import TorchDistribution
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion"]
 
@@ -80,7 +80,7 @@ class DiffusionModel(Family):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any = None,
+        likelihood: EmbedsData | None = None,
         transform: Transform | None = None,
         *,
         name: str | None = None,

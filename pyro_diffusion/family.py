@@ -34,7 +34,7 @@ from pyro_diffusion.transforms import (
     parts,
     transformed,
 )
-from pyro_diffusion.typed import TorchDistribution
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = ["Family", "Pair", "programs", "unpacked"]
 
@@ -53,7 +53,7 @@ class Family(ParamScope, ABC):
     def __init__(
         self,
         event_shape: tuple[int, ...],
-        likelihood: Any,
+        likelihood: EmbedsData | None,
         transform: Transform | None,
         name: str | None,
     ) -> None:

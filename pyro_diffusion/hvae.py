@@ -41,7 +41,7 @@ from pyro_diffusion.encoders import (
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.networks import FeedForward, apply_layer
-from pyro_diffusion.typed import TorchDistribution
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = [
     "BottomUpEncoder",
@@ -97,7 +97,7 @@ class HierarchicalVAE(Family):
         self,
         event_shape: tuple[int, ...],
         latent_sizes: Sizes,
-        likelihood: Any = None,
+        likelihood: EmbedsData | None = None,
         *,
         encoder: BottomUpEncoder | TopDownEncoder | None = None,
         decoder: Sequence[nn.Module] | None = None,

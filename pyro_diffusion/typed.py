@@ -1,4 +1,4 @@
-"""Pyro's distributions as a type checker sees them.
+"""Pyro's distributions as a type checker sees them, and what a likelihood must be able to do.
 
 Pyro has few type hints. Many functions of this package return a distribution of Pyro's. The interface of
 these distributions is written down here, after ``pyro/distributions/torch_distribution.py``, so that a type
@@ -15,11 +15,12 @@ A user's own code is checked with these lines in ``mypy.ini``::
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from torch.distributions import Distribution, constraints
 
     class TorchDistribution(Distribution):
@@ -54,3 +55,13 @@ if TYPE_CHECKING:
             """The distribution whose log-probability is zero where the mask is false."""
 else:
     from pyro.distributions.torch_distribution import TorchDistribution
+
+
+class EmbedsData(Protocol):
+    r"""A likelihood :math:`p(x_0 \mid x_1)`: one of ours, or any object that does these two things."""
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Data of shape ``batch_shape + …`` as points of the chain, ``batch_shape + event_shape``."""
+
+    def __call__(self, x_0_hat: Tensor) -> TorchDistribution:
+        """The distribution over the data, given an estimate in embedded space."""

@@ -78,6 +78,9 @@ MISTAKES = {
     "ODESampler(diffusion)(2).shapes": "has no attribute",
     "diffusion.decode(x_0).log_probs(x_0)": "has no attribute",
     "LogSNRSchedule('many')": "incompatible type",
+    "DiffusionModel(diffusion.denoiser, likelihood=3)": "incompatible type",
+    "DiffusionModel(diffusion.denoiser, likelihood=GaussianLikelihood)": "incompatible type",
+    "HierarchicalVAE((2,), (4,), likelihood=x_0)": "incompatible type",
     "MLP((2,))(x_0)": "Missing positional argument",
 }
 

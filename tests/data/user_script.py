@@ -11,6 +11,7 @@ from typing import assert_type
 
 import matplotlib.pyplot as plt
 import pyro
+import pyro.distributions as dist
 import torch
 import xarray
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
@@ -100,6 +101,19 @@ class Network(nn.Module):
         """The noise, from a state and its log-SNR."""
         output: Tensor = self.layer(torch.cat([x_t, log_snr[:, None]], 1))
         return output
+
+
+class Angles:
+    """A likelihood of the user's own, which is a plain object."""
+
+    def embed(self, x_0: Tensor) -> Tensor:
+        """Angles as states of the chain."""
+        return x_0 / math.pi
+
+    def __call__(self, x_0_hat: Tensor) -> TorchDistribution:
+        """A von Mises law around the estimate."""
+        law: TorchDistribution = dist.VonMises(math.pi * x_0_hat, 10.0)
+        return law
 
 
 def build(schedule: NoiseSchedule) -> DiffusionModel:
@@ -213,6 +227,8 @@ def other_data() -> None:
         likelihood=PoissonLikelihood(max_count=6),
     )
     print(elbo_terms(counts, torch.randint(6, (3, 2))).mean())
+    circle = DiffusionModel(NeuralDenoiser(MLP((1,)), LogSNRSchedule(5), (1,)), Angles())
+    print(elbo_terms(circle, torch.rand(3, 1)).mean())
     bits = torch.eye(4)
     decay = LinearDecaySchedule(5)
     bernoulli = BernoulliDiffusion(NeuralBernoulliDenoiser(MLP((4,)), decay, event_shape=(4,)))
