@@ -1,7 +1,8 @@
 # make demo: fit the digits and look at them.  make test: the whole suite.
 # make docs: the site, in docs/_build/html.
+# make wheel: sdist and wheel in dist/, and the wheel's smoke test in an empty environment (PYTHON's).
 # make arviz1: the tests of arviz_bridge against ArviZ 1.x, without torch; PYTHON is 3.12 or later.
-# All but that make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
+# All but those two make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs arviz1 clean
+.PHONY: demo test lint types docs wheel arviz1 clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --device $(DEVICE)
@@ -27,6 +28,16 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
+wheel:
+	rm -rf dist build/wheel
+	$(PYTHON) -m venv build/wheel/tools
+	build/wheel/tools/bin/python -m pip install --quiet build
+	build/wheel/tools/bin/python -m build --outdir dist
+	$(PYTHON) -m venv build/wheel/empty
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/wheel && empty/bin/python -I ../../tests/smoke.py ../../dist
+
 arviz1:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "make arviz1 PYTHON=…: ArviZ 1.x needs 3.12")'
 	$(PYTHON) -m venv .venv-arviz1
@@ -40,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-arviz1 outputs build docs/_build *.egg-info
+	rm -rf $(VENV) .venv-arviz1 outputs build dist docs/_build *.egg-info

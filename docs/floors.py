@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs/floors.svg"
 #: What a room is for, which is its colour.
 KINDS = {
     "the ground: arguments, names, versions": (
-        "#e4e4e4", "checks distributions params arviz_bridge moved",
+        "#e4e4e4", "checks distributions params arviz_bridge moved typed",
     ),
     "idea 1: the forward process": ("#cfe3f7", "schedules processes"),
     "what is learned, and the data's own units": (
@@ -41,7 +41,7 @@ def imports():
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if room != "__init__":
+        if room not in ("__init__", "__main__"):
             found.setdefault(room, set()).update(_imported(ast.parse(path.read_text())))
     return {room: sorted(found[room] - {room}) for room in sorted(found)}
 

@@ -53,7 +53,7 @@ from pyro_diffusion.likelihoods import (
     LevelLikelihood,
     PoissonLikelihood,
 )
-from pyro_diffusion.moved import forwarded, keep_modules
+from pyro_diffusion.moved import keep_modules, keep_names
 from pyro_diffusion.networks import MLP, FeedForward, UNet
 from pyro_diffusion.plots import (
     plot_bound,
@@ -102,7 +102,7 @@ __version__ = "0.2.0"
 
 keep_modules()
 
-__getattr__ = forwarded(
+keep_names(
     "pyro_diffusion",
     {
         "BernoulliDenoiser": "denoisers",

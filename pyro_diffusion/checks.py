@@ -18,9 +18,10 @@ from types import UnionType
 from typing import Any, get_args
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution
+
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = [
     "as_numbers",

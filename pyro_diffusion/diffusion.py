@@ -16,10 +16,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -40,6 +39,7 @@ from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
 from pyro_diffusion.schedules.views import evenly_spaced
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion"]
 
@@ -80,7 +80,7 @@ class DiffusionModel(Family):
     def __init__(
         self,
         denoiser: Denoiser,
-        likelihood: Any = None,
+        likelihood: EmbedsData | None = None,
         transform: Transform | None = None,
         *,
         name: str | None = None,
@@ -326,16 +326,18 @@ class DiffusionModel(Family):
             return self.denoiser.decode(x_1, denoised)
         return self.likelihood(denoised.x_0_hat)
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MOVED:
-            return super().__getattr__(name)
-        where, kernel = _MOVED[name]
-        warnings.warn(
-            f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return kernel(self)
+    if not TYPE_CHECKING:  # which would take every name for one of ours
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _MOVED:
+                return super().__getattr__(name)
+            where, kernel = _MOVED[name]
+            warnings.warn(
+                f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return kernel(self)
 
 
 #: Kernels that were methods of the model in version 0.1: where they are, and how to get them.

@@ -19,7 +19,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyro.distributions as dist
@@ -29,6 +29,7 @@ from torch.nn.functional import softplus
 
 from pyro_diffusion.checks import check_shape, check_unused, require
 from pyro_diffusion.networks import FeedForward, apply_layer
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = [
     "BottomUpEncoder",
@@ -70,7 +71,11 @@ class GaussianLayer(nn.Module):
         super().__init__()
         self.network = FeedForward(input_shape, (2, *output_shape), **settings)
 
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
+    if TYPE_CHECKING:
+
+        def __call__(self, h: Tensor) -> TorchDistribution: ...
+
+    def forward(self, h: Tensor) -> TorchDistribution:
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
         event_dim = len(self.network.output_shape) - 1
         mean, raw = apply_layer(self.network, h).unbind(-1 - event_dim)
@@ -121,7 +126,7 @@ class BottomUpEncoder(nn.Module):
         """Number of levels, one for each layer."""
         return len(self.layers)
 
-    def transition(self, h: Tensor, t: int) -> dist.TorchDistribution:
+    def transition(self, h: Tensor, t: int) -> TorchDistribution:
         r""":math:`q(h_t \mid h_{t-1})`."""
         return self.layers[t - 1](h)
 
@@ -134,13 +139,13 @@ class TopDownEncoder(nn.Module, ABC):
         """The context ``c`` of embedded data ``x``, computed once for all levels."""
 
     @abstractmethod
-    def initial(self, c: Any) -> dist.TorchDistribution:
+    def initial(self, c: Any) -> TorchDistribution:
         r""":math:`q(h_T \mid x)`."""
 
     @abstractmethod
     def transition(
-        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], dist.TorchDistribution]
-    ) -> dist.TorchDistribution:
+        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
+    ) -> TorchDistribution:
         r""":math:`q(h_{t-1} \mid h_t, x)`; ``decoder(h, t)`` is the model's :math:`p(h_{t-1} \mid h_t)`."""
 
 
@@ -221,7 +226,7 @@ class LadderEncoder(TopDownEncoder):
         """Number of levels, one for each head."""
         return len(self.heads)
 
-    def encode(self, x: Tensor) -> list[dist.TorchDistribution]:
+    def encode(self, x: Tensor) -> list[TorchDistribution]:
         r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
         d, levels = x, []
         for step, head in zip(self.path, self.heads, strict=True):
@@ -229,16 +234,16 @@ class LadderEncoder(TopDownEncoder):
             levels.append(head(d))
         return levels
 
-    def initial(self, c: list[dist.TorchDistribution]) -> dist.TorchDistribution:
+    def initial(self, c: list[TorchDistribution]) -> TorchDistribution:
         return c[-1]
 
     def transition(
         self,
         h: Tensor,
-        c: list[dist.TorchDistribution],
+        c: list[TorchDistribution],
         t: int,
-        decoder: Callable[[Tensor, int], dist.TorchDistribution],
-    ) -> dist.TorchDistribution:
+        decoder: Callable[[Tensor, int], TorchDistribution],
+    ) -> TorchDistribution:
         return _merge(c[t - 2], decoder(h, t))
 
 
@@ -258,15 +263,15 @@ def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:
     return [shape, *(check_shape("latent_sizes", tuple(level), _SIZES) for level in levels)]
 
 
-def _merge(q_hat: dist.TorchDistribution, p: dist.TorchDistribution) -> dist.TorchDistribution:
+def _merge(q_hat: TorchDistribution, p: TorchDistribution) -> TorchDistribution:
     """The product of two Gaussians over one latent, normalised: their precisions add up."""
-    q, p = _check_normals(q_hat, p)
-    precision = q.scale**-2 + p.scale**-2
-    mean = (q.loc * q.scale**-2 + p.loc * p.scale**-2) / precision
+    q, prior = _check_normals(q_hat, p)
+    precision = q.scale**-2 + prior.scale**-2
+    mean = (q.loc * q.scale**-2 + prior.loc * prior.scale**-2) / precision
     return dist.Normal(mean, precision.rsqrt()).to_event(len(q_hat.event_shape))
 
 
-def _check_normals(q_hat: dist.TorchDistribution, p: dist.TorchDistribution) -> list[Any]:
+def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
     """The two Normals without their event dimensions, if they are Normals over one latent."""
     if q_hat.event_shape != p.event_shape:
         raise ValueError(

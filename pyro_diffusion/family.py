@@ -34,6 +34,7 @@ from pyro_diffusion.transforms import (
     parts,
     transformed,
 )
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = ["Family", "Pair", "programs", "unpacked"]
 
@@ -52,7 +53,7 @@ class Family(ParamScope, ABC):
     def __init__(
         self,
         event_shape: tuple[int, ...],
-        likelihood: Any,
+        likelihood: EmbedsData | None,
         transform: Transform | None,
         name: str | None,
     ) -> None:
@@ -184,9 +185,7 @@ class Family(ParamScope, ABC):
             log_jacobian = torch.where(mask, log_jacobian, 0.0)
         return log_jacobian.reshape(len(x_0), -1).sum(1)
 
-    def data_kernel(
-        self, kernel: dist.TorchDistribution, batch_shape: torch.Size
-    ) -> dist.TorchDistribution:
+    def data_kernel(self, kernel: TorchDistribution, batch_shape: torch.Size) -> TorchDistribution:
         """The last kernel in the user's units, everything but the batch as event dimensions."""
         if isinstance(kernel, Independent):
             kernel = kernel.base_dist

@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Independent
@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_diffusion.checks import require, widened
 from pyro_diffusion.distributions import WrappedSite
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = [
     "STATE",

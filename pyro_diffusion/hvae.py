@@ -21,7 +21,7 @@ References:
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -41,6 +41,7 @@ from pyro_diffusion.encoders import (
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.networks import FeedForward, apply_layer
+from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = [
     "BottomUpEncoder",
@@ -96,7 +97,7 @@ class HierarchicalVAE(Family):
         self,
         event_shape: tuple[int, ...],
         latent_sizes: Sizes,
-        likelihood: Any = None,
+        likelihood: EmbedsData | None = None,
         *,
         encoder: BottomUpEncoder | TopDownEncoder | None = None,
         decoder: Sequence[nn.Module] | None = None,
@@ -192,27 +193,30 @@ class HierarchicalVAE(Family):
             owner=self,  # and all of its parameters: a ladder runs the decoder as well
         )
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "posterior_guide":
-            raise AttributeError(
-                "attribute 'posterior_guide': got a BottomUpEncoder, whose sites run against the model's; "
-                "expected a ladder. Use guide with Trace_ELBO, or build with encoder=LadderEncoder(…)."
-            )
-        return super().__getattr__(name)
+    if not TYPE_CHECKING:  # which would take every name for one of ours
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "posterior_guide":
+                raise AttributeError(
+                    "attribute 'posterior_guide': got a BottomUpEncoder, whose sites run against the "
+                    "model's; expected a ladder. Use guide with Trace_ELBO, or build with "
+                    "encoder=LadderEncoder(…)."
+                )
+            return super().__getattr__(name)
 
     # The kernels of the programs.
 
-    def prior(self) -> dist.TorchDistribution:
+    def prior(self) -> TorchDistribution:
         """:math:`p(h_T) = N(0, I)`."""
         shape = self.latent_shapes[-1]
         zero = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return dist.Normal(zero, 1.0).to_event(len(shape))
 
-    def transition(self, h: Tensor, t: int) -> dist.TorchDistribution:
+    def transition(self, h: Tensor, t: int) -> TorchDistribution:
         r""":math:`p(h_{t-1} \mid h_t)`, t = T … 2."""
         return self._checked(self.decoder[t - 1](h), t - 1, "decoder")
 
-    def decode(self, h: Tensor) -> dist.TorchDistribution:
+    def decode(self, h: Tensor) -> TorchDistribution:
         r""":math:`p(x \mid h_1)`."""
         output = apply_layer(self.decoder[0], h)
         if self.likelihood is not None:
@@ -222,21 +226,22 @@ class HierarchicalVAE(Family):
                 f"argument 'decoder': got {described(output)} from its first layer; expected a distribution "
                 "of the data, since there is no likelihood. Pass likelihood=…, or let the layer return one."
             )
-        return self.data_kernel(output, h.shape[: h.dim() - len(self.latent_shapes[0])])
+        kernel = cast(TorchDistribution, output)
+        return self.data_kernel(kernel, h.shape[: h.dim() - len(self.latent_shapes[0])])
 
-    def _bottom_up(self, h: Tensor, t: int) -> dist.TorchDistribution:
+    def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
         return self._checked(self.encoder.transition(h, t), t, "encoder")
 
     def _encode(self, x_0: Tensor, mask: Tensor | None = None) -> Any:
         return self.encoder.encode(self.embed(x_0, mask))
 
-    def _initial(self, c: Any) -> dist.TorchDistribution:
+    def _initial(self, c: Any) -> TorchDistribution:
         return self._checked(self.encoder.initial(c), self.num_timesteps, "encoder")
 
-    def _top_down(self, h: Tensor, c: Any, t: int) -> dist.TorchDistribution:
+    def _top_down(self, h: Tensor, c: Any, t: int) -> TorchDistribution:
         return self._checked(self.encoder.transition(h, c, t, self.transition), t - 1, "encoder")
 
-    def _checked(self, kernel: Any, t: int, layers: str) -> dist.TorchDistribution:
+    def _checked(self, kernel: Any, t: int, layers: str) -> TorchDistribution:
         """A layer's kernel over the latent of level ``t``, if it is a distribution over it."""
         shape = self.latent_shapes[t - 1]
         if getattr(kernel, "event_shape", None) != shape:

@@ -28,7 +28,7 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -45,6 +45,7 @@ from pyro_diffusion.checks import (
 )
 from pyro_diffusion.distributions import Counts, DiscretizedGaussian
 from pyro_diffusion.given import as_real
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = [
     "BernoulliLikelihood",
@@ -98,8 +99,12 @@ class Likelihood(nn.Module, ABC):
     def embed(self, x_0: Tensor) -> Tensor:
         """Data of shape ``batch_shape + …`` as points of the chain, ``batch_shape + event_shape``."""
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x_0_hat: Tensor) -> TorchDistribution: ...
+
     @abstractmethod
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         """The distribution over the user's data, given ``x_0_hat`` in embedded space."""
 
     def embed_mask(self, mask: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ class GaussianLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return widened(x_0)
 
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         return dist.Normal(x_0_hat, self.scale.to(x_0_hat.dtype))
 
 
@@ -211,7 +216,7 @@ class DiscretizedGaussianLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, self.num_levels)
 
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         return DiscretizedGaussian(x_0_hat, self.scale.to(x_0_hat.dtype), self.num_levels)
 
     def extra_repr(self) -> str:
@@ -242,7 +247,7 @@ class BernoulliLikelihood(_ScaledLikelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, 2)
 
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         return dist.Bernoulli(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
 
 
@@ -281,7 +286,7 @@ class CategoricalLikelihood(_ScaledLikelihood):
         dtype = embed_levels(x_0, self.num_categories).dtype  # which also checks the data
         return 2 * one_hot(x_0.long(), self.num_categories).to(dtype) - 1
 
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         return dist.Categorical(logits=2 * x_0_hat / self.scale.to(x_0_hat.dtype) ** 2)
 
     def extra_repr(self) -> str:
@@ -318,7 +323,7 @@ class LevelLikelihood(Likelihood):
     def embed(self, x_0: Tensor) -> Tensor:
         return embed_levels(x_0, self.num_outputs)
 
-    def forward(self, logits: Tensor) -> dist.TorchDistribution:
+    def forward(self, logits: Tensor) -> TorchDistribution:
         if logits.dim() == 0 or logits.shape[-1] != self.num_outputs:
             raise ValueError(
                 f"argument 'likelihood': got an output of shape {tuple(logits.shape)}; expected a logit for "
@@ -378,7 +383,7 @@ class PoissonLikelihood(Likelihood):
         counts = _whole(x_0, math.inf, "counts, whole numbers of at least 0", remedy)
         return 2 * (counts / self.max_count).sqrt() - 1
 
-    def forward(self, x_0_hat: Tensor) -> dist.TorchDistribution:
+    def forward(self, x_0_hat: Tensor) -> TorchDistribution:
         root = math.sqrt(self.max_count) * (x_0_hat + 1) / 2
         return Counts((2 * (8 * root).asinh()).exp() / 256)
 

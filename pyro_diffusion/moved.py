@@ -1,18 +1,18 @@
 r"""Names of version 0.1 that have moved. They work for one more version, and warn that they moved.
 
-:func:`keep_modules` keeps the old modules importable: each forwards its names. :func:`forwarded` makes a
-``__getattr__`` for a package that some names have left.
+:func:`keep_modules` keeps the old modules importable: each forwards its names. :func:`keep_names` forwards
+the names that have left a package. A type checker sees neither, so that it finds the old names.
 """
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["forwarded", "keep_modules"]
+__all__ = ["keep_modules", "keep_names"]
 
 PACKAGE = "pyro_diffusion"
 
@@ -59,11 +59,11 @@ def keep_modules() -> None:
         sys.modules.setdefault(f"{PACKAGE}.{name}", _Moved(name, rooms))
 
 
-def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` for names that have left it.
+def keep_names(module: str, names: Mapping[str, str]) -> None:
+    """Give a package, which is being imported, a ``__getattr__`` for names that have left it.
 
     Args:
-        module: The module's name.
+        module: The package's name.
         names: The room of each name.
     """
 
@@ -75,7 +75,7 @@ def forwarded(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         return _found(module, name, (names[name],))
 
-    return get
+    vars(sys.modules[module])["__getattr__"] = get
 
 
 def _found(module: str, name: str, rooms: Sequence[str]) -> Any:

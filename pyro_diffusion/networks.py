@@ -14,7 +14,7 @@ References:
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,10 @@ class MLP(nn.Module):
         nn.init.zeros_(self.decode.weight)
         nn.init.zeros_(self.decode.bias)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x_t: Tensor, log_snr: Tensor) -> Tensor: ...
+
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""
         _check_input("x_t", x_t, 1, self.event_shape, "Build MLP with the denoiser's event shape.")
@@ -191,6 +195,10 @@ class FeedForward(nn.Module):
             )
         ]
         self.layers = nn.Sequential(*hidden, nn.Linear(last, self.output_shape.numel()))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, h: Tensor) -> Tensor: ...
 
     def forward(self, h: Tensor) -> Tensor:
         """Output of shape ``batch_shape + output_shape``."""
@@ -277,6 +285,10 @@ class UNet(nn.Module):
         )
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_t: Tensor, log_snr: Tensor) -> Tensor: ...
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         """Output of shape ``(B,) + event_shape``, or ``(B,) + event_shape + (num_outputs,)``."""

@@ -23,7 +23,6 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -35,10 +34,12 @@ from pyro_diffusion.given import Given, as_real, first_repeated, flattened, obse
 from pyro_diffusion.processes.gaussian import ChainStep, posterior_mean
 from pyro_diffusion.reading import footprint, rows_within
 from pyro_diffusion.scoring import Score, log_density, score
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = [
     "ROWS",
     "ReverseWalk",
+    "Walked",
     "check_weights",
     "diffusion_of",
     "look",
@@ -47,6 +48,9 @@ __all__ = [
 ]
 
 ROWS = 2048  #: of a network at a time, where nothing else says how many: a batch that fits a cache
+Walked = (
+    DiffusionModel | tuple[Callable[..., Any], Callable[..., Any]]
+)  # the two are its own programs
 
 
 def whose_programs(model: Any, guide: Any) -> DiffusionModel | None:

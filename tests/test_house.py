@@ -14,6 +14,7 @@ PACKAGE = Path(pyro_diffusion.__file__).parent
 #: Bottom-up: a module, or a folder of modules, imports only from those before it and from itself.
 ORDER = [
     "moved",
+    "typed",
     "checks",
     "distributions",
     "scoring",
@@ -40,6 +41,7 @@ ORDER = [
     "diagnostics",
     "plots",
     "__init__",
+    "__main__",
 ]
 
 #: Methods that are documented where they are declared first.

@@ -9,7 +9,7 @@ from pyro_diffusion.bounds.evaluation import BoundEvaluation, evaluate_bound
 from pyro_diffusion.bounds.moments import TermMoments, join_chunks
 from pyro_diffusion.bounds.terms import ELBOTerms, Estimate, snr_weight
 from pyro_diffusion.bounds.trajectories import trajectory_terms
-from pyro_diffusion.moved import forwarded
+from pyro_diffusion.moved import keep_names
 
 __all__ = [
     "BoundEvaluation",
@@ -23,6 +23,6 @@ __all__ = [
     "trajectory_terms",
 ]
 
-__getattr__ = forwarded(
+keep_names(
     "pyro_diffusion.bounds", {"ROWS": "walk", "log_density": "scoring", "measure_of": "scoring"}
 )

@@ -32,13 +32,18 @@ from pyro_diffusion.reading import reading, refuse_gradients
 
 
 @overload
-def elbo_terms(family: Pair, x_0: Tensor, /, **settings: Any) -> ELBOTerms: ...
+def elbo_terms(
+    family: Pair, /, x_0: Tensor, *, num_particles: int = ..., analytic_kl: bool | None = ...,
+    batch_size: int | None = ..., progress: bool = ..., **given: Any,
+) -> ELBOTerms: ...  # fmt: skip
 
 
 @overload
 def elbo_terms(
-    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **settings: Any
-) -> ELBOTerms: ...
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, num_particles: int = ...,
+    analytic_kl: bool | None = ..., batch_size: int | None = ..., progress: bool = ...,
+    **given: Any,
+) -> ELBOTerms: ...  # fmt: skip
 
 
 def elbo_terms(  # type: ignore[misc]

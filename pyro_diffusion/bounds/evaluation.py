@@ -47,7 +47,8 @@ References:
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ from pyro_diffusion.bounds.terms import Estimate
 from pyro_diffusion.chains.time import Time
 from pyro_diffusion.checks import check_between, check_count, check_data, check_positive, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.family import Family, unpacked
+from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading, refuse_gradients
 
@@ -99,8 +100,23 @@ class BoundEvaluation(NamedTuple):
         return self.mean().bits_per_dim(self.event_size)
 
 
+@overload
 def evaluate_bound(
-    model: Family | Any,
+    family: Pair, /, x_0: Tensor, *, standard_error: float, num_timesteps: float | None = ...,
+    batch_size: int | None = ..., max_rows: float = ..., **given: Any,
+) -> BoundEvaluation: ...  # fmt: skip
+
+
+@overload
+def evaluate_bound(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, standard_error: float,
+    num_timesteps: float | None = ..., batch_size: int | None = ..., max_rows: float = ...,
+    **given: Any,
+) -> BoundEvaluation: ...  # fmt: skip
+
+
+def evaluate_bound(  # type: ignore[misc]
+    model: Any,
     guide: Any = None,
     x_0: Any = None,
     *,

@@ -70,8 +70,8 @@ class Rows:
         """The term at :math:`x_T` of every datum, which is not drawn."""
         last = torch.as_tensor(self.time.last, device=self.device)
         marginal = self.time.marginal(self.diffusion.process, self.embedded, last)
-        pair = (observed_part(x, self.of_state) for x in (marginal, self.diffusion.prior()))
-        kl = score(*pair).kl
+        q, p = (observed_part(x, self.of_state) for x in (marginal, self.diffusion.prior()))
+        kl = score(q, p).kl
         if kl is None:
             raise ValueError(
                 f"site x_T: got no formula for the KL of {type(marginal).__name__} and the prior; expected "

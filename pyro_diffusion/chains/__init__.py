@@ -17,7 +17,7 @@ from pyro_diffusion.chains.timesteps import (
     Timesteps,
     UniformTimesteps,
 )
-from pyro_diffusion.moved import forwarded
+from pyro_diffusion.moved import keep_names
 
 __all__ = [
     "BottomUpGuide",
@@ -37,7 +37,7 @@ __all__ = [
     "UniformTimesteps",
 ]
 
-__getattr__ = forwarded(
+keep_names(
     "pyro_diffusion.chains",
     {
         "WrappedSite": "distributions",

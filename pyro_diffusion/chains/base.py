@@ -182,7 +182,7 @@ class GuideProgram(Program):
         r"""Whether :math:`q(x_t \mid x_0)` has a formula, so that single terms need no whole path."""
         return self.marginal is not None
 
-    def __call__(self, x_0: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x_0: Any = None, *args: Any, **kwargs: Any) -> None:
         """Run the program.
 
         In its sleep phase Pyro's ``ReweightedWakeSleep`` gives a guide what the model drew, as
@@ -197,7 +197,7 @@ class GuideProgram(Program):
             "one after the other, since a guide takes one batch of data",
             "Use ReweightedWakeSleep(vectorize_particles=False).",
         )
-        return super().__call__(drawn, *args, **kwargs)
+        super().__call__(drawn, *args, **kwargs)
 
 
 class GenerativeProgram(Program):

@@ -51,6 +51,8 @@ class GenerativeChain(GenerativeProgram):
         owner: Model that owns the parameters; ``None`` for a program that stands alone.
     """
 
+    __call__: Callable[..., Tensor]  # of forward
+
     def __init__(
         self, prior: Function, transition: Function, likelihood: Function, *, num_timesteps: int,
         owner: ParamScope | None = None,

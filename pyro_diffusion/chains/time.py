@@ -13,7 +13,6 @@ from numbers import Real
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.chains.timesteps import Timesteps
@@ -22,6 +21,7 @@ from pyro_diffusion.denoisers import Denoised, Denoiser
 from pyro_diffusion.distributions import TimestepDistribution
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class Time(ABC):

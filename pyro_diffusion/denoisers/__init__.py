@@ -30,7 +30,7 @@ from pyro_diffusion.denoisers.variances import (
     PosteriorVariance,
     ReverseVariance,
 )
-from pyro_diffusion.moved import forwarded
+from pyro_diffusion.moved import keep_names
 from pyro_diffusion.processes import Denoised
 
 __all__ = [
@@ -56,6 +56,4 @@ __all__ = [
     "VelocityPrediction",
 ]
 
-__getattr__ = forwarded(
-    "pyro_diffusion.denoisers", {"check_argument": "checks", "network_dtype": "networks"}
-)
+keep_names("pyro_diffusion.denoisers", {"check_argument": "checks", "network_dtype": "networks"})

@@ -16,10 +16,9 @@ References:
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_finite, check_shape, require
@@ -28,6 +27,7 @@ from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import Denoised, ForwardProcess, GaussianProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class Denoiser(nn.Module, ABC):
@@ -108,6 +108,10 @@ class Denoiser(nn.Module, ABC):
     def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         r"""The denoiser's own :math:`p(x_0 \mid x_1)`, for models without a likelihood."""
         return self.reverse_kernel(x_1, 1, denoised)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_t: Tensor, t: int | Tensor, **given: Any) -> TorchDistribution: ...
 
     def forward(self, x_t: Tensor, t: int | Tensor, **given: Any) -> TorchDistribution:
         r"""The reverse kernel :math:`p_\theta(x_{t-1} \mid x_t)`.

@@ -17,6 +17,7 @@ from pyro_diffusion.checks import as_numbers, check_between, check_values, requi
 from pyro_diffusion.denoisers.base import Denoiser, Networked, check_network
 from pyro_diffusion.processes import BernoulliProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class BernoulliDenoiser(Denoiser, ABC):
@@ -53,7 +54,7 @@ class BernoulliDenoiser(Denoiser, ABC):
         logits = self.logits(x_t, log_snr)
         return Denoised(logits.sigmoid(), logits)
 
-    def decode(self, x_1: Tensor, denoised: Denoised) -> dist.TorchDistribution:
+    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         return dist.Bernoulli(logits=denoised.logits).to_event(self.event_dim)
 
     def embed(self, x_0: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ The kernel follows from :math:`\pi_k(x_t)`, the probability that an entry of :ma
 
 from typing import Any
 
-from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions import Categorical
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_count, check_values, widened
 from pyro_diffusion.denoisers.base import Denoiser, Networked, check_network
 from pyro_diffusion.processes import CategoricalProcess, Denoised, check_fixed_curve
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class NeuralCategoricalDenoiser(Networked, Denoiser):

@@ -15,6 +15,7 @@ from pyro_diffusion.denoisers.variances import exact_variance
 from pyro_diffusion.distributions import gaussian
 from pyro_diffusion.processes import ChainStep, Denoised, chain_step, pad, posterior_mean
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class GaussianDenoiser(Denoiser):
@@ -107,7 +108,7 @@ class GaussianDenoiser(Denoiser):
         return self.mean.dtype
 
     @property
-    def data_distribution(self) -> dist.TorchDistribution:
+    def data_distribution(self) -> TorchDistribution:
         """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
         return self._gaussian(self.mean, self.variance)
 
@@ -120,16 +121,14 @@ class GaussianDenoiser(Denoiser):
         error = x_t - signal.to(x_t.dtype) * self.mean
         return Denoised(self.mean + self._scale_axes(gain.to(x_t.dtype), error))
 
-    def reverse_kernel(
-        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
-    ) -> dist.TorchDistribution:
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
         step = chain_step(t, self.schedule)
         mean = posterior_mean(x_t, denoised.x_0_hat, step, missing_dim=self.missing_dim)
         step = step.padded(self.missing_dim)
         _, x_0_variance = _wiener(self.variance.double(), step.signal, step.noise)
         return self._gaussian(mean, exact_variance(step, x_0_variance).to(x_t.dtype))
 
-    def _gaussian(self, mean: Tensor, variance: Tensor) -> dist.TorchDistribution:
+    def _gaussian(self, mean: Tensor, variance: Tensor) -> TorchDistribution:
         """A Gaussian with the given variances along the data's principal axes."""
         if self.rotation is None:
             return gaussian(mean, variance.sqrt(), self.event_dim)
@@ -216,7 +215,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return self.means.dtype
 
     @property
-    def data_distribution(self) -> dist.TorchDistribution:
+    def data_distribution(self) -> TorchDistribution:
         """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
         return self._mixture(self.log_weights, self.means, self.variances)
 
@@ -226,9 +225,7 @@ class GaussianMixtureDenoiser(Denoiser):
         r = pad(log_r.exp(), self.event_dim, x_t.dtype)
         return Denoised((r * x_0_hats).sum(-self.event_dim - 1))
 
-    def reverse_kernel(
-        self, x_t: Tensor, t: int | Tensor, denoised: Denoised
-    ) -> dist.TorchDistribution:
+    def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
         step = chain_step(t, self.schedule)
         log_r, x_0_hats = self._components(x_t, step.signal, step.noise)
         step = ChainStep(*(self._for_components(c) for c in step))
@@ -256,7 +253,7 @@ class GaussianMixtureDenoiser(Denoiser):
         """A coefficient with the components' axis, in front of the event."""
         return coefficient.unsqueeze(-1 - self.schedule.event_dim)
 
-    def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> dist.TorchDistribution:
+    def _mixture(self, logits: Tensor, means: Tensor, variances: Tensor) -> TorchDistribution:
         components = gaussian(means, variances.sqrt(), self.event_dim)
         logits = logits.expand(components.batch_shape)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)

@@ -2,7 +2,7 @@ r"""The denoiser to train: reverse kernels from the output of a network."""
 
 from typing import Any
 
-from pyro.distributions import Categorical, TorchDistribution
+from pyro.distributions import Categorical
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, holds
@@ -11,6 +11,7 @@ from pyro_diffusion.denoisers.parameterizations import NoisePrediction, Paramete
 from pyro_diffusion.denoisers.variances import ForwardVariance, ReverseVariance
 from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class NeuralDenoiser(Networked, Denoiser):

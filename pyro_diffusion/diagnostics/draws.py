@@ -42,13 +42,18 @@ if TYPE_CHECKING:
 
 
 @overload
-def to_arviz(family: Pair, x_0: Tensor, /, **settings: Any) -> Any: ...
+def to_arviz(
+    family: Pair, /, x_0: Tensor, *, num_draws: int = ..., timesteps: Sequence[int] | None = ...,
+    batch_size: int | None = ..., progress: bool = ..., **given: Any,
+) -> Any: ...  # fmt: skip
 
 
 @overload
 def to_arviz(
-    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, **settings: Any
-) -> Any: ...
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, num_draws: int = ...,
+    timesteps: Sequence[int] | None = ..., batch_size: int | None = ..., progress: bool = ...,
+    **given: Any,
+) -> Any: ...  # fmt: skip
 
 
 def to_arviz(  # type: ignore[misc]

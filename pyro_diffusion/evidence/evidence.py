@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
@@ -18,6 +17,7 @@ from pyro_diffusion.bounds import Estimate
 from pyro_diffusion.checks import as_numbers, check_data, described, require
 from pyro_diffusion.given import Given
 from pyro_diffusion.scoring import log_density, measure_of
+from pyro_diffusion.typed import TorchDistribution
 
 EXACT = "exact"  #: the estimator of a density that is known
 

@@ -25,7 +25,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -35,14 +35,29 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import alone, footprint, rows_within
-from pyro_diffusion.walk import diffusion_of, look
+from pyro_diffusion.walk import Walked, diffusion_of, look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
 _MOST = 256  # data that share the solver's steps
 _STAGES = 20  # states that a solver of order five holds, and its working copies
 
 
+@overload
 def ode_log_likelihood(
+    diffusion: Walked, /, x_0: Tensor, *, state: int = ..., num_probes: int | None = ...,
+    rtol: float = ..., atol: float = ..., batch_size: int | None = ..., **given: Any,
+) -> Evidence: ...  # fmt: skip
+
+
+@overload
+def ode_log_likelihood(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, state: int = ...,
+    num_probes: int | None = ..., rtol: float = ..., atol: float = ...,
+    batch_size: int | None = ..., **given: Any,
+) -> Evidence: ...  # fmt: skip
+
+
+def ode_log_likelihood(  # type: ignore[misc]
     diffusion: Any,
     guide: Any = None,
     x_0: Any = None,

@@ -35,19 +35,16 @@ from pyro_diffusion.reading import refuse_gradients
 
 @overload
 def importance_evidence(
-    family: Pair, x_0: Tensor, /, *, num_particles: int, **settings: Any
-) -> Evidence: ...
+    family: Pair, /, x_0: Tensor, *, num_particles: int, state: int = ...,
+    batch_size: int | None = ..., progress: bool = ..., **given: Any,
+) -> Evidence: ...  # fmt: skip
 
 
 @overload
 def importance_evidence(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    x_0: Tensor,
-    *,
-    num_particles: int,
-    **settings: Any,
-) -> Evidence: ...
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, num_particles: int,
+    state: int = ..., batch_size: int | None = ..., progress: bool = ..., **given: Any,
+) -> Evidence: ...  # fmt: skip
 
 
 def importance_evidence(  # type: ignore[misc]

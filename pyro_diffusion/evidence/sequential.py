@@ -26,7 +26,7 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -48,14 +48,29 @@ from pyro_diffusion.given import Given, as_real, chunks, first_repeated
 from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
 from pyro_diffusion.reading import BUDGET, footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
-from pyro_diffusion.walk import ROWS, ReverseWalk, diffusion_of, taken
+from pyro_diffusion.walk import ROWS, ReverseWalk, Walked, diffusion_of, taken
 
 _KEPT = (
     128  # bytes of a particle at a timestep: features and weights, and the copies that a fit makes
 )
 
 
+@overload
 def smc_evidence(
+    diffusion: Walked, /, x_0: Tensor, *, num_particles: int, state: int = ...,
+    num_runs: int = ..., num_pilot: int = ..., progress: bool = ..., **given: Any,
+) -> Evidence: ...  # fmt: skip
+
+
+@overload
+def smc_evidence(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *, num_particles: int,
+    state: int = ..., num_runs: int = ..., num_pilot: int = ..., progress: bool = ...,
+    **given: Any,
+) -> Evidence: ...  # fmt: skip
+
+
+def smc_evidence(  # type: ignore[misc]
     diffusion: Any,
     guide: Any = None,
     x_0: Any = None,

@@ -12,7 +12,8 @@ References:
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from pyro_diffusion.evidence.evidence import Evidence
 from pyro_diffusion.evidence.flow import ode_log_likelihood
 from pyro_diffusion.evidence.importance import importance_evidence
 from pyro_diffusion.evidence.sequential import smc_evidence
-from pyro_diffusion.family import unpacked
+from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.schedules import AlphaSchedule
 from pyro_diffusion.walk import whose_programs
 
@@ -95,7 +96,21 @@ class Summary(NamedTuple):
                         )
 
 
+@overload
 def summary(
+    family: Pair, /, x_0: Tensor, *, standard_error: float = ..., num_particles: int = ...,
+    num_runs: int = ..., **given: Any,
+) -> Summary: ...  # fmt: skip
+
+
+@overload
+def summary(
+    model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, *,
+    standard_error: float = ..., num_particles: int = ..., num_runs: int = ..., **given: Any,
+) -> Summary: ...  # fmt: skip
+
+
+def summary(  # type: ignore[misc]
     model: Any,
     guide: Any = None,
     x_0: Any = None,

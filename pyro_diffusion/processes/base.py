@@ -18,11 +18,11 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, Self
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.checks import require
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class Denoised(NamedTuple):

@@ -30,12 +30,12 @@ References:
 from typing import ClassVar
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.distributions import Changes, Noise
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class BernoulliProcess(ForwardProcess):

@@ -33,8 +33,8 @@ References:
 import math
 from typing import Any, ClassVar
 
+import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.kl import register_kl
@@ -43,9 +43,10 @@ from torch.nn.functional import logsigmoid
 from pyro_diffusion.distributions import Changes, Unscored
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
-class CategoricalNoise(Unscored, TorchDistribution):
+class CategoricalNoise(Unscored, dist.TorchDistribution):
     r"""Categories of a chain, from log-probabilities that are normalised already.
 
     A draw is a whole number in the dtype of the log-probabilities. If these are not learned, a draw needs no

@@ -28,13 +28,13 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_diffusion.checks import holds
 from pyro_diffusion.distributions import gaussian
 from pyro_diffusion.processes.base import Denoised, ForwardProcess, pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.typed import TorchDistribution
 
 
 class ChainStep(NamedTuple):
@@ -364,7 +364,7 @@ def forward_increment(
 
 
 def terminal_prior(
-    schedule: NoiseSchedule, event_shape: torch.Size, *, dtype: torch.dtype
+    schedule: NoiseSchedule, event_shape: tuple[int, ...], *, dtype: torch.dtype
 ) -> TorchDistribution:
     r"""The start of the reverse chain (E5), :math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I) = N(0, I)`.
 

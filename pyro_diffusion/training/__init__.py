@@ -64,15 +64,17 @@ _WITH_LIGHTNING = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import the names that need Lightning when they are asked for (PEP 562)."""
-    if name not in _WITH_LIGHTNING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import_module("lightning.pytorch")
-    except ImportError as error:
-        raise ImportError(
-            "pyro_diffusion.training: got no installation of Lightning; expected lightning>=2.6. Install "
-            "it with pip install 'pyro-diffusion[lightning]', or train with pyro.infer.SVI."
-        ) from error
-    return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)
+if not TYPE_CHECKING:  # which knows the names from above
+
+    def __getattr__(name: str) -> Any:
+        """Import the names that need Lightning when they are asked for (PEP 562)."""
+        if name not in _WITH_LIGHTNING:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            import_module("lightning.pytorch")
+        except ImportError as error:
+            raise ImportError(
+                "pyro_diffusion.training: got no installation of Lightning; expected lightning>=2.6. Install "
+                "it with pip install 'pyro-diffusion[lightning]', or train with pyro.infer.SVI."
+            ) from error
+        return getattr(import_module(f"{__name__}.{_WITH_LIGHTNING[name]}"), name)

@@ -101,6 +101,8 @@ def compile_elbo(
 class CompiledELBO(nn.Module):
     """The module that :func:`compile_elbo` makes."""
 
+    __call__: Callable[..., Tensor]  # of forward
+
     def __init__(
         self, model: Callable[..., Any], guide: Callable[..., Any], elbo: ELBO, backend: str | None
     ) -> None:

@@ -240,7 +240,7 @@ def _is_latent(site: Any) -> bool:
 
 
 @overload
-def bound_by_datum(family: Pair, x_0: Tensor, /, **given: Any) -> Tensor: ...
+def bound_by_datum(family: Pair, /, x_0: Tensor, **given: Any) -> Tensor: ...
 
 
 @overload

@@ -12,13 +12,15 @@ rank 0 of one and has all the data.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
 from pyro_diffusion.checks import require
+
+_Result = TypeVar("_Result")  # of a function of data
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -64,7 +66,7 @@ def common_length(lengths: Sequence[int], remedy: str) -> int:
     return lengths[0]
 
 
-def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
+def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
     """Call a function on this rank's share of the data, and join the results of all ranks.
 
     Every rank calls it with the same data and gets the same result. On one process it is
@@ -116,7 +118,8 @@ def over_ranks(function: Callable[..., Any], *data: Any) -> Any:
         if said is not None:
             raise ValueError(f"rank {rank}: {said}")
     values, kinds, sizes, _ = zip(*(part for part in parts if part[2]), strict=True)
-    return _joined(values, sizes, kinds[0])
+    result: _Result = _joined(values, sizes, kinds[0])
+    return result
 
 
 def _device_type(value: Any) -> str:
