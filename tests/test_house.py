@@ -15,6 +15,7 @@ PACKAGE = Path(pyro_diffusion.__file__).parent
 ORDER = [
     "moved",
     "checks",
+    "display",
     "distributions",
     "scoring",
     "params",
