@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pyro_diffusion
+from pyro_diffusion.display import Listing
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,6 +119,7 @@ def in_its_room(app, env, node, contnode):
 
 
 def setup(app):
+    Listing.__dir__ = type.__dir__  # the reference documents what dir() leaves out, too
     app.connect("source-read", read)
     app.connect("missing-reference", in_its_room)
     app.connect("autodoc-process-docstring", keep_sentence, priority=400)  # napoleon is at 500

@@ -235,7 +235,18 @@ def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
         zeros = np.zeros(int(tail.sum()))
         return arviz.plot_khat(_elpd(zeros, zeros, k[tail], num_draws))
     shown = arviz.plot_khat(k[tail], show_hlines=True, ax=ax)
-    return shown if ax is None else ax
+    shown = _laid_out(shown) if ax is None else ax
+    shown.set_xlabel("datum (those with constant weights left out)", fontsize="medium")
+    shown.set_ylabel("Pareto $\\hat k$, no unit", fontsize="medium")
+    shown.tick_params(labelsize="medium")
+    return shown
+
+
+def _laid_out(ax: Any) -> Any:
+    """The axes of a figure that ArviZ made, with room for their labels."""
+    ax.figure.set_size_inches(6.4, max(3.0, 0.7 * ax.figure.get_size_inches()[1]))
+    ax.figure.set_layout_engine("constrained")
+    return ax
 
 
 def plot_compare(table: Any, ax: Any = None) -> Any:
@@ -245,6 +256,7 @@ def plot_compare(table: Any, ax: Any = None) -> Any:
     if _is_new(arviz):
         return arviz.plot_compare(table)
     shown = arviz.plot_compare(table, insample_dev=False, plot_ic_diff=True, ax=ax)
+    shown = _laid_out(shown) if ax is None else shown
     shown.set_xlabel("sum over data, nats")
     shown.locator_params(axis="x", nbins=5)
     shown.tick_params(axis="x", labelsize="small")
@@ -267,7 +279,8 @@ def plot_pit(pit: np.ndarray, ax: Any = None, envelope: float = 0.99) -> Any:
             pit, cdf=lambda u: np.clip(u, 0, 1), pit=True, difference=True,
             confidence_bands="auto", ci_prob=envelope, ax=ax,
         )  # fmt: skip
-        shown.set(xlabel="PIT", ylabel="ECDF − uniform")
+        shown = _laid_out(shown) if ax is None else shown
+        shown.set(xlabel="PIT, a probability", ylabel="ECDF − uniform, a probability")
         return shown
     dataset = arviz.convert_to_dataset({"pit": pit[None]})
     import xarray

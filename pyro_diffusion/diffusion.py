@@ -34,10 +34,12 @@ from pyro_diffusion.chains import (
 )
 from pyro_diffusion.checks import check_argument, check_count, looking, require
 from pyro_diffusion.denoisers import BernoulliDenoiser, Denoised, Denoiser
+from pyro_diffusion.denoisers.base import denoiser_in_words
 from pyro_diffusion.family import Family, describe_part
 from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import ForwardProcess
 from pyro_diffusion.schedules import NoiseSchedule, StridedSchedule
+from pyro_diffusion.schedules.base import schedule_in_words
 from pyro_diffusion.schedules.views import evenly_spaced
 from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
@@ -50,7 +52,8 @@ class DiffusionModel(Family):
     ``model`` with ``guide`` under ``Trace_ELBO`` is the hierarchical bound (E8), term by term the
     consistency form (E11); ``model`` with ``posterior_guide``, the same joint distribution in the
     model's order, is the matching form (E10) and has analytic KLs under ``TraceMeanField_ELBO``;
-    ``subsampled()`` is the pair one trains with. All of them share the parameters of this object.
+    ``subsampled()`` is the pair one trains with. All of them share the parameters of this object, a torch
+    module: ``to``, ``train``, ``parameters`` and the rest work as usual, and ``help`` leaves them out.
 
     Args:
         denoiser: The reverse kernels. Schedule and event shape are those of the denoiser.
@@ -63,10 +66,9 @@ class DiffusionModel(Family):
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
 
     Raises:
-        ValueError: From a program: data of another shape or on another device than the model,
-            empty, not finite, outside the likelihood's range or the transform's domain, or so large
-            that rounding hides the noise of :math:`x_1`; a mask that does not fit; a network that
-            misbehaves.
+        ValueError: From a program: data of another shape or on another device than the model, empty, not
+            finite, outside the likelihood's range or the transform's domain, or so large that rounding hides
+            the noise of :math:`x_1`; a mask that does not fit; a network that misbehaves.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -129,6 +131,13 @@ class DiffusionModel(Family):
             "denoiser": describe_part(self.denoiser),
         }
 
+    def _rows(self) -> dict[str, str]:
+        own = {
+            "schedule": schedule_in_words(self.schedule),
+            "denoiser": denoiser_in_words(self.denoiser),
+        }
+        return own | super()._rows()
+
     @property
     def model(self) -> GenerativeChain:
         r""":math:`p_\theta(x_{0:T})` as a Pyro program (E7); sites ``x_T … x_0``."""
@@ -178,9 +187,6 @@ class DiffusionModel(Family):
         Returns:
             An object with ``model`` and ``guide``. A chain of one step has one timestep to draw: its
             pair is ``model`` and ``posterior_guide`` themselves.
-
-        Raises:
-            ValueError: ``num_timesteps`` below one.
         """
         num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
         if self.schedule.num_timesteps == 1:
@@ -203,23 +209,12 @@ class DiffusionModel(Family):
                 + \tfrac12 \int_0^1 \tfrac{d\,\mathrm{SNR}}{du}\, E \lVert x_0 - \hat x_0(x_u) \rVert^2\, du .
 
         It depends on the schedule through the ends of the curve only, and on the reverse kernels through
-        their means only, because all variances have the same limit. The pair is used like that of
-        :meth:`subsampled`, for training or for evaluation.
-
-        Args:
-            num_timesteps: Draws ``k`` for each datum, and rows of the network that a step costs.
-            timesteps: Law of the times; stratified over the batch by default.
-
-        Returns:
-            An object with ``model`` and ``guide``.
+        their means only, because all variances have the same limit (Kingma et al., 2021, section 4.2). The
+        pair takes the arguments of :meth:`subsampled` and is used like it, for training or for evaluation.
 
         Raises:
             ValueError: ``num_timesteps`` below one; from a program, a law without a continuous form or a
                 schedule that is no curve.
-
-        References:
-            Variational Diffusion Models (Kingma et al., 2021), section 4.2.
-            https://arxiv.org/abs/2107.00630
         """
         return TimestepPlate(
             self.with_both_ends(),

@@ -12,9 +12,9 @@ transform and the likelihood's ``embed``, and leaves it through
 one transform have bounds in the same units, which can be compared.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -23,6 +23,7 @@ from torch.distributions import Independent, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
 from pyro_diffusion.checks import require, shape_remedy
+from pyro_diffusion.display import Listing, as_lines, as_table, on_one_line
 from pyro_diffusion.given import seen
 from pyro_diffusion.params import ParamScope
 from pyro_diffusion.reading import reading
@@ -39,7 +40,11 @@ from pyro_diffusion.typed import EmbedsData, TorchDistribution
 __all__ = ["Family", "Pair", "programs", "unpacked"]
 
 
-class Family(ParamScope, ABC):
+#: What a family has in common with every torch module, and a user needs.
+_OF_TORCH = ("eval", "load_state_dict", "parameters", "state_dict", "to", "train", "training")
+
+
+class Family(ParamScope, metaclass=Listing):
     r"""A chain of latent states over data: its programs, its sampler, and what its numbers mean.
 
     Args:
@@ -49,6 +54,13 @@ class Family(ParamScope, ABC):
         transform: Torch transform from the user's units to the model's, or ``None``.
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
     """
+
+    #: What programs, readers and torch call, and a user does not: left out of ``dir`` and ``help``.
+    _internal: ClassVar[frozenset[str]] = frozenset({
+        "data_kernel", "decode", "decode_inside", "description", "embed", "embed_mask", "entrance", "forward",
+        "gap", "get_extra_state", "load_state_dict", "log_volume", "param_statements", "prior",
+        "set_extra_state", "state_mask", "transform_modules", "transition", "with_both_ends",
+    })  # fmt: skip
 
     def __init__(
         self,
@@ -113,6 +125,31 @@ class Family(ParamScope, ABC):
             f"argument 'model' or 'guide': got a {type(self).__name__}; expected one of its programs. Pass "
             "its .model and its .guide, as in SVI(family.model, family.guide, …)."
         )
+
+    def _rows(self) -> dict[str, str]:
+        """What the model is made of, by part."""
+        own = "none: the last kernel is over the data"
+        unit = "none: the data's own units"
+        return {
+            "likelihood": own if self.likelihood is None else on_one_line(self.likelihood),
+            "transform": unit if self.transform is None else describe(self.transform),
+        }
+
+    @property
+    def _title(self) -> str:
+        return f"{type(self).__name__} {self.name!r}, event shape {tuple(self.event_shape)}"
+
+    def __repr__(self) -> str:
+        return as_lines(self._title, self._rows())
+
+    def _repr_html_(self) -> str:
+        return as_table(self._title, self._rows())
+
+    def __dir__(self) -> list[str]:
+        """The names that a user needs; the others that a torch module has work as they do there."""
+        own = (*vars(self), *self._parameters, *self._buffers, *self._modules)
+        listed = type(self).listed([*dir(type(self)), *own])
+        return sorted(listed.union(_OF_TORCH))
 
     def __getstate__(self) -> dict[str, Any]:
         forget(self.transform)

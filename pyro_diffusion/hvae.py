@@ -30,6 +30,7 @@ from torch.distributions import Distribution, Transform
 
 from pyro_diffusion.chains import BottomUpGuide, GenerativeChain, TopDownGuide
 from pyro_diffusion.checks import check_argument, check_unused, described, require
+from pyro_diffusion.display import size_in_words
 from pyro_diffusion.encoders import (
     BottomUpEncoder,
     GaussianLayer,
@@ -159,6 +160,15 @@ class HierarchicalVAE(Family):
             "latent_sizes": str([tuple(shape) for shape in self.latent_shapes]),
             "encoder": describe_part(self.encoder),
         }
+
+    def _rows(self) -> dict[str, str]:
+        sizes = [f"h_{t} {tuple(shape)}" for t, shape in enumerate(self.latent_shapes, 1)]
+        own = {
+            "latents": ", ".join(sizes if len(sizes) < 7 else [*sizes[:3], "…", *sizes[-2:]]),
+            "encoder": size_in_words([self.encoder]),
+            "decoder": size_in_words(self.decoder),
+        }
+        return own | super()._rows()
 
     @property
     def model(self) -> GenerativeChain:

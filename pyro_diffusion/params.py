@@ -282,10 +282,7 @@ class ParamScope(nn.Module):
         os.replace(aside, path)
 
     def load(self, path: str | os.PathLike[str]) -> Self:
-        """Read a file that :meth:`save` wrote for a model with the same arguments into this model.
-
-        Returns:
-            The model itself, on the device where it was.
+        """Read what :meth:`save` wrote for a model with the same arguments; return this model, on its device.
 
         Raises:
             ValueError: A file that is incomplete, that is no checkpoint, or that is of another model. The

@@ -228,12 +228,48 @@ def test_few_timesteps_are_kept_and_images_keep_their_axes():
     assert set(np.unique(draws["posterior_predictive"]["x_0"].values)) <= set(range(5))
 
 
+@pytest.mark.parametrize("num_draws", [1, 2, 24])
+@pytest.mark.parametrize("build", [neural, ladder, lambda: (model, guide)])
+def test_few_draws_have_an_unknown_k(build, num_draws, tmp_path):
+    family, x_0 = build(), torch.randn(3, 2)
+    with pytest.warns(
+        UserWarning, match=f"'num_draws': got {num_draws}, so that Pareto k is unknown"
+    ):
+        draws = to_arviz(family, x_0, num_draws=num_draws)
+    importance = draws["importance"]
+    # the pair's posterior is exact, and two constant weights are enough to see that
+    unknown = not isinstance(family, tuple) or num_draws == 1
+    assert (importance["pareto_k"].isnull() == unknown).all()
+    assert importance["evidence"].notnull().all()
+    assert importance["evidence_standard_error"].isnull().all() == (num_draws == 1)
+    assert draws["posterior"].sizes["draw"] == num_draws
+    draws.to_netcdf(tmp_path / "draws.nc")
+    again = arviz.from_netcdf(tmp_path / "draws.nc")
+    assert (again["importance"]["pareto_k"].isnull() == unknown).all()
+
+
+def test_who_reads_an_unknown_k_copes():
+    """It is not reliable, has no picture, and is not compared."""
+    pair = neural()
+    few = importance_evidence(pair.model, pair.guide, torch.randn(3, 2), num_particles=10)
+    assert few.pareto_k.isnan().all()
+    assert not few.reliable.any()
+    assert "reliable for 0" in repr(few)
+    with pytest.raises(ValueError, match="fewer than 25 particles have none"):
+        plot_khat(few)
+    with pytest.raises(ValueError, match="too few for Pareto k"):
+        compare({"a": few, "b": few})
+    with pytest.warns(UserWarning, match="Pareto k is unknown"):
+        draws = to_arviz(gaussian(), torch.randn(3, 2), num_draws=2)
+    assert (draws["importance"]["pareto_k"].values == -math.inf).all()  # constant weights are exact
+
+
 def test_bad_input():
     diffusion, x_0 = gaussian(), torch.randn(3, 2)
     with pytest.raises(
-        ValueError, match="'num_draws': got 24; expected a whole number of at least 25"
+        ValueError, match="'num_draws': got 0; expected a whole number of at least 1"
     ):
-        to_arviz(diffusion, x_0, num_draws=24)
+        to_arviz(diffusion, x_0, num_draws=0)
     for timesteps, got in (([0], "0"), ([6], "6"), ([1.5], "1.5"), ([], r"\[\]")):
         with pytest.raises(ValueError, match=f"argument 'timesteps': got {got}"):
             to_arviz(diffusion, x_0, timesteps=timesteps)

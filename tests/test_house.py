@@ -16,6 +16,7 @@ ORDER = [
     "moved",
     "typed",
     "checks",
+    "display",
     "distributions",
     "scoring",
     "params",

@@ -60,6 +60,7 @@ from pyro_diffusion.bounds.terms import Estimate
 from pyro_diffusion.chains.time import Time
 from pyro_diffusion.checks import check_between, check_count, check_data, check_positive, require
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.display import as_table
 from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading, refuse_gradients
@@ -88,6 +89,16 @@ class BoundEvaluation(NamedTuple):
             f"BoundEvaluation({len(self.elbo)} data, elbo={self.mean()} nats per datum, {self.rows:,} "
             f"network rows by {self.estimator}{full})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "bound": str(self.mean()),
+            "bits per dimension": str(self.bits_per_dim()),
+            "network rows": f"{self.rows:,} by {self.estimator}",
+        }
+        if self.full_rows < math.inf:
+            rows["rows of one full sum"] = f"{self.full_rows:,.0f}"
+        return as_table(f"BoundEvaluation({len(self.elbo)} data), nats per datum", rows)
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from pyro_diffusion.display import as_table
 from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -98,6 +99,20 @@ class ELBOTerms(NamedTuple):
         counts = {kind: self.kinds[1:].count(kind) for kind in ("KL", "log-ratio")}
         terms = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n)
         return f"ELBOTerms({len(self.prior)} data, {terms}, elbo={self.mean()} nats per datum)"
+
+    def _repr_html_(self) -> str:
+        *latent, top = self.term_means()
+        sums = f"{sum(term.value for term in latent[1:]):.4f}"
+        return as_table(
+            repr(self).split(", elbo=")[0] + "), nats per datum",
+            {
+                "bound": str(self.mean()),
+                "bits per dimension": str(self.bits_per_dim()),
+                f"{self.kinds[0]} at {self.site_names[0]}": str(latent[0]),
+                f"sum over {len(latent) - 1} sites between": sums,
+                f"{self.kinds[-1]} at {self.site_names[-1]}": str(top),
+            },
+        )
 
     def table(self, max_levels: int = 8) -> str:
         """Mean terms in nats per datum, a line each: what it is, where it lives, its value and errors.

@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_count, check_data, check_observed, require
+from pyro_diffusion.display import as_lines
 from pyro_diffusion.given import Given, ObservedEntries, as_real, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
@@ -24,6 +25,9 @@ class ProgramPair(NamedTuple):
 
     model: nn.Module
     guide: nn.Module
+
+    def __repr__(self) -> str:
+        return as_lines("ProgramPair", {"model": repr(self.model), "guide": repr(self.guide)})
 
 
 class Kernel:
@@ -118,6 +122,12 @@ class Program(nn.Module):
         """Names of the sites by timestep: ``site_names[t]`` is where :math:`x_t` lives."""
         return tuple(f"x_{t}" for t in range(self.num_timesteps + 1))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.owner.name!r}: {self._in_words()}"
+
+    def _in_words(self) -> str:
+        return f"a Pyro program of T = {self.num_timesteps}"
+
     @contextmanager
     def over_data(
         self,
@@ -182,6 +192,10 @@ class GuideProgram(Program):
         r"""Whether :math:`q(x_t \mid x_0)` has a formula, so that single terms need no whole path."""
         return self.marginal is not None
 
+    def _in_words(self) -> str:
+        others = f" … x_{self.num_timesteps}" if self.num_timesteps > 1 else ""
+        return f"a Pyro guide with sites x_1{others}"
+
     def __call__(self, x_0: Any = None, *args: Any, **kwargs: Any) -> None:
         """Run the program.
 
@@ -206,6 +220,9 @@ class GenerativeProgram(Program):
     def __call__(self, *args: Any, observations: Any = None, **kwargs: Any) -> Any:
         """Run the program. What ``ReweightedWakeSleep`` gives a guide, it gives a model too."""
         return super().__call__(*args, **kwargs)
+
+    def _in_words(self) -> str:
+        return f"a Pyro model with sites x_{self.num_timesteps} … x_0"
 
     def _checked(self, x_0: Tensor | None, given: Given) -> Tensor | None:
         kernels = [part for part in vars(self).values() if isinstance(part, Kernel)]

@@ -15,6 +15,7 @@ References:
     Variational Diffusion Models (Kingma et al., 2021), sections 4 and 5. https://arxiv.org/abs/2107.00630
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +62,9 @@ class TimestepPlate:
         self.model: nn.Module = _SubsampledModel(diffusion, time, law, num_timesteps)
         self.guide: nn.Module = _SubsampledGuide(diffusion, time, law, num_timesteps)
 
+    def __repr__(self) -> str:
+        return f"TimestepPlate, a model and a guide {self.model.about}"
+
 
 class Drawn(NamedTuple):
     """Random timesteps, ``(…, k, N)`` each."""
@@ -78,6 +82,18 @@ class SubsampledProgram(Program):
     ) -> None:
         super().__init__(time.num_timesteps, {}, diffusion, below)
         self.time, self.law, self.num_draws = time, law, num_draws
+
+    @property
+    def about(self) -> str:
+        """Whose program it is, and which timesteps it draws."""
+        count, length = self.num_draws, self.num_timesteps
+        drawn = f"{count} random timestep{'s' * (count > 1)} a datum"
+        chain = "T → ∞" if length == math.inf else f"T = {length}"
+        return f"of {self.owner.name!r}, {chain}: {drawn}, {self.law!r}"
+
+    def __repr__(self) -> str:
+        kind = "model" if isinstance(self, GenerativeProgram) else "guide"
+        return f"{kind} of a TimestepPlate {self.about}"
 
     @property
     def site_names(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_finite, check_shape, require
+from pyro_diffusion.display import size_in_words
 from pyro_diffusion.given import flattened, takes
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
@@ -177,6 +178,15 @@ class Denoiser(nn.Module, ABC):
                 f"{type(self).__name__} with the event shape of your data."
             )
         return x_t.shape[:batch_dim]
+
+
+def denoiser_in_words(denoiser: Denoiser) -> str:
+    """Its class, its network and parameters, and its other arguments but the event shape, in a line."""
+    of_shape = f"event_shape={tuple(denoiser.event_shape)}"
+    arguments = denoiser.extra_repr().replace(of_shape, "").strip(", ")
+    network = getattr(denoiser, "network", None)
+    parts = ([size_in_words([network])] if network else []) + ([arguments] if arguments else [])
+    return ": ".join([type(denoiser).__name__, *([", ".join(parts)] if parts else [])])
 
 
 class Networked:

@@ -9,6 +9,7 @@ References:
     ArviZ's schema: https://python.arviz.org/en/latest/schema/schema.html
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -99,7 +100,8 @@ def to_arviz(  # type: ignore[misc]
             that :func:`~pyro_diffusion.bounds.elbo_terms` takes; or the model of such a pair.
         guide: The guide of the pair; left out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
-        num_draws: Trajectories for each datum, at least 25.
+        num_draws: Trajectories for each datum. Pareto k of fewer than 25 is unknown: ``pareto_k`` is NaN
+            except for constant weights, and a warning says so.
         timesteps: Latent states to keep; by default at most five, evenly spaced from 1 to T. A
             reconstruction from :math:`x_t` takes ``t`` network rows for each draw and datum.
         batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
@@ -111,7 +113,7 @@ def to_arviz(  # type: ignore[misc]
         The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
 
     Raises:
-        ValueError: Fewer than 25 draws, timesteps outside ``1 … T``, a context, and the errors of
+        ValueError: No draw, timesteps outside ``1 … T``, a context, and the errors of
             :func:`~pyro_diffusion.bounds.elbo_terms`: latents that differ between the programs, a latent
             outside the data plate, weights that are not finite.
 
@@ -121,10 +123,7 @@ def to_arviz(  # type: ignore[misc]
         >>> dict(draws["posterior"]["x"].sizes)
         {'chain': 1, 'draw': 30, 'data': 3, 'timestep': 5, 'x_dim_0': 2}
     """
-    num_draws = check_count(
-        "num_draws", num_draws, arviz_bridge.MIN_DRAWS,
-        "Draw more, of fewer data if memory is short.", "for the tail of the weights gives Pareto k",
-    )  # fmt: skip
+    num_draws = _check_num_draws(num_draws)
     model, guide, x_0 = unpacked(family, guide, x_0)
     timesteps, what = _kept_timesteps(family, timesteps), _without_context(Given.of(**given))
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
@@ -149,6 +148,18 @@ def to_arviz(  # type: ignore[misc]
     if isinstance(family, DiffusionModel):
         groups["constant_data"] = _curves(family)
     return arviz_bridge.as_arviz(groups)
+
+
+def _check_num_draws(num_draws: Any) -> int:
+    """The number of draws. A warning says if they are too few for Pareto k."""
+    num_draws = check_count("num_draws", num_draws, 1, "The default is 100 for each datum.")
+    if num_draws < arviz_bridge.MIN_DRAWS:
+        warnings.warn(
+            f"argument 'num_draws': got {num_draws}, so that Pareto k is unknown (NaN), and with it whether "
+            f"the weights can be trusted. Draw {arviz_bridge.MIN_DRAWS} or more for each datum.",
+            stacklevel=3,
+        )
+    return num_draws
 
 
 def _without_context(given: Given) -> Given:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_diffusion.arviz_bridge import MIN_DRAWS, constant, good_k, pareto_k
 from pyro_diffusion.bounds import Estimate
 from pyro_diffusion.checks import as_numbers, check_data, described, require
+from pyro_diffusion.display import as_table
 from pyro_diffusion.given import Given
 from pyro_diffusion.scoring import log_density, measure_of
 from pyro_diffusion.typed import TorchDistribution
@@ -43,6 +44,26 @@ class Evidence(NamedTuple):
             f"Evidence({len(self.ess)} data, log_evidence={self.mean()} nats per datum, "
             f"reliable for {int(self.reliable.sum())})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "log-evidence": str(self.mean()),
+            "estimator": self.estimator
+            + (f", {self.num_particles:,} particles a datum" if self.num_particles else ""),
+            "reliable for": f"{int(self.reliable.sum())} of {len(self.ess)} data",
+        }
+        if self.num_particles:
+            rows["largest Pareto k"] = self._largest_k()
+        if self.elbo is not None and self.elbo_standard_error is not None:
+            rows["bound"] = str(Estimate.of(self.elbo, self.elbo_standard_error))
+        return as_table(f"Evidence({len(self.ess)} data), nats per datum", rows)
+
+    def _largest_k(self) -> str:
+        """The largest Pareto k of a datum, in words where it is no number."""
+        largest = self.pareto_k.max().item()
+        if math.isnan(largest):
+            return "unknown"
+        return f"{largest:.2f}" if math.isfinite(largest) else "none: the weights are constant"
 
     @classmethod
     def exact(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from pyro_diffusion.checks import check_count, holds, looking, require
+from pyro_diffusion.display import as_table
 from pyro_diffusion.params import shared_copy
 
 _LARGEST_TABLE = 100_000  # steps: a few megabytes for each function
@@ -242,6 +243,37 @@ class NoiseSchedule(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"num_timesteps={self.num_timesteps}"
+
+    def _rows(self) -> dict[str, str]:
+        """What the curve is, and what it leaves of the data."""
+        with torch.no_grad():
+            left = self.alpha_bar(self.num_timesteps).mean().item()
+        learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {
+            "timesteps": f"T = {self.num_timesteps:,}",
+            "log-SNR": f"{_ends(self)}, from t = 1 to t = T",
+            "signal left at T": f"{left:.3g} of the variance",
+            "numbers": f"{learned} of them learned" if learned else "fixed",
+        }
+
+    def _repr_html_(self) -> str:
+        return as_table(type(self).__name__, self._rows())
+
+
+def schedule_in_words(schedule: NoiseSchedule) -> str:
+    """Class, number of timesteps and ends of the log-SNR, in a line."""
+    by_entry = f", a curve for each of {schedule.event_shape.numel()} entries" * bool(
+        schedule.event_dim
+    )
+    name = type(schedule).__name__
+    return f"{name}, T = {schedule.num_timesteps:,}, log-SNR {_ends(schedule)}{by_entry}"
+
+
+@torch.no_grad()
+def _ends(schedule: NoiseSchedule) -> str:
+    """Log-SNR at the first and at the last timestep, averaged over curves."""
+    ends = schedule.log_snr(torch.tensor([1, schedule.num_timesteps])).reshape(2, -1).mean(1)
+    return " … ".join(f"{end:.3g}" for end in ends.tolist())
 
 
 def _within(t: Tensor, least: int, most: int) -> bool:

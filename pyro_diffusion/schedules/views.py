@@ -36,6 +36,9 @@ class ScheduleView(NoiseSchedule):
     def extra_repr(self) -> str:
         return f"{type(self.schedule).__name__}({self.schedule.extra_repr()})"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
 
 class VarianceExploding(ScheduleView):
     r"""A schedule's curve with the signal kept as it is: :math:`a = 1`, :math:`\sigma = e^{-\lambda/2}`.
