@@ -84,13 +84,16 @@ from pyro_diffusion.schedules import (
     VarianceExploding,
 )
 from pyro_diffusion.training import (
+    Fit,
     FreeBitsELBO,
     KLWarmup,
     MinimumVarianceELBO,
     OrderedBatches,
+    Recipe,
     ShuffledBatches,
     bound_by_datum,
     compile_elbo,
+    fit,
     over_ranks,
 )
 from pyro_diffusion.transforms import Logit, Standardize
@@ -138,6 +141,7 @@ __all__ = [
     "Evidence",
     "FeedForward",
     "ForwardVariance",
+    "Fit",
     "FreeBitsELBO",
     "GaussianDenoiser",
     "GaussianLayer",
@@ -166,6 +170,7 @@ __all__ = [
     "OrderedBatches",
     "PoissonLikelihood",
     "PosteriorVariance",
+    "Recipe",
     "ScorePrediction",
     "ShuffledBatches",
     "Standardize",
@@ -181,6 +186,7 @@ __all__ = [
     "compile_elbo",
     "elbo_terms",
     "evaluate_bound",
+    "fit",
     "forward_marginal",
     "forward_posterior",
     "forward_transition",

@@ -7,13 +7,17 @@ r"""Adapters to what trains: objectives, the compiler, data in batches, several 
 
 ``SVI`` in a script needs none of these rooms:
 
+- :mod:`~pyro_diffusion.training.fitting`: a whole run in one call, with its data in
+  :mod:`~pyro_diffusion.training.columns`, their held-out part in :mod:`~pyro_diffusion.training.held_out`,
+  and its result in :mod:`~pyro_diffusion.training.fitted`.
 - :mod:`~pyro_diffusion.training.objectives`: KL warm-up, free bits, the variance of the bound.
 - :mod:`~pyro_diffusion.training.compilation`: any static model and guide as one compiled graph, which
   :mod:`~pyro_diffusion.training.graphs` traces and checks.
 - :mod:`~pyro_diffusion.training.batches` and :mod:`~pyro_diffusion.training.parallel`: arrays larger than
   memory, and work shared out among processes.
 - :mod:`~pyro_diffusion.training.lightning_module` and :mod:`~pyro_diffusion.training.checkpoints`: the
-  adapter to Lightning's ``Trainer``. Lightning is imported when one of their names is asked for.
+  adapter to Lightning's ``Trainer``; :mod:`~pyro_diffusion.training.watching` is the callback of ``fit``.
+  Lightning is imported when one of their names is asked for.
 """
 
 from importlib import import_module
@@ -21,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_diffusion.training.batches import OrderedBatches, ShuffledBatches
 from pyro_diffusion.training.compilation import CompiledELBO, compile_elbo
+from pyro_diffusion.training.fitted import Fit
+from pyro_diffusion.training.fitting import Recipe, fit
 from pyro_diffusion.training.objectives import (
     FreeBitsELBO,
     KLWarmup,
@@ -36,14 +42,17 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointFiles",
     "CompiledELBO",
+    "Fit",
     "FreeBitsELBO",
     "KLWarmup",
     "MinimumVarianceELBO",
     "OrderedBatches",
+    "Recipe",
     "SVIModule",
     "ShuffledBatches",
     "bound_by_datum",
     "compile_elbo",
+    "fit",
     "latest_checkpoint",
     "over_ranks",
 ]

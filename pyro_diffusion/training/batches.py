@@ -35,6 +35,9 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 from pyro_diffusion.checks import check_count, require
 from pyro_diffusion.training.parallel import common_length, rank_and_size, share
 
+_AHEAD = (
+    64  # batches whose row numbers are computed together, which costs little more than those of one
+)
 _ROUNDS = 8  # four suffice in theory, for large halves; an order of ten rows needs more
 
 
@@ -72,8 +75,8 @@ class Batches(ABC):
 
     def _read(self, rows: np.ndarray | slice) -> Any:
         if isinstance(self.data, Mapping):
-            return {name: _rows_of(array, rows) for name, array in self.data.items()}
-        return _rows_of(self.data, rows)
+            return {name: rows_of(array, rows) for name, array in self.data.items()}
+        return rows_of(self.data, rows)
 
 
 class ShuffledBatches(Batches):
@@ -138,11 +141,17 @@ class ShuffledBatches(Batches):
         len(self)  # there is a batch, or an error
         if self.taken + self._step > self.num_data:
             self.set_epoch(self.epoch + 1)
-        while self.taken + self._step <= self.num_data:
-            first = self.taken + rank_and_size()[0] * self.batch_size
-            places = np.arange(first, first + self.batch_size)
-            self.taken += self._step
-            yield self._read(permuted(places, self.num_data, (self.seed, self.epoch)))
+        while (left := (self.num_data - self.taken) // self._step) > 0:
+            for rows in self._next_rows(min(left, _AHEAD)):
+                self.taken += self._step
+                yield self._read(rows)
+
+    def _next_rows(self, count: int) -> np.ndarray:
+        """The row numbers of this rank in the next batches, ``(count, n)``."""
+        first = self.taken + rank_and_size()[0] * self.batch_size
+        starts = first + self._step * np.arange(count)
+        places = starts[:, None] + np.arange(self.batch_size)
+        return permuted(places, self.num_data, (self.seed, self.epoch))
 
     @property
     def _step(self) -> int:
@@ -278,7 +287,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _rows_of(array: Any, rows: np.ndarray | slice) -> Tensor:
+def rows_of(array: Any, rows: np.ndarray | slice) -> Tensor:
     """Rows as a tensor in memory of its own."""
     if isinstance(array, Tensor):
         return array[rows if isinstance(rows, slice) else torch.from_numpy(rows)]

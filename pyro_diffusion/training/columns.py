@@ -1,0 +1,211 @@
+r"""The data of a run of :func:`~pyro_diffusion.training.fit`: columns of rows, and which rows are held out.
+
+Data, mask and weights are *columns*: arrays with one row for each datum, by the names of the programs'
+arguments. A part of them is split off at random before training,
+
+.. math::
+    \{1, …, N\} = \text{training} \cup \text{held out},
+
+with a seed, so that a run which is resumed has the same parts. Columns that fit are moved to the model's
+device once and stay there. An array on disk stays on disk.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from pyro_diffusion.checks import as_numbers, check_mask, require
+from pyro_diffusion.training.batches import ShuffledBatches, permuted, rows_of, split_batch
+from pyro_diffusion.training.parallel import common_length
+
+#: Columns by the names of the programs' arguments; ``x_0`` is among them.
+Columns = dict[str, Any]
+
+HELD_OUT = 0.1  #: share of the data that is split off
+MOST_HELD_OUT = 10_000  #: and at most so many, because every one of them is read at every check
+
+
+class Parts(NamedTuple):
+    """The data of a run in two parts."""
+
+    training: Columns
+    held_out: Columns
+
+
+def columns(x_0: Any, device: torch.device, **given: Any) -> Columns:
+    """Data, with what goes with them, as columns on a device.
+
+    Args:
+        x_0: A tensor, an array, a map-style dataset, or a mapping of columns that has ``"x_0"``.
+        device: The model's device. An array on disk (``np.memmap``) stays where it is, and so do data that
+            would fill more than a quarter of a GPU.
+        given: Other columns by name; ``None`` for what is not given.
+
+    Raises:
+        ValueError: Data of another kind, columns of different lengths, weights that are none.
+    """
+    found = _by_name(x_0) | {name: column for name, column in given.items() if column is not None}
+    found = {name: _array(name, column) for name, column in found.items()}
+    common_length([len(column) for column in found.values()], "Give every datum one row in each.")
+    if "mask" in found and isinstance(found["x_0"], Tensor):
+        check_mask(found["mask"], found["x_0"])
+    if "weights" in found:
+        found["weights"] = _check_weights(found["weights"], len(found["x_0"]))
+    held = sum(x.numel() * x.element_size() for x in found.values() if isinstance(x, Tensor))
+    if device.type == "cuda" and held > torch.cuda.mem_get_info(device)[0] / 4:
+        return found  # Lightning moves each batch
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}
+
+
+def _by_name(x_0: Any) -> Columns:
+    """Columns by name, of whatever data came."""
+    if isinstance(x_0, TensorDataset):
+        x_0 = x_0.tensors if len(x_0.tensors) > 1 else x_0.tensors[0]
+    elif isinstance(x_0, Dataset) and hasattr(x_0, "__len__"):
+        x_0 = default_collate([x_0[row] for row in range(len(x_0))])
+    require(
+        not isinstance(x_0, DataLoader | Dataset | Iterator),
+        "argument 'x_0'",
+        f"a {type(x_0).__name__}",
+        "data of which any rows can be taken",
+        "Pass the DataLoader's dataset, a tensor, an array, or np.load(path, mmap_mode='r').",
+    )
+    if isinstance(x_0, Tensor | np.ndarray):
+        return {"x_0": x_0}
+    if isinstance(x_0, Mapping):
+        require(
+            "x_0" in x_0,
+            "argument 'x_0'",
+            f"columns {sorted(x_0)}",
+            "one that is called 'x_0'",
+            'Pass {"x_0": x_0, "mask": mask}.',
+        )
+        return dict(x_0)
+    data, given = split_batch(x_0)
+    return {"x_0": data} | given
+
+
+def _array(name: str, column: Any) -> Any:
+    """A column as a tensor; one on disk as it is."""
+    if isinstance(column, np.memmap):
+        return column
+    if isinstance(column, Tensor | np.ndarray) and name != "mask":
+        return as_numbers(f"{name}", column)
+    return torch.as_tensor(column)
+
+
+def _check_weights(weights: Tensor, count: int) -> Tensor:
+    """Shares of the loss, with mean one."""
+    weights = as_numbers("weights", weights, dtype=torch.get_default_dtype())
+    usable = weights.shape == (count,) and bool((weights >= 0).all() and weights.isfinite().all())
+    require(
+        usable and bool(weights.sum() > 0),
+        "argument 'weights'",
+        f"shape {tuple(weights.shape)}, with numbers from {weights.min():.3g} to {weights.max():.3g}",
+        f"{count} finite numbers that are not negative, and not all zero",
+        "Pass one number for each datum.",
+    )
+    return weights / weights.mean()
+
+
+def split(data: Columns, seed: int) -> Parts:
+    """Rows for training and held-out rows: a tenth of the data at random, at most 10,000.
+
+    Raises:
+        ValueError: Fewer than ten rows.
+    """
+    count = len(data["x_0"])
+    require(
+        count >= 10,
+        "argument 'x_0'",
+        f"{count} data, of which none can be spared",
+        "ten or more",
+        "Pass validation=x_valid, data that training does not see.",
+    )
+    first = min(max(2, round(HELD_OUT * count)), MOST_HELD_OUT)
+    cut = {name: (Rows(x, 0, first, seed), Rows(x, first, count, seed)) for name, x in data.items()}
+    return Parts(
+        {name: rest.whole() for name, (_, rest) in cut.items()},
+        {name: held.whole() for name, (held, _) in cut.items()},
+    )
+
+
+class Rows:
+    """Some rows of an array, in a random order that the seed determines; nothing is read or listed yet.
+
+    Args:
+        array: The rows.
+        first: Place of the first row in the order.
+        last: Place behind the last.
+        seed: Of the order.
+    """
+
+    def __init__(self, array: Any, first: int, last: int, seed: int) -> None:
+        self.array, self.first, self.last, self.seed = array, first, last, seed
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Any:
+        places = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        taken = permuted(self.first + np.asarray(places), len(self.array), (self.seed,))
+        return self.array[torch.from_numpy(taken) if isinstance(self.array, Tensor) else taken]
+
+    def whole(self) -> Any:
+        """All of them as a tensor, if the array is one; else the rows as they are, to be read in batches."""
+        return self[slice(None)] if isinstance(self.array, Tensor) else self
+
+
+class Passes(ShuffledBatches):
+    """Batches without end, pass after pass, each in another order. To Lightning they are one epoch."""
+
+    @property
+    def sampler(self) -> Any:
+        """None: Lightning would set its epoch, and go back to the first pass."""
+        return None
+
+    def __len__(self) -> int:
+        super().__len__()  # there is a batch, or an error
+        return 2**31  # a length, so that no batch is fetched in advance of its step
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from super().__iter__()
+
+    def first(self) -> Columns:
+        """A batch of the first rows, which is not counted as taken."""
+        rows = slice(0, self.batch_size)
+        return {name: rows_of(column, rows) for name, column in self.data.items()}
+
+
+class Weighted(nn.Module):
+    """A program whose terms count as much as the weights of their data say.
+
+    Args:
+        program: A model or a guide with all sites in a data plate at dim −1.
+    """
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, x_0: Tensor, weights: Tensor, **given: Any) -> Any:
+        """Run the program, with the log-probability of row n scaled by its weight."""
+        with _Scaled(weights):
+            return self.program(x_0, **given)
+
+
+class _Scaled(Messenger):
+    """``poutine.scale``, with weights that may be zero."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = msg["scale"] * self.weights

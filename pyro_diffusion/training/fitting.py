@@ -1,0 +1,385 @@
+r"""Fit a model in one call: what a training script writes by hand around ``SVI``.
+
+.. math::
+    \theta, \phi \leftarrow \operatorname*{arg\,max}_{\theta, \phi}
+        \sum_n w_n\, \mathrm{ELBO}_n(\theta, \phi),
+
+with :math:`w_n = 1` unless data have weights. :func:`fit` holds some data out, trains on the rest in batches,
+and leaves the weights whose held-out bound was best in the model. Lightning runs the loop
+(:class:`~pyro_diffusion.training.lightning_module.SVIModule`). A :class:`Recipe` says how to train, and a
+:class:`Fit` what came out.
+"""
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyro_diffusion.checks import check_count, check_data, check_positive, require
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.family import Family, Pair, programs
+from pyro_diffusion.reading import reading
+from pyro_diffusion.scoring import replayed
+from pyro_diffusion.training.columns import Columns, Parts, Passes, Weighted, columns, split
+from pyro_diffusion.training.compilation import compile_elbo
+from pyro_diffusion.training.fitted import Fit
+from pyro_diffusion.training.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from pyro_diffusion.training.watching import Watch
+
+_STEPS = 5000  # where neither steps nor seconds are said
+_GRAPH = 300, 10.0  # steps, or seconds, that repay about a second of tracing
+_CODE = 20_000, 600.0  # and about ten seconds of compilation
+
+
+class Recipe(NamedTuple):
+    """How :func:`fit` trains."""
+
+    learning_rate: float = 2e-3  #: of AdamW, after the warm-up; it falls to zero along a cosine
+    batch_size: int = 256  #: rows in a batch; all of them where there are fewer
+    weight_decay: float = 0.01  #: of AdamW, for weights of two axes or more
+    warmup_steps: int = 100  #: steps over which the learning rate rises
+    clip: float = 5.0  #: longest gradient, in running means of their norms
+    averaging: float = 0.998  #: share of the averaged weights that a step keeps
+    #: checks in a row with the best ahead by two standard errors, after which a run ends
+    patience: int = 3
+    num_timesteps: int = 1  #: random timesteps for each datum of a batch, for a diffusion model
+    #: loss; by default analytic KLs, or log-ratios where a guide has another order than its model
+    elbo: ELBO | None = None
+    #: whether the step is machine code; by default in long runs, which repay the compilation (others run the
+    #: graph of the programs, and short ones the programs)
+    compiled: bool | None = None
+
+
+def fit(
+    family: Pair,
+    x_0: Any,
+    *,
+    validation: Any = None,
+    weights: Any = None,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    path: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    recipe: Recipe | None = None,
+    **given: Any,
+) -> Fit:
+    r"""Fit a model to data: batches, learning rate, averaged weights, validation, stopping, checkpoints.
+
+    The model is trained in place. Some data are held out, and 40 times in a run their bound is read, with the
+    averaged weights and always the same noise. The weights with the best held-out bound are in the model at
+    the end, also after an error or an interrupt. A run ends early when the best has been ahead of the last by
+    two standard errors of their paired difference three times in a row.
+
+    A diffusion model is trained at random timesteps (:meth:`~pyro_diffusion.DiffusionModel.subsampled`), a
+    hierarchical VAE by its own programs. In runs of 300 steps and more the step is traced into one graph
+    (:func:`~pyro_diffusion.training.compile_elbo`) where the programs are static. Lightning runs it, on the
+    device that the model is on.
+
+    Args:
+        family: A ``DiffusionModel``, a ``HierarchicalVAE``, or a tuple ``(model, guide)`` of modules.
+        x_0: Data: a tensor or an array of shape ``(N,)`` + the shape of one datum, a map-style dataset, or a
+            dictionary of columns ``{"x_0": …, "mask": …}``. An ``np.memmap`` is read batch by batch.
+        validation: Held-out data, in one of those forms. By default a tenth of the data is split off at
+            random, at most 10,000.
+        weights: One number for each datum, its share of the loss and of the held-out bound, not negative.
+            They are divided by their mean.
+        max_steps: Steps of the optimiser; 5,000 by default if there is no ``max_seconds``.
+        max_seconds: Seconds of training, checks and compilation included. The learning rate reaches zero at
+            the first of the two ends.
+        path: Folder of the run's checkpoint, ``last.ckpt``, written at every check. If there is one, the run
+            goes on from it; a run that is over is read and not trained.
+        seed: Of the split, the batches and the noise. Random states outside are as before.
+        progress: Whether to show a progress bar, in runs of more than five seconds.
+        recipe: How to train; ``Recipe()`` by default.
+        given: ``mask=`` of observed entries, in the data's shape, and what else the programs take by name.
+
+    Returns:
+        A :class:`Fit`: the history of the run, the best held-out bound, and why the run ended.
+
+    Raises:
+        ImportError: Lightning is not installed.
+        ValueError: Data that do not fit the model, or too few to hold some out; a step whose loss is not
+            finite; a folder with the checkpoint of another model or of other data.
+
+    Warns:
+        UserWarning: The last weights are behind the best by more than two standard errors: the model
+            overfits.
+
+    Example:
+        >>> denoiser = NeuralDenoiser(MLP((2,), hidden_size=32), LogSNRSchedule(20), event_shape=(2,))
+        >>> result = fit(DiffusionModel(denoiser), torch.randn(200, 2), max_steps=50)
+        >>> result.num_data, result.num_held_out, result.ended
+        (180, 20, 'all steps taken')
+    """
+    from pyro_diffusion.training import SVIModule  # noqa: F401 - it says how to install Lightning
+    from pyro_diffusion.training.watching import Watch
+
+    recipe = _check_recipe(Recipe() if recipe is None else recipe)
+    limits = _limits(max_steps, max_seconds)
+    model, guide = _programs(family, recipe)
+    device = _device(model, guide)
+    data = _parts(family, x_0, validation, weights, seed, device, given)
+    held_out = HeldOut(family, data.held_out, recipe.batch_size, device)
+    watch = Watch(held_out, recipe, *limits, None if path is None else Path(path), progress)
+    with _seeded(seed), _quiet(), _modes_kept(model, guide):
+        size = min(recipe.batch_size, len(data.training["x_0"]))
+        _train(model, guide, Passes(data.training, size, seed=seed), watch)
+    result = Fit.of(watch.record, held_out.estimate(), watch.ended, family, data)
+    if result.overfits:
+        warnings.warn(result.overfitting, UserWarning, stacklevel=2)
+    return result
+
+
+def _check_recipe(recipe: Recipe) -> Recipe:
+    require(
+        isinstance(recipe, Recipe),
+        "argument 'recipe'",
+        f"a {type(recipe).__name__}",
+        "a Recipe",
+        "Pass Recipe(learning_rate=1e-3), say.",
+    )
+    for name in ("learning_rate", "clip"):
+        check_positive(name, getattr(recipe, name), "It is a field of Recipe.")
+    for name, least in (
+        ("batch_size", 1),
+        ("warmup_steps", 0),
+        ("patience", 1),
+        ("num_timesteps", 1),
+    ):
+        check_count(name, getattr(recipe, name), least, "It is a field of Recipe.")
+    for name, most in (("weight_decay", math.inf), ("averaging", 1.0)):
+        value = getattr(recipe, name)
+        require(
+            0 <= value < most,
+            f"argument {name!r}",
+            repr(value),
+            f"a number from 0 to below {most}",
+            "It is a field of Recipe.",
+        )
+    return recipe
+
+
+def _limits(max_steps: int | None, max_seconds: float | None) -> tuple[int | None, float | None]:
+    """The ends of the run: 5,000 steps where none is said."""
+    if max_seconds is not None:
+        check_positive("max_seconds", max_seconds, "Pass the seconds of training.")
+    if max_steps is None:
+        return (_STEPS if max_seconds is None else None), max_seconds
+    return check_count("max_steps", max_steps, 1, "It is the number of steps."), max_seconds
+
+
+def _programs(family: Pair, recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """The pair that is trained."""
+    if isinstance(family, DiffusionModel):
+        pair = family.subsampled(num_timesteps=recipe.num_timesteps)
+        return pair.model, pair.guide
+    for program in (found := programs(family)):
+        require(
+            isinstance(program, nn.Module),
+            "argument 'family'",
+            f"a program that is a {type(program).__name__}",
+            "modules, whose parameters can be found",
+            "Put pyro.param statements into a PyroModule, or train with pyro.infer.SVI.",
+        )
+    return found  # type: ignore[return-value]
+
+
+def _device(*programs: nn.Module) -> torch.device:
+    for program in programs:
+        for parameter in program.parameters():
+            return parameter.device
+    raise ValueError(
+        "argument 'family': got programs without parameters; expected some to fit. Read an exact model with "
+        "elbo_terms."
+    )
+
+
+def _parts(
+    family: Pair,
+    x_0: Any,
+    validation: Any,
+    weights: Any,
+    seed: int,
+    device: torch.device,
+    given: dict[str, Any],
+) -> Parts:
+    """Training data and held-out data, looked at."""
+    data = columns(x_0, device, weights=weights, **given)
+    held_out = None if validation is None else columns(validation, device)
+    parts = split(data, seed) if held_out is None else Parts(data, held_out)
+    require(
+        len(parts.held_out["x_0"]) >= 2,
+        "argument 'validation'",
+        f"{len(parts.held_out['x_0'])} data",
+        "two or more, whose spread is the error of the bound",
+        "Pass more, or leave it out to have some split off.",
+    )
+    for part in parts:
+        _check_values(family, part)
+    return parts
+
+
+def _check_values(family: Pair, data: Columns) -> None:
+    """Look at all data once, for a graph does not. What is on disk is looked at batch by batch."""
+    x_0, mask = data["x_0"], data.get("mask")
+    if not isinstance(family, Family) or not isinstance(x_0, Tensor):
+        return
+    rows = 65_536
+    with reading(family):
+        for first in range(0, len(x_0), rows):
+            seen = None if mask is None else mask[first : first + rows].to(family.device)
+            family.embed(check_data(x_0[first : first + rows].to(family.device), seen), seen)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A random state of the run's own; that outside is as before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _modes_kept(*programs: nn.Module) -> Iterator[None]:
+    """Leave every module in the mode, training or evaluation, that it was in."""
+    modes = [(part, part.training) for program in programs for part in program.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning without its lines about devices, and without its advice on loaders."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _loss(
+    model: nn.Module,
+    guide: nn.Module,
+    recipe: Recipe,
+    batches: Passes,
+    limits: tuple[int | None, float | None],
+) -> Callable[..., nn.Module]:
+    """What makes a loss of a model and a guide: programs, or a graph of them where they are static."""
+    given = batches.first()
+
+    def wrapped(program: nn.Module) -> nn.Module:
+        """The program, with the data's weights if they have any."""
+        return Weighted(program) if "weights" in given else program
+
+    elbo = recipe.elbo or _elbo(wrapped(model), wrapped(guide), dict(given))
+
+    def loss(model: nn.Module, guide: nn.Module) -> nn.Module:
+        """What ``SVIModule`` calls to make its loss."""
+        plain: nn.Module = elbo(wrapped(model), wrapped(guide))
+        if not _repays(_GRAPH, limits) and not recipe.compiled:
+            return plain
+        model.train()
+        guide.train()
+        backend = "inductor" if _is_compiled(recipe, limits) else None
+        try:
+            traced = compile_elbo(wrapped(model), wrapped(guide), elbo, backend=backend)
+            traced(**given)
+        except ValueError:  # not static, or bad data, of which the programs will say so
+            return plain
+        return traced
+
+    return loss
+
+
+def _repays(least: tuple[int, float], limits: tuple[int | None, float | None]) -> bool:
+    """Whether a run is so long that it repays some work in advance."""
+    return any(
+        limit is not None and limit >= enough for limit, enough in zip(limits, least, strict=True)
+    )
+
+
+def _is_compiled(recipe: Recipe, limits: tuple[int | None, float | None]) -> bool:
+    """Machine code if it is asked for, or for a long run where there is a compiler."""
+    if recipe.compiled is not None:
+        return recipe.compiled
+    return _repays(_CODE, limits) and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _elbo(model: nn.Module, guide: nn.Module, given: dict[str, Any]) -> ELBO:
+    """Analytic KLs where the guide draws its sites in the model's order."""
+    with reading(model, guide), poutine.mask(mask=False):
+        guide_trace, model_trace = replayed(model, guide, given.pop("x_0"), **given)
+    orders = [
+        [name for name in trace.stochastic_nodes if name in guide_trace.stochastic_nodes]
+        for trace in (guide_trace, model_trace)
+    ]
+    return TraceMeanField_ELBO() if orders[0] == orders[1] else Trace_ELBO()
+
+
+def _adamw(parameters: Iterator[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices and kernels, and none on biases and scales."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.99),
+        fused=all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained),
+    )
+
+
+def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") -> None:
+    """Run Lightning's loop, from the folder's checkpoint if there is one, and leave the best weights."""
+    import lightning.pytorch as lightning
+
+    from pyro_diffusion.training import SVIModule
+    from pyro_diffusion.training.checkpoints import CheckpointFiles, latest_checkpoint
+    from pyro_diffusion.training.watching import tensors_of
+
+    recipe, device = watch.recipe, watch.held_out.device
+    loss = _loss(model, guide, recipe, batches, (watch.max_steps, watch.max_seconds))
+    module = SVIModule(model, guide, loss, partial(_adamw, recipe=recipe))
+    trainer = lightning.Trainer(
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        max_steps=-1 if watch.max_steps is None else watch.max_steps,
+        max_epochs=-1,
+        callbacks=[watch],
+        plugins=[CheckpointFiles()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    checkpoint = None if watch.folder is None else latest_checkpoint(watch.folder, module)
+    try:
+        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        module.to(device)  # Lightning moves it to the CPU
+        watch.record.restore(tensors_of(module))
