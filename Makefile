@@ -1,5 +1,6 @@
 # make demo: fit the digits and look at them.  make test: the whole suite.
-# make docs: the site, in docs/_build/html.
+# make docs: the site, in docs/_build/html.  make docs-shots: pictures of it, by headless Chromium.
+# make gallery: run every example and keep its picture, output and time in docs/gallery.
 # make arviz1: the tests of arviz_bridge against ArviZ 1.x, without torch; PYTHON is 3.12 or later.
 # All but that make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
 
@@ -9,7 +10,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs arviz1 clean
+.PHONY: demo test lint types docs docs-shots gallery arviz1 clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --device $(DEVICE)
@@ -26,6 +27,12 @@ types: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+
+docs-shots: $(INSTALLED)
+	$(BIN)/python docs/shots.py
+
+gallery: $(INSTALLED)
+	$(BIN)/python docs/make_gallery.py
 
 arviz1:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "make arviz1 PYTHON=…: ArviZ 1.x needs 3.12")'
