@@ -102,6 +102,10 @@ GENERATED = {
 def read(app, docname, source):
     if docname in GENERATED:
         source[0] = GENERATED[docname]()
+    kernel = (
+        "kernelspec:\n  name: python3\n"  # whose language is asked for where nothing is executed
+    )
+    source[0] = source[0].replace(kernel, "kernelspec: {name: python3,\n  language: python}\n", 1)
 
 
 def outdated(app, env, added, changed, removed):
@@ -117,7 +121,11 @@ def prepare_executions(app):
         (profile / "ipython_kernel_config.py").write_text(
             "c = get_config()\nc.IPKernelApp.log_level = 40\nc.InlineBackend.figure_formats = {'svg'}\n"
         )
-        os.environ |= {"IPYTHONDIR": str(profile.parent), "PYTHONWARNINGS": QUIET, "TQDM_DISABLE": "1"}
+        os.environ |= {
+            "IPYTHONDIR": str(profile.parent),
+            "PYTHONWARNINGS": QUIET,
+            "TQDM_DISABLE": "1",
+        }
         for folder in set(EXECUTED.glob("*")) - {Path(nb_execution_cache_path)}:
             shutil.rmtree(folder)
 

@@ -51,13 +51,20 @@ def draw_bound(bound, ax):
         f"{abs(bound[name].mean().item()):.3g} nats: {words}" for name, words in ends.items()
     ]
     lines[1] = lines[1].replace("nats: log", "nats: −log")
-    ax.text(0.97, 0.94, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", linespacing=1.6)
+    ax.text(
+        0.97, 0.94, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", linespacing=1.6
+    )
     bits = bound.attrs
     ax.set_title(
         f"{bits['bits_per_dim']:.3f} ± {bits['bits_per_dim_monte_carlo_error']:.3f} (Monte Carlo) "
         f"± {bits['bits_per_dim_sampling_error']:.3f} (sampling) bits per pixel"
     )
-    ax.set(xlabel="timestep t", ylabel="KL at $x_t$, nats per image", xlim=(0, t[-1] + 1), ylim=(0, None))
+    ax.set(
+        xlabel="timestep t",
+        ylabel="KL at $x_t$, nats per image",
+        xlim=(0, t[-1] + 1),
+        ylim=(0, None),
+    )
     ax.spines[["top", "right"]].set_visible(False)
 
 

@@ -25,7 +25,7 @@ PAGES = (
     "api/processes.html", "equations.html", "glossary.html", "benchmarks.html", "search.html?q=likelihood",
 )  # fmt: skip
 SIZES = {1280: 1500, 400: 1500}
-FLAGS = (
+FLAGS = (  # noqa: SIM905, as one types them
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe"
 ).split()

@@ -43,7 +43,7 @@ def evidence(found):
 
 def memory_map(found):
     return table(
-        ["rows on disk", "file, MB", "anonymous memory, MB", "growth, MB", "rows a second", "share of time reading"],
+        ["rows on disk", "file, MB", "anonymous memory, MB", "growth, MB", "rows a second", "time reading"],
         [[f"{r['rows']:,}", f"{r['file_mb']:.0f}", f"{r['anonymous_mb']:.0f}", f"{r['growth_mb']:.1f}",
           f"{r['rows_per_second']:,.0f}", f"{r['reading_share']:.0%}"] for r in found["rows"]],
     )  # fmt: skip
@@ -51,7 +51,12 @@ def memory_map(found):
 
 def paired(found):
     rows = [
-        [work, f"{r['median']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", r["verdict"] or "not slower"]
+        [
+            work,
+            f"{r['median']:.3f}",
+            f"{r['low']:.3f} to {r['high']:.3f}",
+            r["verdict"] or "not slower",
+        ]
         for work, r in found["rows"].items()
     ]
     commits = f"Before is {found['commits']['before']}, after {found['commits']['after']}.\n\n"
@@ -63,10 +68,13 @@ def honesty(found):
     for r in found["rows"]:
         spent = "–" if r["rows"] is None else f"{r['rows']:,.0f}"
         rows.append([
-            f"`{r['reader']}`", r["data"], f"{r['num_data']:,}", length(r["num_timesteps"]), r["target"] or "–",
-            f"{r['mean_z']:+.2f} ± {r['mean_z_error']:.2f}", f"{r['sd_z']:.2f} ± {r['sd_z_error']:.2f}", spent,
+            f"`{r['reader']}`", r["data"], f"{r['num_data']:,}", length(r["num_timesteps"]),
+            r["target"] or "–", f"{r['mean_z']:+.2f} ± {r['mean_z_error']:.2f}",
+            f"{r['sd_z']:.2f} ± {r['sd_z_error']:.2f}", spent,
         ])  # fmt: skip
-    return table(["reader", "data", "N", "T", "target, nats", "mean of z", "sd of z", "network rows"], rows)
+    return table(
+        ["reader", "data", "N", "T", "target, nats", "mean of z", "sd of z", "network rows"], rows
+    )
 
 
 def calibration(found):
@@ -74,7 +82,8 @@ def calibration(found):
     cases = dict.fromkeys(key[:2] for key in counts)
     rows = [[*case, counts[*case, "truth"], counts[*case, "shifted"]] for case in cases]
     return (
-        f"Rejections of {found['repetitions']} data sets of {found['num_data']:,}, at the {found['level']:.0%} level:\n\n"
+        f"Rejections of {found['repetitions']} data sets of {found['num_data']:,}, "
+        f"at the {found['level']:.0%} level:\n\n"
         + table(["check", "test", "truth as model", f"shifted by {found['shift']} sd"], rows)
     )
 
@@ -84,21 +93,41 @@ def smc(found):
     for r in found["rows"]:
         error = (sum(e**2 for e in r["standard_errors"]) / len(r["errors"])) ** 0.5
         reliable = f"{sum(r['reliable'])} of {len(r['reliable'])}"
-        rows.append([r["denoiser"], r["method"], f"{r['rms_error']:.2g}", f"{error:.2g}", reliable, f"{r['seconds']:.0f}"])
-    return table(["denoiser", "weights", "error, nats", "reported error, nats", "data reliable", "s"], rows)
+        rows.append(
+            [
+                r["denoiser"],
+                r["method"],
+                f"{r['rms_error']:.2g}",
+                f"{error:.2g}",
+                reliable,
+                f"{r['seconds']:.0f}",
+            ]
+        )
+    return table(
+        ["denoiser", "weights", "error, nats", "reported error, nats", "data reliable", "s"], rows
+    )
 
 
 def lengths(found):
     parts = []
     for name, unit in (("digits", "bits/dim"), ("Gaussian", "nats/dim")):
-        dimension = {"digits": 64, "Gaussian": 16}[name] * (0.6931471805599453 if name == "digits" else 1)
+        dimension = {"digits": 64, "Gaussian": 16}[name] * (
+            0.6931471805599453 if name == "digits" else 1
+        )
         rows = [
             [length(r["num_timesteps"]), r["variance"],
-             f"{-r['bound'] / dimension:.4f} ± {r['monte_carlo_error'] / dimension:.2g} ± {r['sampling_error'] / dimension:.2g}",
+             " ± ".join([f"{-r['bound'] / dimension:.4f}", f"{r['monte_carlo_error'] / dimension:.2g}",
+                         f"{r['sampling_error'] / dimension:.2g}"]),
              f"{r['rows']:,}", f"{r['full_rows'] / r['rows']:.1f}" if r["full_rows"] else "–"]
             for r in found[name]
         ]  # fmt: skip
-        head = ["T", "reverse variance", f"−bound, {unit} ± Monte Carlo ± sampling", "network rows", "full sum / rows"]
+        head = [
+            "T",
+            "reverse variance",
+            f"−bound, {unit} ± Monte Carlo ± sampling",
+            "network rows",
+            "full sum / rows",
+        ]
         parts.append(f"**{name}**\n\n{table(head, rows)}")
     return "\n".join(parts)
 
@@ -110,13 +139,17 @@ def variance(found):
          f"{r['variance'] / r['learned']:.2f}", f"{r['stratified'] / r['stratified_learned']:.2f}"]
         for r in found["rows"]
     ]  # fmt: skip
-    head = ["data", "schedule", "log-SNR", "its variance", "learned", "least", "learned / least", "its / learned",
-            "the same, stratified"]  # fmt: skip
+    head = ["data", "schedule", "log-SNR", "its variance", "learned", "least", "learned / least",
+            "its / learned", "the same, stratified"]  # fmt: skip
     curves = [
         [r["curves"], f"{r['mean']:.1f}", f"{r['variance']:,.0f} ± {r['standard_error']:.2g}"]
         for r in found["by_dimension"]
     ]
-    return table(head, rows) + "\n" + table(["curves", "what is left to integrate", "variance of a row"], curves)
+    return (
+        table(head, rows)
+        + "\n"
+        + table(["curves", "what is left to integrate", "variance of a row"], curves)
+    )
 
 
 def toys(found):
@@ -128,13 +161,25 @@ def toys(found):
          shown(r["limit"]["gap"]), f"{r['fit_cpu_seconds'] / 60:.1f}"]
         for r in found["rows"]
     ]  # fmt: skip
-    head = ["density", "entropy", f"−bound, T = {found['num_timesteps']}", "gap, paired", "gap, T → ∞", "CPU minutes to fit"]
+    head = [
+        "density",
+        "entropy",
+        f"−bound, T = {found['num_timesteps']}",
+        "gap, paired",
+        "gap, T → ∞",
+        "CPU minutes to fit",
+    ]
     return "Nats, ± Monte Carlo ± sampling:\n\n" + table(head, rows)
 
 
 def heartbeat(found):
     rows = [
-        [r["num_timesteps"], f"{r['bits']:.4f}", f"{r['best_bits']:.4f}", f"{r['standard_error']:.4f}"]
+        [
+            r["num_timesteps"],
+            f"{r['bits']:.4f}",
+            f"{r['best_bits']:.4f}",
+            f"{r['standard_error']:.4f}",
+        ]
         for r in found["rows"]
     ]
     head = ["T", "SVI, bits/sequence", "best bit by bit", "± Monte Carlo, of the difference"]
@@ -147,7 +192,15 @@ def ising(found):
          f"{r['standard_error']:.3f}", f"{r['monte_carlo_error']:.3f}", f"{r['fit_cpu_seconds'] / 60:.1f}"]
         for r in found["rows"]
     ]  # fmt: skip
-    head = ["model", "parameters", "T", "log p − bound, nats", "± sampling", "± Monte Carlo", "CPU minutes to fit"]
+    head = [
+        "model",
+        "parameters",
+        "T",
+        "log p − bound, nats",
+        "± sampling",
+        "± Monte Carlo",
+        "CPU minutes to fit",
+    ]
     distances = [
         [name, f"{d['energy']:.3f}", f"{d['magnetisation']:.3f}"]
         for name, d in found["total_variation"].items()
@@ -181,13 +234,21 @@ def samplers(found):
 
 def stress(found):
     head = ["fits", *found["outcomes"], "median, s", "slowest, s"]
-    row = [found["fits"], *found["outcomes"].values(), f"{found['median_seconds']:.2f}", f"{found['slowest_seconds']:.1f}"]
+    row = [
+        found["fits"],
+        *found["outcomes"].values(),
+        f"{found['median_seconds']:.2f}",
+        f"{found['slowest_seconds']:.1f}",
+    ]
     return table(head, [row])
 
 
 def parity(found):
     values = sum(len(q["values"]) for q in found["quantities"].values())
-    return f"The reference holds {values:,} numbers of {len(found['quantities'])} quantities, of commit `{found['commit']}`.\n"
+    return (
+        f"The reference holds {values:,} numbers of {len(found['quantities'])} quantities, of commit "
+        f"`{found['commit']}`.\n"
+    )
 
 
 #: The sections of the page, the benchmarks in each, and how their numbers become a table.
@@ -251,7 +312,9 @@ def plain(found):
     if not rows or not isinstance(rows, list):
         return ""
     keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
-    return table([key.replace("_", " ") for key in keys], [[_cell(r.get(key)) for key in keys] for r in rows])
+    return table(
+        [key.replace("_", " ") for key in keys], [[_cell(r.get(key)) for key in keys] for r in rows]
+    )
 
 
 def _cell(value):
