@@ -37,6 +37,7 @@ exclude_patterns = ["_build", "gallery/*.txt", "reading.md"]  # reading.md: now 
 
 html_theme = "furo"
 html_title = "pyro_diffusion"
+html_show_copyright = False  # LICENSE says it
 mathjax_path = "tex-svg-full.js"  # fonts and extensions in one file
 html_static_path = [
     "_static",
