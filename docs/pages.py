@@ -64,7 +64,8 @@ def _story(path):
     """The first line and the second paragraph of an example's docstring, as Markdown."""
     paragraphs = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")
     first, *others = (re.sub(r":math:`([^`]+)`", r"$\1$", text) for text in paragraphs)
-    return first.rstrip("."), (others or [""])[0].replace("``", "`")
+    story = (others or [""])[0].replace("``", "`")
+    return first.rstrip("."), f"{story[:-1]}." if story.endswith(":") else story
 
 
 def _card(path, run):
