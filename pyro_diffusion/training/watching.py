@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 LAST = "last.ckpt"  #: name of the checkpoint in a run's folder
 _NUM_CHECKS, _SHORTEST = 40, 25  # checks of a run; steps between two of them, at least
+_EARLIEST = (
+    0.25  # share of a run before which it goes on: large steps may make a model worse at first
+)
 _WARM_UP = 0.05  # of a run, at most
 _EVERY = 5  # steps after which a check may be due
 _MEMORY = 0.02  # of the running mean of the gradients' norms: 50 steps
@@ -125,7 +128,7 @@ class Watch(WeightAveraging):
         """Stop if the time is up, or the best has been ahead often enough."""
         if self.max_seconds is not None and seconds >= self.max_seconds:
             self.ended = f"{self.max_seconds:g} seconds are over"
-        elif self.record.is_over:
+        elif self.record.is_over and self._share(trainer.global_step) >= _EARLIEST:
             self.ended = (
                 f"the best is ahead by two standard errors, {self.recipe.patience} times in a row"
             )
