@@ -86,7 +86,7 @@ def test_the_history_says_what_happened(long_run):
     step = history["step"].values
     assert step[0] == 0
     assert step[-1] == result.num_steps == 600
-    assert 20 <= len(step) <= 41
+    assert 15 <= len(step) <= 22
     assert history["bound"].attrs["units"] == "nats per datum"
     assert history["bound"].values[0] < history["bound"].values[-1] - 1
     assert history["learning_rate"].values[-1] < 1e-6 < history["learning_rate"].values[4]
@@ -581,7 +581,7 @@ def test_a_model_that_overfits(tmp_path):
     assert first.best.step < first.num_steps
     assert "two standard errors" in first.ended
     assert "behind the best" in repr(first)
-    read = HeldOut(model, {"x_0": held_out}, 256, CPU).read()
+    read = HeldOut(model, {"x_0": held_out}, 256, CPU).read(rows=1920)  # as in a check
     best = first.history["bound"].sel(step=first.best.step)
     assert float(read.mean()) == pytest.approx(float(best), abs=1e-4)
     assert second.history.identical(first.history)

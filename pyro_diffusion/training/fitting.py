@@ -79,7 +79,7 @@ def fit(
 ) -> Fit:
     r"""Fit a model to data: batches, learning rate, averaged weights, validation, stopping, checkpoints.
 
-    The model is trained in place. Some data are held out, and 40 times in a run their bound is read, with the
+    The model is trained in place. Some data are held out, and 20 times in a run their bound is read, with the
     averaged weights and always the same noise. The weights with the best held-out bound are in the model at
     the end, also after an error or an interrupt. A run ends early when the best has been ahead of the last by
     two standard errors of their paired difference three times in a row, but not in its first quarter.
@@ -305,7 +305,7 @@ def _loss(
         backend = "inductor" if _is_compiled(recipe, limits) else None
         try:
             traced = compile_elbo(wrapped(model), wrapped(guide), elbo, backend=backend)
-            traced(**given)
+            traced(given.pop("x_0"), **given)
         except ValueError:  # not static, or bad data, of which the programs will say so
             return plain
         return traced
@@ -357,13 +357,12 @@ def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") 
     """Run Lightning's loop, from the folder's checkpoint if there is one, and leave the best weights."""
     import lightning.pytorch as lightning
 
-    from pyro_diffusion.training import SVIModule
     from pyro_diffusion.training.checkpoints import CheckpointFiles, latest_checkpoint
-    from pyro_diffusion.training.watching import tensors_of
+    from pyro_diffusion.training.watching import WatchedModule, tensors_of
 
     recipe, device = watch.recipe, watch.held_out.device
     loss = _loss(model, guide, recipe, batches, (watch.max_steps, watch.max_seconds))
-    module = SVIModule(model, guide, loss, partial(_adamw, recipe=recipe))
+    module = WatchedModule(model, guide, loss, partial(_adamw, recipe=recipe))
     trainer = lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=[device.index or 0] if device.type == "cuda" else 1,

@@ -34,7 +34,7 @@ from pyro_diffusion.training.batches import rows_of
 from pyro_diffusion.training.columns import Columns
 from pyro_diffusion.training.objectives import bound_by_datum
 
-_ROWS = 8192  # network rows of a check: a few per cent of the time between two checks
+_ROWS = 8192  # network rows of a reading, at most
 _FEWEST, _MOST = 4, 64  # rows for each datum of a diffusion model
 _PARTICLES = 8  # trajectories for each datum of anything else, at most
 _READINGS = 8  # of the best weights, at the end
@@ -83,22 +83,29 @@ class HeldOut:
         mean = (shares * bounds).mean()
         return Estimate.of(mean + shares * (bounds - mean), shares * errors)
 
-    def read(self, seed: int = 0) -> Tensor:
-        """An estimate of the bound of every datum, float64 nats, ``(N,)``, with the noise of a seed."""
+    def read(self, seed: int = 0, rows: int = _ROWS) -> Tensor:
+        """An estimate of the bound of every datum, float64 nats, ``(N,)``.
+
+        Args:
+            seed: Of the noise.
+            rows: Network rows for all data, or trajectories; each datum has four rows at least.
+        """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         bounds = []
         with reading(self.model, self.guide), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             for first in range(0, self.count, self.batch_size):
-                rows = slice(first, first + self.batch_size)
+                batch = slice(first, first + self.batch_size)
                 given = {
-                    name: rows_of(column, rows).to(self.device)
+                    name: rows_of(column, batch).to(self.device)
                     for name, column in self.data.items()
                 }
-                bounds.append(self._bound(given.pop("x_0"), given))
+                bounds.append(self._bound(given.pop("x_0"), given, rows // self.count))
         return torch.cat(bounds).cpu()
 
-    def _of_rows(self, diffusion: DiffusionModel, x_0: Tensor, given: dict[str, Any]) -> Tensor:
+    def _of_rows(
+        self, diffusion: DiffusionModel, x_0: Tensor, given: dict[str, Any], share: int
+    ) -> Tensor:
         time = Steps(diffusion.schedule.num_timesteps)
         rows = Rows(diffusion, x_0, Given.of(**given), time, self.batch_size)
         data = torch.arange(len(x_0), device=x_0.device)
@@ -106,7 +113,7 @@ class HeldOut:
         groups = len(rows.sizes) - 1
         if not groups:  # a chain of one step
             return bound
-        m = min(max(_FEWEST, _ROWS // self.count), _MOST)
+        m = min(max(_FEWEST, share), _MOST)
         shift = torch.rand(len(x_0), dtype=torch.float64, device=x_0.device)
         place = (torch.arange(m, device=x_0.device)[:, None] + shift) * groups / m
         group, position = 1 + place.long(), place.frac()
@@ -114,8 +121,8 @@ class HeldOut:
         terms = rows.terms(data.expand(m, -1).flatten(), t).reshape(m, -1)
         return bound + (rows.sizes[group] * terms).sum(0) * groups / m
 
-    def _along_paths(self, x_0: Tensor, given: dict[str, Any]) -> Tensor:
-        particles = min(max(1, _ROWS // self.count), _PARTICLES)
+    def _along_paths(self, x_0: Tensor, given: dict[str, Any], share: int) -> Tensor:
+        particles = min(max(1, share), _PARTICLES)
         if isinstance(self.model, SubsampledProgram):
             draws = [bound_by_datum(self.model, self.guide, x_0, **given) for _ in range(particles)]
             return torch.stack(draws).mean(0)

@@ -30,18 +30,34 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from pyro_diffusion.training.columns import Columns
 from pyro_diffusion.training.held_out import HeldOut, Record
+from pyro_diffusion.training.lightning_module import SVIModule
 
 if TYPE_CHECKING:
     from pyro_diffusion.training.fitting import Recipe
 
+
+class WatchedModule(SVIModule):
+    """An ``SVIModule`` without Lightning's log, a tenth of a step. :class:`Watch` keeps the losses."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log nothing."""
+
+    def transfer_batch_to_device(
+        self, batch: Columns, device: torch.device, dataloader_idx: int
+    ) -> Columns:
+        """The batch, which is on the device already unless the data did not fit there."""
+        return {name: column.to(device) for name, column in batch.items()}
+
+
 LAST = "last.ckpt"  #: name of the checkpoint in a run's folder
-_NUM_CHECKS, _SHORTEST = 40, 25  # checks of a run; steps between two of them, at least
-_EARLIEST = (
-    0.25  # share of a run before which it goes on: large steps may make a model worse at first
-)
+_NUM_CHECKS, _SHORTEST = 20, 25  # checks of a run; steps between two of them, at least
+_EARLIEST = 0.25  # share of a run that is always taken: large steps may make a model worse at first
 _WARM_UP = 0.05  # of a run, at most
-_EVERY = 5  # steps after which a check may be due
+_EVERY = 5  # steps after which the weights are averaged, and a check may be due
+_COST = 0.05  # share of the time that checks take
+_FEWEST_ROWS, _MOST_ROWS = 1024, 8192  # network rows of a check
 _MEMORY = 0.02  # of the running mean of the gradients' norms: 50 steps
 
 
@@ -148,7 +164,9 @@ class Watch(WeightAveraging):
         """Read the bound of the held-out data with the averaged weights, and put it down."""
         self._swap_models(pl_module)
         try:
-            bounds = self.held_out.read()
+            start = time.perf_counter()
+            bounds = self.held_out.read(rows=self._rows())
+            took = time.perf_counter() - start
             loss = float(torch.stack(self._losses).mean()) if self._losses else math.nan
             self.seconds = time.perf_counter() - self._start
             self.record.add(
@@ -163,11 +181,24 @@ class Watch(WeightAveraging):
             self._swap_models(pl_module)
         self._losses.clear()
         shortest = 0.0 if self.max_steps is None else _SHORTEST / self.max_steps
-        self._next = self._share(trainer.global_step) + max(1 / _NUM_CHECKS, shortest)
+        pause = 0.0 if self.max_seconds is None else took / (_COST * self.max_seconds)
+        self._next = self._share(trainer.global_step) + max(1 / _NUM_CHECKS, shortest, pause)
         last = self.record.checks[-1]
         self._bar.set_postfix_str(
             f"held-out bound {last['bound']:.4g} ± {last['bound_error']:.2g} nats", refresh=False
         )
+
+    def _rows(self) -> int:
+        """Network rows of a check, few enough for its share of the time; a step counts three times."""
+        if self.max_steps is None:
+            return _MOST_ROWS
+        steps = max(self.max_steps / _NUM_CHECKS, _SHORTEST)
+        rows = 3 * _COST * steps * self.recipe.batch_size * self.recipe.num_timesteps
+        return round(min(max(rows, _FEWEST_ROWS), _MOST_ROWS))
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the weights are averaged now."""
+        return step_idx is not None and (step_idx + 1) % _EVERY == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run goes on from."""
@@ -186,8 +217,8 @@ class Watch(WeightAveraging):
         self._norm, self._next = state_dict["norm"], state_dict["next"]
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
-        step = int(num_averaged)
-        decay = min(self.recipe.averaging, (1 + step) / (10 + step))
+        step = _EVERY * int(num_averaged)
+        decay = min(self.recipe.averaging, (1 + step) / (10 + step)) ** _EVERY
         get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
 
 
