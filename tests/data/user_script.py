@@ -29,6 +29,7 @@ from pyro_diffusion import (
     EnumeratedDenoiser,
     Estimate,
     Evidence,
+    Fit,
     FreeBitsELBO,
     GaussianDenoiser,
     GaussianLikelihood,
@@ -49,6 +50,7 @@ from pyro_diffusion import (
     OptimalVariance,
     PoissonLikelihood,
     PosteriorVariance,
+    Recipe,
     ShuffledBatches,
     Standardize,
     VarianceExploding,
@@ -58,6 +60,7 @@ from pyro_diffusion import (
     compile_elbo,
     elbo_terms,
     evaluate_bound,
+    fit,
     forward_marginal,
     importance_evidence,
     ode_log_likelihood,
@@ -130,6 +133,21 @@ def train(diffusion: DiffusionModel, x_0: Tensor, steps: int) -> float:
     for _ in range(steps):
         loss = float(svi.step(x_0[torch.randint(len(x_0), (16,))], num_data=len(x_0)))
     return loss
+
+
+def train_in_one_call(diffusion: DiffusionModel, x_0: Tensor) -> Estimate:
+    """``fit``, with a mask, weights and settings, on a family and on a pair of programs."""
+    seen, weights = torch.ones_like(x_0, dtype=torch.bool), torch.ones(len(x_0))
+    recipe = Recipe(learning_rate=1e-3, weight_decay=0.1)
+    result = fit(
+        diffusion, x_0, mask=seen, weights=weights, max_steps=5, recipe=recipe, progress=False
+    )
+    assert_type(result, Fit)
+    assert_type(result.history, xarray.Dataset)
+    assert_type(result.seconds, float)
+    pair = diffusion.subsampled()
+    fit((pair.model, pair.guide), x_0.numpy(), validation=x_0, max_steps=5, progress=False)
+    return result.best.bound
 
 
 def read(diffusion: DiffusionModel, x_0: Tensor) -> dict[str, float]:
@@ -331,6 +349,7 @@ def main() -> None:
     x_0 = ring(40)
     diffusion = build(LogSNRSchedule(num_timesteps=5, log_snr_max=6.0))
     print(pyro_diffusion.__version__, train(diffusion, x_0, steps=3))
+    print(train_in_one_call(diffusion, x_0))
     print(read(diffusion, x_0[:5]))
     print(draw(diffusion).shape, kernels(diffusion, x_0).shape, oracles(x_0).shape)
     other_data()
