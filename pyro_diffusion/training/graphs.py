@@ -155,7 +155,7 @@ class CompiledGraph(NamedTuple):
     compiled: Step
     leaves: Sequence[Tensor]
     autocast: tuple[str, torch.dtype] | None
-    held: list[Tensor]  # the key has their ids: as long as they exist, no other object has the same id
+    held: list[Tensor]  # kept alive, so that no other object can have one of the ids in the key
     fresh: bool = False  #: whether each gradient is in memory that nothing else uses
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:

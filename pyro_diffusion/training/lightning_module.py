@@ -41,10 +41,10 @@ class SVIModule(lightning.LightningModule):
     in a dictionary of the programs' arguments (``{"x_0": …, "mask": …}``).
 
     Training logs ``train_loss``, in nats per datum. Validation computes the bound with every timestep. It
-    logs ``val_bits_per_dim``, ``val_elbo`` with ``val_elbo_error`` (one standard error of the mean, particles and
-    data together), and the terms: ``val_x_0`` (reconstruction), ``val_x_T``, and blocks of timesteps between.
-    ``Trainer.test`` logs the same as ``test_…``. Every validation draws the same noise, so that only the
-    model changes between two of them.
+    logs ``val_bits_per_dim``, ``val_elbo`` with ``val_elbo_error`` (one standard error of the mean, particles
+    and data together), and the terms: ``val_x_0`` (reconstruction), ``val_x_T``, and blocks of timesteps
+    between. ``Trainer.test`` logs the same as ``test_…``. Every validation draws the same noise, so that only
+    the model changes between two of them.
 
     On several ranks each reads its own data. Use :class:`~pyro_diffusion.training.batches.ShuffledBatches`
     for training, and :class:`~pyro_diffusion.training.batches.OrderedBatches` for validation: it reads each

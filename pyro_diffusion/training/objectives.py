@@ -250,7 +250,7 @@ def bound_by_datum(
 
 
 def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any) -> Tensor:  # type: ignore[misc]
-    r"""One draw of the bound of every datum, :math:`\hat L_n`: their sum is minus the ``TraceMeanField_ELBO`` loss.
+    r"""One draw of the bound of every datum, :math:`\hat L_n`; ``TraceMeanField_ELBO`` is minus their sum.
 
     It takes any pair, including a subsampled one. KLs are analytic where they have a formula. The result has
     gradients by the data and by the parameters, and can be used in a ``pyro.factor`` of another program. Its

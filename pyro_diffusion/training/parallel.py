@@ -170,7 +170,7 @@ def _joined_field(name: str, parts: Sequence[Any], sizes: Sequence[int], device:
     raise ValueError(
         f"argument 'function': got results whose field {name!r} is not given by datum; expected "
         "tensors with the data in the last dimension and numbers that are equal on all ranks, as in "
-        "ELBOTerms and Evidence. Use elbo_terms or importance_evidence as the function, or join the results yourself."
+        "ELBOTerms and Evidence. Pass elbo_terms or importance_evidence, or join the results yourself."
     )
 
 
