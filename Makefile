@@ -1,6 +1,7 @@
 # make demo: fit the digits and look at them.  make test: the whole suite.
-# make docs: the site, in docs/_build/html.
 # make wheel: sdist and wheel in dist/, and the wheel's smoke test in an empty environment (PYTHON's).
+# make docs: the site, in docs/_build/html.  make docs-shots: pictures of it, by headless Chromium.
+# make gallery: run every example and keep its picture, output and time in docs/gallery.
 # make arviz1: the tests of arviz_bridge against ArviZ 1.x, without torch; PYTHON is 3.12 or later.
 # All but those two make .venv first if it is not there. DEVICE=cuda runs either on a GPU.
 
@@ -10,7 +11,7 @@ DEVICE ?= cpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types docs wheel arviz1 clean
+.PHONY: demo test lint types docs docs-shots gallery wheel arviz1 clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --device $(DEVICE)
@@ -37,6 +38,12 @@ wheel:
 	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt torch
 	build/wheel/empty/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build/wheel && empty/bin/python -I ../../tests/smoke.py ../../dist
+
+docs-shots: $(INSTALLED)
+	$(BIN)/python docs/shots.py
+
+gallery: $(INSTALLED)
+	$(BIN)/python docs/make_gallery.py
 
 arviz1:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "make arviz1 PYTHON=…: ArviZ 1.x needs 3.12")'

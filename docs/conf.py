@@ -1,13 +1,25 @@
-"""Sphinx: README with its table of equations, the examples, and the API from docstrings (``make docs``)."""
+"""Sphinx: the tutorial, the guides, the gallery, the benchmarks and the API from docstrings (``make docs``).
 
-import re
-from importlib import import_module
+Code pages are executed by myst-nb and cached for as long as the package stays as it is. Mathematics is
+rendered by a MathJax from the package index, so that the site needs neither a server nor a network.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from importlib import import_module, resources
 from pathlib import Path
 
 import pyro_diffusion
 from pyro_diffusion.display import Listing
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import pages  # noqa: E402  which stands beside this file
+import tables  # noqa: E402
 
 project = "pyro_diffusion"
 author = "the pyro_diffusion developers"
@@ -18,17 +30,57 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
-    "myst_parser",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "myst_nb",
 ]
+exclude_patterns = ["_build", "gallery/*.txt", "reading.md"]  # reading.md: now a guide
+
 html_theme = "furo"
 html_title = "pyro_diffusion"
-exclude_patterns = ["_build"]
+html_show_copyright = False  # LICENSE says it
+mathjax_path = "tex-svg-full.js"  # fonts and extensions in one file
+html_static_path = [
+    "_static",
+    str(resources.files("mathjax") / "static/mathjax/es5" / mathjax_path),
+]
+html_show_search_summary = False  # it is fetched, which a browser refuses on files
+html_css_files = ["site.css"]
+html_theme_options = {
+    "light_css_variables": {"font-stack--monospace": "ui-monospace, 'DejaVu Sans Mono', monospace"}
+}
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline", "attrs_block"]
+myst_heading_anchors = 3
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+
+
+def _digest():
+    """A number of the package as it is: what was executed with another one is executed anew."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "pyro_diffusion").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+EXECUTED = HERE / "_build/executed"
+#: What is no fault of a page: tqdm without widgets, and what libraries deprecate in one another.
+QUIET = "ignore:IProgress not found,ignore::FutureWarning,ignore::DeprecationWarning"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(EXECUTED / _digest())
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "remove-warn"  # a warning on a page fails the build
+nb_render_markdown_format = "myst"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_use_ivar = True
-myst_heading_anchors = 3
+maximum_signature_line_length = 90
 
 # A reference to a name of this package must resolve. Other packages' pages are not linked, and private
 # names have none.
@@ -40,46 +92,44 @@ nitpick_ignore_regex = [
     (r"py:class", r"Axes|ExpandedDistribution|Tensor"),
 ]
 
-
-def page(target):
-    """Where a file of the repository is in the docs, or ``None``."""
-    path = Path(target)
-    if path.parts[0] == "pyro_diffusion":
-        return f"api/{Path(path.parts[1]).stem}.md"  # a folder has one page
-    if path.parts[0] == "examples":
-        return f"examples.md#{path.stem.replace('_', '-')}-py"
-    if path.parts[0] == "docs":
-        return target.removeprefix("docs/")
-    return {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}.get(target)
-
-
-def from_repository(name):
-    """A file of the repository, with its links to other files turned into links to pages."""
-
-    def link(match):
-        text, target = match.groups()
-        if "://" in target or target.startswith("#"):
-            return match.group()
-        return f"[{text}]({page(target)})" if page(target) else text
-
-    return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, (ROOT / name).read_text())
-
-
-def examples():
-    """Every example with its source."""
-    parts = ["# Examples\n"]
-    for path in sorted((ROOT / "examples").glob("*.py")):
-        parts.append(f"## {path.name}\n\n```{{literalinclude}} ../examples/{path.name}\n```\n")
-    return "\n".join(parts)
+#: Pages that are made from other files, and how.
+GENERATED = {
+    "gallery": pages.gallery,
+    "benchmarks": tables.benchmarks,
+    "development/changelog": lambda: pages.from_repository("CHANGELOG.md", "development"),
+    "development/contributing": lambda: pages.from_repository("CONTRIBUTING.md", "development"),
+}
 
 
 def read(app, docname, source):
-    if docname == "index":
-        source[0] = from_repository("README.md") + "\n" + source[0]
-    elif docname in ("changelog", "contributing"):
-        source[0] = from_repository(f"{docname.upper()}.md")
-    elif docname == "examples":
-        source[0] = examples()
+    if docname in GENERATED:
+        source[0] = GENERATED[docname]()
+    kernel = (
+        "kernelspec:\n  name: python3\n"  # whose language is asked for where nothing is executed
+    )
+    source[0] = source[0].replace(kernel, "kernelspec: {name: python3,\n  language: python}\n", 1)
+
+
+def outdated(app, env, added, changed, removed):
+    """Generated pages are read anew at every build."""
+    return list(GENERATED)
+
+
+def prepare_executions(app):
+    """Settings of the kernels, and no more of what was executed with another state of the package."""
+    if app.config.nb_execution_mode == "cache":
+        profile = HERE / "_build/ipython/profile_default"  # not the reader's own
+        profile.mkdir(parents=True, exist_ok=True)
+        (profile / "ipython_kernel_config.py").write_text(
+            "c = get_config()\nc.IPKernelApp.log_level = 40\nc.InlineBackend.figure_formats = {'svg'}\n"
+        )
+        os.environ |= {
+            "IPYTHONDIR": str(profile.parent),
+            "PYTHONWARNINGS": QUIET,
+            "TQDM_DISABLE": "1",
+        }
+        for folder in set(EXECUTED.glob("*")) - {Path(nb_execution_cache_path)}:
+            shutil.rmtree(folder)
 
 
 SENTENCES = {}  # docstrings of attributes and properties, as they were written
@@ -120,6 +170,8 @@ def in_its_room(app, env, node, contnode):
 
 def setup(app):
     Listing.__dir__ = type.__dir__  # the reference documents what dir() leaves out, too
+    app.connect("builder-inited", prepare_executions)
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", read)
     app.connect("missing-reference", in_its_room)
     app.connect("autodoc-process-docstring", keep_sentence, priority=400)  # napoleon is at 500

@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs/floors.svg"
 #: What a room is for, which is its colour.
 KINDS = {
     "the ground: arguments, names, versions": (
-        "#e4e4e4", "checks display distributions params arviz_bridge moved typed",
+        "#e4e4e4", "checks display style distributions params arviz_bridge moved typed",
     ),
     "idea 1: the forward process": ("#cfe3f7", "schedules processes"),
     "what is learned, and the data's own units": (

@@ -356,26 +356,6 @@ def test_passes_go_on_without_end_and_from_where_they_stopped():
     assert next(iter(resumed))["x_0"].tolist() == taken[3]
 
 
-def test_the_best_of_validation_data_is_left_in_the_model():
-    """A model that has learned 12 data by heart falls behind; the run ends, and says so."""
-    torch.manual_seed(0)
-    network = MLP((2,), hidden_size=64, num_blocks=2)
-    model = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(20, log_snr_max=6.0), (2,)))
-    recipe = Recipe(learning_rate=1e-2, weight_decay=0.0)
-    with pytest.warns(UserWarning, match="overfits"):
-        result = fit(
-            model, data(12), validation=data(300, seed=2), max_steps=2000, recipe=recipe,
-            progress=False,
-        )  # fmt: skip
-    assert result.num_steps < 2000
-    assert "two standard errors" in result.ended
-    assert "overfits" in repr(result)
-    assert result.best.step < result.num_steps
-    again = HeldOut(model, {"x_0": data(300, seed=2)}, 256, CPU).read()
-    best = result.history["bound"].sel(step=result.best.step)
-    assert float(again.mean()) == pytest.approx(float(best), abs=1e-4)
-
-
 def test_a_run_ends_after_so_many_checks_behind():
     held_out = HeldOut(build(), {"x_0": data(50)}, 256, CPU)
     record, zero = Record(held_out, patience=2), [torch.zeros(1)]
@@ -580,3 +560,29 @@ def test_it_says_nothing_of_its_own(capfd):
         fit(build(), data(), max_steps=25)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_a_model_that_overfits(tmp_path):
+    """It falls behind; the run ends and says so, leaves the best weights, and is over when resumed."""
+    recipe, held_out = Recipe(learning_rate=1e-2, weight_decay=0.0), data(100, seed=2)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = MLP((2,), hidden_size=64, num_blocks=2)
+        model = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(20, log_snr_max=6.0), (2,)))
+        with pytest.warns(UserWarning, match="overfits"):
+            result = fit(
+                model, data(12), validation=held_out, max_steps=1000, recipe=recipe,
+                path=tmp_path, progress=False,
+            )  # fmt: skip
+        found.append((result, weights(model)))
+    (first, left), (second, left_again) = found
+    assert 250 <= first.num_steps < 1000
+    assert first.best.step < first.num_steps
+    assert "two standard errors" in first.ended
+    assert "behind the best" in repr(first)
+    read = HeldOut(model, {"x_0": held_out}, 256, CPU).read()
+    best = first.history["bound"].sel(step=first.best.step)
+    assert float(read.mean()) == pytest.approx(float(best), abs=1e-4)
+    assert second.history.identical(first.history)
+    assert torch.equal(left, left_again)

@@ -17,6 +17,7 @@ ORDER = [
     "typed",
     "checks",
     "display",
+    "style",
     "distributions",
     "scoring",
     "params",

@@ -8,7 +8,8 @@ import torch
 
 from pyro_diffusion.bounds import ELBOTerms
 from pyro_diffusion.checks import check_argument, require
-from pyro_diffusion.plots.style import (
+from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.style import (
     BLUE,
     ORANGE,
     RED,
@@ -19,7 +20,6 @@ from pyro_diffusion.plots.style import (
     new_axes,
     styled,
 )
-from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

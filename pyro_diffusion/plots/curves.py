@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.checks import require
-from pyro_diffusion.plots.style import (
+from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.style import (
     BLUE,
     ORANGE,
     RED,
@@ -18,7 +19,6 @@ from pyro_diffusion.plots.style import (
     row_of,
     styled,
 )
-from pyro_diffusion.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.evidence import Evidence
-from pyro_diffusion.plots.style import styled
+from pyro_diffusion.style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_diffusion.checks import as_numbers, check_timesteps, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import evaluating
-from pyro_diffusion.plots.style import BLUE, PALETTE, count_on, new_axes, row_of, styled
+from pyro_diffusion.style import BLUE, PALETTE, count_on, new_axes, row_of, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyro_diffusion.bounds import Estimate
-from pyro_diffusion.family import Pair
+from pyro_diffusion.display import as_lines, as_table
+from pyro_diffusion.family import Family, Pair
+from pyro_diffusion.style import BLUE, RED, ink, legend_beside, new_axes, styled
 from pyro_diffusion.training.columns import Parts
 from pyro_diffusion.training.held_out import BEHIND, Mean, Record
 
@@ -75,9 +77,7 @@ class Fit(NamedTuple):
             num_data=len(data.training["x_0"]),
             num_held_out=len(data.held_out["x_0"]),
             behind=record.behind,
-            name=type(family).__name__
-            if not isinstance(family, tuple | list)
-            else "a model and a guide",
+            name=type(family).__name__ if isinstance(family, Family) else "a model and a guide",
         )
 
     @property
@@ -101,18 +101,26 @@ class Fit(NamedTuple):
         )
 
     def __repr__(self) -> str:
-        lines = [
-            f"Fit of {self.name}: {self.num_data:,} data to train on, {self.num_held_out:,} held out",
-            f"  held-out bound  {self.best.bound} nats per datum",
-            f"  at step         {self.best.step:,} of {self.num_steps:,}; ended: {self.ended}",
-            f"  time            {self.seconds:.1f} s, {self.num_steps / max(self.seconds, 1e-9):.0f} steps/s",
-        ]
-        if self.overfits:
-            lines.append(
-                f"  overfits        {self.behind.value:.3g} ± {self.behind.error:.2g} nats behind at the end"
-            )
-        return "\n".join(lines)
+        return as_lines(*self._in_words())
 
+    def _repr_html_(self) -> str:
+        return as_table(*self._in_words())
+
+    def _in_words(self) -> tuple[str, dict[str, str]]:
+        speed = self.num_steps / max(self.seconds, 1e-9)
+        rows = {
+            "held-out bound": f"{self.best.bound} nats per datum",
+            "at step": f"{self.best.step:,} of {self.num_steps:,}",
+            "ended": self.ended,
+            "time": f"{self.seconds:.1f} s, {speed:.0f} steps/s",
+        }
+        if self.overfits:
+            behind = f"{self.behind.value:.3g} ± {self.behind.error:.2g}"
+            rows["overfits"] = f"the last weights are {behind} nats behind the best"
+        counts = f"{self.num_data:,} data to train on, {self.num_held_out:,} held out"
+        return f"Fit of {self.name}: {counts}", rows
+
+    @styled
     def plot(self, ax: "Axes | None" = None, **errorbar: Any) -> "Axes":
         """The held-out bound by step with its error, that of the batches, and the best step.
 
@@ -121,24 +129,27 @@ class Fit(NamedTuple):
             errorbar: Passed on to ``Axes.fill_between``, the band of the error.
 
         Returns:
-            The axes, step against nats per datum. The first checks are left out of the limits, where the
-            bound is far below the best.
+            The axes, step against nats per datum. The first quarter of the checks does not count for the
+            limits, because the bound is far below the best there.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")[1]
-        step, bound = self.history["step"].values, self.history["bound"].values
-        error, train = self.history["bound_error"].values, self.history["train_bound"].values
-        (line,) = ax.plot(step, bound, label="held-out bound, averaged weights")
-        band = {"alpha": 0.25, "lw": 0, "color": line.get_color()} | errorbar
-        ax.fill_between(step, bound - error, bound + error, label="one standard error", **band)
-        ax.plot(step, train, ".", ms=3, color="C1", label="bound of the training batches")
-        ax.axvline(self.best.step, ls=":", color="0.5", label=f"best, step {self.best.step:,}")
-        shown = np.concatenate([bound[len(bound) // 4 :], train[len(train) // 4 :]])
-        if len(shown := shown[np.isfinite(shown)]):
-            spread = max(np.ptp(shown), 1e-6)
-            ax.set_ylim(shown.min() - 0.3 * spread, shown.max() + 0.2 * spread)
+        ax = new_axes(size=(6.4, 3.6))[0, 0] if ax is None else ax
+        history = {name: column.values for name, column in self.history.items()}
+        step, bound, error = self.history["step"].values, history["bound"], history["bound_error"]
+        band: dict[str, Any] = {
+            "alpha": 0.25,
+            "lw": 0,
+            "color": BLUE,
+            "label": "± one standard error",
+        } | errorbar
+        ax.plot(step, bound, color=BLUE, label="held-out data, averaged weights")
+        ax.fill_between(step, bound - error, bound + error, **band)
+        ax.plot(step, history["train_bound"], ".", ms=3, color=RED, label="training batches")
+        ax.axvline(self.best.step, ls=":", color=ink(ax), label=f"best, step {self.best.step:,}")
+        curves = (bound - error, bound + error, history["train_bound"])
+        late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
+        if len(late := late[np.isfinite(late)]):
+            margin = 0.1 * max(np.ptp(late), 1e-6)
+            ax.set_ylim(late.min() - margin, late.max() + margin)
         ax.set(xlabel="step", ylabel="bound, nats per datum")
-        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        legend_beside(ax)
         return ax

@@ -82,7 +82,7 @@ def fit(
     The model is trained in place. Some data are held out, and 40 times in a run their bound is read, with the
     averaged weights and always the same noise. The weights with the best held-out bound are in the model at
     the end, also after an error or an interrupt. A run ends early when the best has been ahead of the last by
-    two standard errors of their paired difference three times in a row.
+    two standard errors of their paired difference three times in a row, but not in its first quarter.
 
     A diffusion model is trained at random timesteps (:meth:`~pyro_diffusion.DiffusionModel.subsampled`), a
     hierarchical VAE by its own programs. In runs of 300 steps and more the step is traced into one graph

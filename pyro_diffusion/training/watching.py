@@ -7,11 +7,11 @@ step is
 .. math::
     \eta(u) = \eta_0 \min\!\big(1, \tfrac{s + 1}{W}\big)\, \tfrac12 \big(1 + \cos \pi u\big),
 
-where :math:`s` is the step, :math:`W` the steps of warm-up, and :math:`u` the share of the run that is over,
-in steps or in seconds. The average of the weights after :math:`s` steps is
+where :math:`s` is the step, :math:`W` the steps of warm-up (a twentieth of the run at most), and :math:`u`
+the share of the run that is over, in steps or in seconds. The average of the weights after :math:`s` steps is
 :math:`\bar\theta \leftarrow \bar\theta + (1 - d_s)(\theta - \bar\theta)` with
-:math:`d_s = \min(d, (1 + s)/(10 + s))`, so that it forgets where the run began. A gradient whose norm is more
-than :math:`c` times the running mean of the norms is shortened to that length.
+:math:`d_s = \min(d, (1 + s)/(10 + s))`, so that the weights of the beginning soon have no share in it. A
+gradient whose norm is more than :math:`c` times the running mean of the norms is shortened to that length.
 
 References:
     Decoupled Weight Decay Regularization (Loshchilov and Hutter, 2019). https://arxiv.org/abs/1711.05101
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 LAST = "last.ckpt"  #: name of the checkpoint in a run's folder
 _NUM_CHECKS, _SHORTEST = 40, 25  # checks of a run; steps between two of them, at least
+_EARLIEST = (
+    0.25  # share of a run before which it goes on: large steps may make a model worse at first
+)
+_WARM_UP = 0.05  # of a run, at most
 _EVERY = 5  # steps after which a check may be due
 _MEMORY = 0.02  # of the running mean of the gradients' norms: 50 steps
 
@@ -88,7 +92,8 @@ class Watch(WeightAveraging):
     ) -> None:
         """Set the learning rate."""
         step, recipe = trainer.global_step, self.recipe
-        warm_up = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+        steps = min(recipe.warmup_steps, _WARM_UP * (self.max_steps or math.inf))
+        warm_up = min(1.0, (step + 1) / max(1.0, steps))
         cosine = (1 + math.cos(math.pi * min(1.0, self._share(step)))) / 2
         for group in _groups(trainer):
             group["lr"] = recipe.learning_rate * warm_up * cosine
@@ -123,7 +128,7 @@ class Watch(WeightAveraging):
         """Stop if the time is up, or the best has been ahead often enough."""
         if self.max_seconds is not None and seconds >= self.max_seconds:
             self.ended = f"{self.max_seconds:g} seconds are over"
-        elif self.record.is_over:
+        elif self.record.is_over and self._share(trainer.global_step) >= _EARLIEST:
             self.ended = (
                 f"the best is ahead by two standard errors, {self.recipe.patience} times in a row"
             )

@@ -1,0 +1,338 @@
+"""The page of benchmarks, made from ``benchmarks/results/*.json`` at build time: no number is typed.
+
+A benchmark has a heading, the story in its docstring, a table and its pictures. ``TABLES`` says how the
+numbers of a file become rows; a file that is not in it is shown as its ``rows`` are.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def speed(found):
+    head = ["work", "against", "ratio, median (range)", "aim"]
+    rows = []
+    for r in found["rows"]:
+        low, high = r["range"]
+        spread = "" if low == high else f" ({low:.2f} to {high:.2f})"
+        aim = "–" if r["target"] is None else f"≤ {r['target']:.2f}"
+        rows.append([r["work"], r["against"], f"{r['ratio']:.2f}{spread}", aim])
+    return table(head, rows)
+
+
+def evidence(found):
+    ratios, arviz = found["ratios"], found["arviz"]
+    rows = [
+        (f"{found['rows']:,} network rows alone, batches of {found['fastest_batch_size']:,}",
+         f"{median(found['network_seconds']):.1f} s"),
+        (f"`importance_evidence`, {found['num_particles']:,} × {found['num_data']} trajectories of "
+         f"{found['num_timesteps']} steps", f"{median(found['evidence_seconds']):.1f} s"),
+        ("ratio, median (range)", f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"),
+        ("peak memory above the model", f"{found['peak_memory_mib']:.0f} MiB"),
+        ("conversion of the draws for ArviZ", f"{arviz['conversion_seconds']:.3f} s"),
+        (f"netCDF of them, {arviz['netcdf_mib']:.0f} MiB", f"{arviz['netcdf_seconds']:.2f} s"),
+    ]  # fmt: skip
+    return table(["what", "measured"], rows)
+
+
+def memory_map(found):
+    return table(
+        ["rows on disk", "file, MB", "anonymous memory, MB", "growth, MB", "rows a second", "time reading"],
+        [[f"{r['rows']:,}", f"{r['file_mb']:.0f}", f"{r['anonymous_mb']:.0f}", f"{r['growth_mb']:.1f}",
+          f"{r['rows_per_second']:,.0f}", f"{r['reading_share']:.0%}"] for r in found["rows"]],
+    )  # fmt: skip
+
+
+def paired(found):
+    rows = [
+        [
+            work,
+            f"{r['median']:.3f}",
+            f"{r['low']:.3f} to {r['high']:.3f}",
+            r["verdict"] or "not slower",
+        ]
+        for work, r in found["rows"].items()
+    ]
+    commits = f"Before is {found['commits']['before']}, after {found['commits']['after']}.\n\n"
+    return commits + table(["work / yardstick", "after / before", "interval", "verdict"], rows)
+
+
+def honesty(found):
+    rows = []
+    for r in found["rows"]:
+        spent = "–" if r["rows"] is None else f"{r['rows']:,.0f}"
+        rows.append([
+            f"`{r['reader']}`", r["data"], f"{r['num_data']:,}", length(r["num_timesteps"]),
+            r["target"] or "–", f"{r['mean_z']:+.2f} ± {r['mean_z_error']:.2f}",
+            f"{r['sd_z']:.2f} ± {r['sd_z_error']:.2f}", spent,
+        ])  # fmt: skip
+    return table(
+        ["reader", "data", "N", "T", "target, nats", "mean of z", "sd of z", "network rows"], rows
+    )
+
+
+def calibration(found):
+    counts = {(r["check"], r["test"], r["model"]): r["count"] for r in found["rejected"]}
+    cases = dict.fromkeys(key[:2] for key in counts)
+    rows = [[*case, counts[*case, "truth"], counts[*case, "shifted"]] for case in cases]
+    return (
+        f"Rejections of {found['repetitions']} data sets of {found['num_data']:,}, "
+        f"at the {found['level']:.0%} level:\n\n"
+        + table(["check", "test", "truth as model", f"shifted by {found['shift']} sd"], rows)
+    )
+
+
+def smc(found):
+    rows = []
+    for r in found["rows"]:
+        error = (sum(e**2 for e in r["standard_errors"]) / len(r["errors"])) ** 0.5
+        reliable = f"{sum(r['reliable'])} of {len(r['reliable'])}"
+        rows.append(
+            [
+                r["denoiser"],
+                r["method"],
+                f"{r['rms_error']:.2g}",
+                f"{error:.2g}",
+                reliable,
+                f"{r['seconds']:.0f}",
+            ]
+        )
+    return table(
+        ["denoiser", "weights", "error, nats", "reported error, nats", "data reliable", "s"], rows
+    )
+
+
+def lengths(found):
+    parts = []
+    for name, unit in (("digits", "bits/dim"), ("Gaussian", "nats/dim")):
+        dimension = {"digits": 64, "Gaussian": 16}[name] * (
+            0.6931471805599453 if name == "digits" else 1
+        )
+        rows = [
+            [length(r["num_timesteps"]), r["variance"],
+             " ± ".join([f"{-r['bound'] / dimension:.4f}", f"{r['monte_carlo_error'] / dimension:.2g}",
+                         f"{r['sampling_error'] / dimension:.2g}"]),
+             f"{r['rows']:,}", f"{r['full_rows'] / r['rows']:.1f}" if r["full_rows"] else "–"]
+            for r in found[name]
+        ]  # fmt: skip
+        head = [
+            "T",
+            "reverse variance",
+            f"−bound, {unit} ± Monte Carlo ± sampling",
+            "network rows",
+            "full sum / rows",
+        ]
+        parts.append(f"**{name}**\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
+def variance(found):
+    rows = [
+        [r["data"], f"`{r['schedule']}`", f"{r['ends'][0]:.1f} … {r['ends'][1]:.1f}", f"{r['variance']:,.4g}",
+         f"{r['learned']:,.4g}", f"{r['floor']:,.4g}", f"{r['learned'] / r['floor']:.3f}",
+         f"{r['variance'] / r['learned']:.2f}", f"{r['stratified'] / r['stratified_learned']:.2f}"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    head = ["data", "schedule", "log-SNR", "its variance", "learned", "least", "learned / least",
+            "its / learned", "the same, stratified"]  # fmt: skip
+    curves = [
+        [r["curves"], f"{r['mean']:.1f}", f"{r['variance']:,.0f} ± {r['standard_error']:.2g}"]
+        for r in found["by_dimension"]
+    ]
+    return (
+        table(head, rows)
+        + "\n"
+        + table(["curves", "what is left to integrate", "variance of a row"], curves)
+    )
+
+
+def toys(found):
+    def shown(e):
+        return f"{e['value']:.4f} ± {e['monte_carlo_error']:.4f} ± {e['sampling_error']:.4f}"
+
+    rows = [
+        [r["density"], f"{r['entropy']:.5f}", shown(r["chain"]["negative_bound"]), shown(r["chain"]["gap"]),
+         shown(r["limit"]["gap"]), f"{r['fit_cpu_seconds'] / 60:.1f}"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    head = [
+        "density",
+        "entropy",
+        f"−bound, T = {found['num_timesteps']}",
+        "gap, paired",
+        "gap, T → ∞",
+        "CPU minutes to fit",
+    ]
+    return "Nats, ± Monte Carlo ± sampling:\n\n" + table(head, rows)
+
+
+def heartbeat(found):
+    rows = [
+        [
+            r["num_timesteps"],
+            f"{r['bits']:.4f}",
+            f"{r['best_bits']:.4f}",
+            f"{r['standard_error']:.4f}",
+        ]
+        for r in found["rows"]
+    ]
+    head = ["T", "SVI, bits/sequence", "best bit by bit", "± Monte Carlo, of the difference"]
+    return f"log p is {found['log_p_bits']:.4f} bits.\n\n" + table(head, rows)
+
+
+def ising(found):
+    rows = [
+        [r["model"], f"{r['parameters']:,}", length(r["num_timesteps"]), f"{r['gap']:.3f}",
+         f"{r['standard_error']:.3f}", f"{r['monte_carlo_error']:.3f}", f"{r['fit_cpu_seconds'] / 60:.1f}"]
+        for r in found["rows"]
+    ]  # fmt: skip
+    head = [
+        "model",
+        "parameters",
+        "T",
+        "log p − bound, nats",
+        "± sampling",
+        "± Monte Carlo",
+        "CPU minutes to fit",
+    ]
+    distances = [
+        [name, f"{d['energy']:.3f}", f"{d['magnetisation']:.3f}"]
+        for name, d in found["total_variation"].items()
+    ]
+    return (
+        table(head, rows)
+        + f"\nTotal variation from exact samples, {found['settings']['num_samples']:,} samples:\n\n"
+        + table(["model", "energy", "magnetisation"], distances)
+    )
+
+
+def samplers(found):
+    parts = []
+    for name in ("digits", "mixture"):
+        result = found[name]
+        steps = list(dict.fromkeys(r["steps"] for r in result["rows"]))
+        names = list(dict.fromkeys(r["sampler"] for r in result["rows"]))
+        cells = {(r["sampler"], r["steps"]): thousandths(r) for r in result["rows"]}
+        rows = [[s, *(cells[s, n] for n in steps)] for s in names]
+        parts.append(
+            f"Energy distance × 1000, {name}; between data and data {thousandths(result['floor'])}:\n\n"
+            + table(["sampler", *(f"{n} calls" for n in steps)], rows)
+        )
+    costs = [[name, f"{ratio:.2f}"] for name, ratio in found["cost"].items()]
+    parts.append(
+        f"Time over that of the bare network calls, T = {found['cost_steps']}:\n\n"
+        + table(["sampler", "ratio"], costs)
+    )
+    return "\n".join(parts)
+
+
+def stress(found):
+    head = ["fits", *found["outcomes"], "median, s", "slowest, s"]
+    row = [
+        found["fits"],
+        *found["outcomes"].values(),
+        f"{found['median_seconds']:.2f}",
+        f"{found['slowest_seconds']:.1f}",
+    ]
+    return table(head, [row])
+
+
+def parity(found):
+    values = sum(len(q["values"]) for q in found["quantities"].values())
+    return (
+        f"The reference holds {values:,} numbers of {len(found['quantities'])} quantities, of commit "
+        f"`{found['commit']}`.\n"
+    )
+
+
+#: The sections of the page, the benchmarks in each, and how their numbers become a table.
+TABLES = {
+    "Speed and memory": [speed, evidence, memory_map, paired],
+    "Are the errors honest?": [honesty, calibration, smc],
+    "Bounds and schedules": [lengths, variance],
+    "Densities that are known": [toys, heartbeat, ising],
+    "Samples": [samplers],
+    "Robustness": [stress, parity],
+}
+
+
+def benchmarks():
+    """The page: every file of results, in the order of ``TABLES``, then those that are in no section."""
+    parts = [
+        "# Benchmarks\n\nEvery table and picture on this page is made at build time from the JSON files in "
+        "`benchmarks/results`.\nEach script of `benchmarks/` writes its file there, with the settings of the "
+        "run. The heading's command runs it again."
+    ]
+    listed = {shown.__name__ for section in TABLES.values() for shown in section}
+    others = [path.stem for path in sorted(RESULTS.glob("*.json")) if path.stem not in listed]
+    for title, section in TABLES.items():
+        parts.append(f"## {title}")
+        parts += [_benchmark(shown.__name__, shown) for shown in section]
+    if others:
+        parts += ["## Further benchmarks", *(_benchmark(name, plain) for name in others)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _benchmark(name, shown):
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    script = BENCHMARKS / f"{name.removesuffix('_cuda')}.py"
+    title, story = _story(script)
+    keys = ("torch", "threads", "device", "processor", "seed")
+    settings = ", ".join(f"{key} {found[key]}" for key in keys if key in found)
+    pictures = "\n\n".join(
+        f"```{{image}} ../benchmarks/results/{path.name}\n:alt: {title}\n```"
+        for path in sorted(RESULTS.glob(f"{name}*.png"))
+    )
+    parts = [
+        f"### {script.name}", f"**{title}**", f"```console\n$ python benchmarks/{script.name}\n```",
+        shown(found).rstrip(), pictures, f"Settings: {settings}.",
+        f":::{{dropdown}} What is measured, and how\n{story}\n:::",
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
+
+
+def _story(script):
+    """The first line and the rest of a script's docstring as Markdown, without commands and references."""
+    text = ast.get_docstring(ast.parse(script.read_text()))
+    text = re.sub(r":math:`([^`]+)`", r"$\1$", text).replace("``", "`")
+    title, *paragraphs = text.split("\n\n")
+    kept = [p for p in paragraphs if not p.startswith(("    ", "References:"))]
+    return title, "\n\n".join(kept)
+
+
+def plain(found):
+    """The rows of a file that has no table of its own, scalars only."""
+    rows = found.get("rows", [])
+    if not rows or not isinstance(rows, list):
+        return ""
+    keys = [key for key, value in rows[0].items() if not isinstance(value, (dict, list))]
+    return table(
+        [key.replace("_", " ") for key in keys], [[_cell(r.get(key)) for key in keys] for r in rows]
+    )
+
+
+def _cell(value):
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
+
+
+def length(num_timesteps):
+    """The number of timesteps as a word of the table."""
+    text = str(num_timesteps)
+    return "∞" if text in ("inf", "infinity", "Infinity") else text.replace("None", "–")
+
+
+def thousandths(e):
+    return f"{1e3 * e['value']:.1f} ± {1e3 * e['standard_error']:.1f}"
+
+
+def table(head, rows):
+    """A Markdown table; a sign stays on the line of its number."""
+    lines = [head, ["---"] * len(head), *rows]
+    text = "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+    return re.sub(r"([≤±]) ", "\\1\N{NO-BREAK SPACE}", text)
