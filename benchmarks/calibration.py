@@ -1,7 +1,7 @@
-r"""Do the calibration checks reject what is wrong, and nothing else?
+r"""Do the calibration checks reject wrong models, and only those?
 
-200 repetitions with fixed seeds, n = 3,000 each, of two checks of the exact chain of a Gaussian (D = 2,
-T = 10), one scalar named in advance for each:
+The benchmark runs 200 repetitions with fixed seeds, n = 3,000 each, of two checks of the exact chain of a
+Gaussian (D = 2, T = 10). Each check uses one scalar, chosen in advance:
 
 - *predictive*: the first entry of the data among draws of the model (``randomized_pit``);
 - *posterior*: the first entry of the state x_5 among draws of the guide
@@ -9,7 +9,8 @@ T = 10), one scalar named in advance for each:
 
 Each PIT is tested for uniformity at the 1 % level, by Kolmogorov-Smirnov and by Cramér-von Mises, and each
 test is counted on its own: once with the truth as the model, once with a shift of 0.1 standard deviations
-(of the data; of the guide's law of x_5 given x_0). Of a true model 2 in 200 are expected.
+(of the data, or of the guide's distribution of x_5 given x_0). For a true model, 2 rejections in 200 are
+expected.
 
     python benchmarks/calibration.py [--repetitions 200] [--device cuda] [--smoke]
         [--output benchmarks/results]
@@ -62,21 +63,21 @@ def main():
 
 
 def chain(shift=0.0):
-    """The exact chain of N(mean, std²); its data shifted by a part of their standard deviation."""
+    """The exact chain of N(mean, std²), with data shifted by a fraction of their standard deviation."""
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     schedule = LogSNRSchedule(NUM_TIMESTEPS, log_snr_max=6.0, log_snr_min=-12.0)
     return DiffusionModel(GaussianDenoiser(mean + shift * std, std, schedule))
 
 
 def predictive(shift, args):
-    """Data of the truth among data of the model, the latter drawn through its chain."""
+    """Ranks of true data among data that are drawn through the model's chain."""
     x_0 = torch.distributions.Normal(torch.tensor(MEAN), torch.tensor(STD)).sample((args.num_data,))
     draws = chain(shift).sample(args.num_draws * args.num_data)
     return randomized_pit(x_0[:, 0], draws[:, 0].reshape(args.num_draws, args.num_data))
 
 
 def posterior(shift, args):
-    """States of the model's own trajectories among those of its guide."""
+    """Ranks of states of the model's trajectories among states of its guide."""
     diffusion = chain()
     t = torch.tensor(5)
     move = shift * diffusion.schedule.noise(t) / diffusion.schedule.signal(t)
@@ -90,7 +91,7 @@ def posterior(shift, args):
 
 
 def report(rejected, args, seconds):
-    """The table, and JSON with all that it takes to run it again."""
+    """Print the table, and write JSON with all that is needed to run it again."""
     print(f"\nrejected at the {LEVEL:.0%} level, of {args.repetitions}; n = {args.num_data:,}")
     print(
         "\n| check | test | truth as model | shifted by 0.1 standard deviations |\n|---|---|---|---|"

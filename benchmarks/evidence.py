@@ -1,9 +1,9 @@
-r"""What importance weights cost beside the network rows that they need.
+r"""The cost of importance weights, compared with the network rows that they need.
 
-``importance_evidence`` with K = 1,000 trajectories of a T = 20 chain for 500 data is 10⁷ rows of the network,
-which are timed alone, at the batch size at which they are fastest. Both are run in turn. Memory is the
-peak above what the process held before the first run. Then the time to turn draws into ArviZ's schema
-and to write the states of the kept timesteps as netCDF.
+``importance_evidence`` with K = 1,000 trajectories of a T = 20 chain for 500 data needs 10⁷ rows of the
+network. These rows are also timed alone, at the batch size at which they are fastest. Both are run in turn.
+Memory is the peak above the memory of the process before the first run. The benchmark also measures the time
+to convert draws to ArviZ's schema, and to write the states of the kept timesteps as netCDF.
 
     python benchmarks/evidence.py [--device cuda] [--repeats 2] [--smoke] [--output benchmarks/results]
 """
@@ -83,7 +83,7 @@ def estimate(diffusion, x_0, num_particles):
 
 @torch.no_grad()
 def call(network, rows, batch_size, args):
-    """The network alone, evaluated on that many rows."""
+    """Evaluate the network alone on a number of rows."""
     network.eval()
     x, log_snr = (
         torch.randn(batch_size, DIMENSION, device=args.device),
@@ -94,7 +94,7 @@ def call(network, rows, batch_size, args):
 
 
 def conversion(diffusion, x_0, args):
-    """Seconds to put draws that are there into the schema, and to write them; MiB written."""
+    """Seconds to convert existing draws to the schema, and to write them; MiB written."""
     draws = to_arviz(
         diffusion, x_0, num_draws=args.num_draws, timesteps=[1, 10, 20], progress=False
     )
@@ -122,12 +122,12 @@ def timed(work, args):
 
 
 def peak_memory():
-    """Most bytes that the process has held."""
+    """Peak memory of the process in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def report(numbers, args):
-    """The table, and JSON with all that it takes to run it again."""
+    """Print the table, and write JSON with all that is needed to run it again."""
     medians = {
         key: statistics.median(numbers[key])
         for key in ("evidence_seconds", "network_seconds", "ratios")

@@ -1,12 +1,13 @@
-r"""The binary heartbeat of Sohl-Dickstein et al. (2015): the bound that SVI reaches, beside the best.
+r"""The binary heartbeat of Sohl-Dickstein et al. (2015): the bound that SVI reaches, and the best bound.
 
-Sequences of 20 bits with a one in every fifth bin, five of them and equally likely: log p = −log2 5 =
-−2.322 bits. One network is fitted by SVI to the continuous chain and read at T = 200 and T = 1000, next to
-``EnumeratedDenoiser``, which no reverse kernel that acts bit by bit can surpass. That bound is a sum: bins
-of one phase are exchangeable for it, so that a state is the number of ones in each phase, one of 5⁵. The
-network's is that sum less the mean difference of the two under the same draws of ``subsampled()``, which
-is far less noisy than the draws themselves (in the JSON as ``plain``). Errors come from the spread of
-independent draws.
+The data are sequences of 20 bits with a one in every fifth bin. There are five of them, equally likely, so
+that log p = −log2 5 = −2.322 bits. One network is fitted by SVI to the continuous chain and evaluated at
+T = 200 and T = 1000. It is compared with ``EnumeratedDenoiser``, which has the best bound of all reverse
+kernels that treat bits independently. That bound is computed exactly, as a sum: the bins of one phase are
+exchangeable, so that a state is the number of ones in each phase, one of 5⁵. The bound of the network is this
+sum minus the mean difference of the two bounds under the same draws of ``subsampled()``. The difference has
+far less noise than the draws themselves (``plain`` in the JSON). Errors come from the spread of independent
+draws.
 
     python benchmarks/heartbeat.py [--seed 0] [--device cuda] [--smoke] [--output benchmarks/results]
 
@@ -90,7 +91,7 @@ def fit(schedule: LinearDecaySchedule, args: argparse.Namespace) -> BernoulliDif
 def row(
     fitted: BernoulliDiffusion, best: BernoulliDiffusion, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """The network's bound beside the best one, and a look at samples."""
+    """The network's bound and the best one, and the share of heartbeats among samples."""
     start = time.process_time()
     exact = enumerated_bound(best)
     draws = torch.tensor(
@@ -115,7 +116,7 @@ def row(
 
 
 def draw(diffusion: BernoulliDiffusion, seed: int, args: argparse.Namespace) -> float:
-    """An unbiased draw of the bound in bits; models of one schedule and dtype share the noise of a seed."""
+    """An unbiased draw of the bound in bits; a seed gives models of one schedule and dtype the same noise."""
     pyro.set_rng_seed(seed)
     pair = diffusion.subsampled(num_timesteps=READ_DRAWS)
     batch = HEARTBEATS.repeat(args.read_copies, 1).to(args.device, diffusion.dtype)

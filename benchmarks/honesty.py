@@ -1,20 +1,20 @@
-r"""Are the Monte Carlo errors that readers report the errors that they make?
+r"""Are the Monte Carlo errors that the readers report correct?
 
-``evaluate_bound`` decides itself how much it draws, and where, from what it has drawn. Repeated many times on
-the same model and data, its estimates should scatter about the truth by the error that it reports:
-:math:`z = (\text{estimate} - \text{truth}) / \text{error}` has mean zero and standard deviation one. Four
-small networks are trained for a moment, on bits (a mixture of twelve products, 16 columns, probabilities
-:math:`u^3`; as a chain of bits and as levels), grey levels and reals, and read at T = 20, 100 and without
-end, of 10, 400 and 3,000 held-out rows, at loose and tight targets. The truth is the mean of the repeats,
-each weighted by its rows. By Wald's identity a rule for stopping does not bias *that* mean; what it does to
-the plain one is the mean of z. At T = 20 the repeats' mean is also compared with whole trajectories by
-``elbo_terms``, which decides nothing (*off*, in errors of the difference). The error of sd z is that of a
-standard deviation, by the fourth moment.
+``evaluate_bound`` chooses how much it draws, and at which timesteps, from its own earlier draws. If it is
+repeated many times on the same model and data, its estimates should scatter about the truth by the error that
+it reports: :math:`z = (\text{estimate} - \text{truth}) / \text{error}` has mean zero and standard deviation
+one. Four small networks are trained for a short time, on bits (a mixture of twelve products, 16 columns,
+probabilities :math:`u^3`; as a chain of bits and as levels), grey levels and reals. Their bounds are
+evaluated at T = 20, 100 and infinity, on 10, 400 and 3,000 held-out rows, at loose and tight targets. The
+truth is the mean of the repeats, each weighted by its rows. By Wald's identity a stopping rule does not bias
+*this* mean; the bias of the plain mean is the mean of z. At T = 20 the mean of the repeats is also compared
+with whole trajectories by ``elbo_terms``, whose number of draws is fixed (*off*, in errors of the
+difference). The error of sd z is the error of a standard deviation, by the fourth moment.
 
-The work is rows times the variance of an estimate: what the same *true* error costs. ``--before`` takes the
-JSON of a run with another version of the package, and adds its numbers. The last rows are the errors of
-``elbo_terms``, ``importance_evidence`` and ``smc_evidence``, whose number of particles is given, for five
-steps and a mixture of two Gaussians, where Pareto k̂ is good.
+The work is the number of rows times the variance of an estimate: the cost of a given *true* error.
+``--before`` takes the JSON of a run with another version of the package, and adds its numbers. The last rows
+are the errors of ``elbo_terms``, ``importance_evidence`` and ``smc_evidence``, whose number of particles is
+fixed, for five steps and a mixture of two Gaussians, where Pareto k̂ is good.
 
     python benchmarks/honesty.py [--num-repeats 200] [--seed 0] [--before FILE] [--device cuda] [--smoke]
         [--output benchmarks/results]
@@ -89,7 +89,7 @@ def main():
 
 
 def trained(kind, args):
-    """A model that was trained on 10,000 draws for a moment, and 3,000 more draws."""
+    """A model that was trained briefly on 10,000 draws, and 3,000 more draws."""
     pyro.set_rng_seed(args.seed)
     network = MLP((DIMENSION,), hidden_size=32, num_outputs=2 if kind == "levels" else 1)
     if kind == "bits":
@@ -188,7 +188,7 @@ READERS = {
 
 
 def others(reader, read, args):
-    """Repeats of a reader whose number of particles is given."""
+    """Repeats of a reader whose number of particles is fixed."""
     pyro.set_rng_seed(args.seed)
     diffusion, law = mixture()
     x_0, results, tails = law.sample((20,)), [], []
@@ -264,7 +264,7 @@ def parse_arguments():
     if args.smoke:
         args.num_repeats = 4
         CASES[:] = [(kind, min(count, 40), t, 5.0, 1.0) for kind, count, t, *_ in CASES[::3]]
-    warnings.filterwarnings("ignore", message="argument 'max_rows'")  # what was reached is said
+    warnings.filterwarnings("ignore", message="argument 'max_rows'")  # the rows have the error
     return args
 
 

@@ -1,17 +1,18 @@
 r"""Exact samples of the Ising model at its critical point: how far bounds stay below a known log p.
 
-8 × 8 spins on a torus, p(x) = exp(−β H(x)) / Z with Z from the transfer matrix. Three models of about 80,000
-parameters, fitted by SVI: a diffusion of bits, a Gaussian diffusion that predicts levels, both with one
-network of circular convolutions and trained as chains without end, and a ladder VAE. The gap is the mean of
-log p(x) − bound(x) over held-out rows, datum by datum, at T → ∞, 1,000 and 100. The spread over the rows
-gives its error, ± (sampling), which includes that of the draws, ± (Monte Carlo). Samples, at T = 200, are
-compared with the exact ones by the total variation distance of histograms of energy and magnetisation.
+The data are 8 × 8 spins on a torus, p(x) = exp(−β H(x)) / Z with Z from the transfer matrix. Three models of
+about 80,000 parameters are fitted by SVI: a diffusion of bits, a Gaussian diffusion that predicts levels, and
+a ladder VAE. Both diffusions have the same network of circular convolutions and are trained as continuous
+chains. The gap is the mean of log p(x) − bound(x) over held-out rows, datum by datum, at T → ∞, 1,000 and
+100. The spread over the rows gives its error, ± (sampling), which includes the error from the draws, ±
+(Monte Carlo). Samples, at T = 200, are compared with exact samples by the total variation distance of
+histograms of energy and magnetisation.
 
     python benchmarks/ising.py [--data ising_L8.npz] [--seed 0] [--device cuda] [--smoke]
         [--output benchmarks/results]
 
-The file holds 0/1 configurations, shape (N, 8, 8), under the key ``beta_c``. Without one as many are drawn
-here, row by row by the transfer matrix.
+The file holds 0/1 configurations, shape (N, 8, 8), under the key ``beta_c``. Without a file as many
+configurations are drawn here, row by row, by the transfer matrix.
 
 References:
     Crystal Statistics II (Kaufman, 1949): Z of the finite torus. https://doi.org/10.1103/PhysRev.76.1232
@@ -65,8 +66,8 @@ LENGTHS = (math.inf, 1000, 100)
 SAMPLING_LENGTH = 200
 LEARNING_RATE, EMA_DECAY, BATCH = 2e-3, 0.999, 128
 NUM_STEPS = {"bits": 4_500, "Gaussian": 4_500, "ladder VAE": 2_000}
-WARMUP_SHARE = 0.1  # of the ladder's steps, over which its KLs come in
-READ_BATCH = 512  # network rows at a time, few enough for a core's cache
+WARMUP_SHARE = 0.1  # of the ladder's steps: the warm-up of its KLs
+READ_BATCH = 512  # network rows at a time, which fit into a core's cache
 
 
 def main() -> None:
@@ -99,11 +100,11 @@ def main() -> None:
     print(f"\nwrote {args.output / 'ising.json'} and ising.png")
 
 
-# The data, and what is known of them.
+# The data, and their exact probabilities.
 
 
 def load(args: argparse.Namespace) -> tuple[Tensor, str]:
-    """Configurations of 0 and 1, float, and where they are from."""
+    """Configurations of 0 and 1, float, and their source."""
     if args.data is None:
         return exact_samples(args.num_data).to(args.device), "exact samples drawn here"
     with np.load(args.data) as file:
@@ -238,7 +239,7 @@ def two_hidden(channels: int, width: int, outputs: int) -> tuple[nn.Module, ...]
     )  # fmt: skip
 
 
-# Fitting and reading.
+# Fitting and evaluating.
 
 
 def fit(
@@ -313,7 +314,7 @@ def read(
 
 
 def draw(model: Model, args: argparse.Namespace) -> Tensor:
-    """Samples, in parts that a core's cache holds."""
+    """Samples, drawn in parts that fit into a core's cache."""
     if isinstance(model, DiffusionModel):
         model = model.with_num_timesteps(args.sampling_length)
     parts = [args.num_samples // args.sample_chunks] * args.sample_chunks
@@ -323,7 +324,7 @@ def draw(model: Model, args: argparse.Namespace) -> Tensor:
 def compare(
     samples: dict[str, Tensor], spins: Tensor, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Distances of histograms from that of exact samples, and the figure."""
+    """Distances of histograms from those of exact samples, and the figure."""
     number = args.num_samples
     exact, others = spins[:-number], {"exact": spins[-number:], **samples}
     distances = {name: {} for name in others}

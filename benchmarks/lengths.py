@@ -1,11 +1,12 @@
 r"""The bound of one network at every length of the chain, T = 10 … 10,000 and T → ∞, by reverse variance.
 
-The network is trained once, on the 8×8 digits of scikit-learn (levels predicted, as in
-``examples/digits.py``, and one more output for the learned variance) at T = 100; then the same numbers are
-read on other grids of the same curve by ``with_num_timesteps`` and ``evaluate_bound``. The oracle is a
-Gaussian of 16 dimensions, standard deviation one half, whose exact mean has the same choice of variances:
-there the bound rises with T under β (``ForwardVariance``), does not under β̃, and is log p under the optimal
-one. Rows are network rows spent for the asked-for Monte Carlo error, beside N·T for a full sum.
+The network is trained once, on the 8×8 digits of scikit-learn at T = 100. It predicts levels, as in
+``examples/digits.py``, and has one more output for the learned variance. Then the bound of the same weights
+is computed on other grids of the same curve by ``with_num_timesteps`` and ``evaluate_bound``. The second
+model is the exact mean of a Gaussian of 16 dimensions, standard deviation one half, with the same choice of
+variances. Its bound rises with T under β (``ForwardVariance``), does not rise under β̃, and equals log p
+under the optimal variance. "Rows" are the network rows that the requested Monte Carlo error needs; a full sum
+needs N·T.
 
     python benchmarks/lengths.py [--seed 0] [--device cuda] [--smoke] [--output benchmarks/results]
 """
@@ -106,7 +107,7 @@ def fit(train: Tensor, args: argparse.Namespace) -> DiffusionModel:
 
 
 class MeanOnly(nn.Module):
-    """A network's outputs without the last, which only the learned variance reads."""
+    """A network's outputs without the last one, which only the learned variance uses."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ def table(
     for length in args.lengths:
         for name, diffusion in models.items():
             if length == math.inf and name != "β":
-                continue  # they have one limit
+                continue  # all variances have the same limit
             result = evaluate_bound(
                 diffusion, x_0, standard_error=standard_error, num_timesteps=length
             )
@@ -205,7 +206,7 @@ def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 ax.errorbar(x, y, e, fmt=style, ms=4, label=variance)
         limit = -rows[-1]["bound"] / per
         ax.axhline(limit, color="0.4", lw=1, label="T → ∞")
-        # What β̃ costs at few steps would hide the rest.
+        # The large loss of β̃ at few steps would hide the other curves.
         top = max(-r["bound"] / per for r in rows if r["variance"] == "β")
         low = min(-r["bound"] / per for r in rows)
         margin = 0.1 * (top - low)

@@ -1,10 +1,10 @@
 r"""Training on data that are read from disk: memory and speed by the number of rows.
 
-Rows of 64 whole numbers from 0 to 16, digits with noise, are written in chunks to a file of as many bytes,
-mapped (``np.load(path, mmap_mode="r")``), and trained on by ``ShuffledBatches``, each number of rows in a
-process of its own. Anonymous memory (``RssAnon`` of /proc/self/status) is what a process holds for itself;
-pages of the file that the system keeps at hand are not in it. It is read after a tenth of the steps, when all
-that is allocated once has been, and from then on at every hundredth.
+Rows of 64 whole numbers from 0 to 16, digits with noise, are written in chunks to a file, one byte a number.
+The file is mapped (``np.load(path, mmap_mode="r")``), and a model is trained on it by ``ShuffledBatches``,
+in a separate process for each number of rows. Anonymous memory (``RssAnon`` of /proc/self/status) is the
+memory that a process allocates itself, without the pages of the file in the system's cache. It is first
+measured after a tenth of the steps, when all permanent memory is allocated, and then at every hundredth step.
 
     python benchmarks/memory_map.py [--num-steps 3000] [--batch-size 256] [--seed 0] [--device cuda]
         [--smoke] [--output benchmarks/results]
@@ -58,7 +58,7 @@ def main():
 
 
 def write_rows(path, num_rows, seed):
-    """Digits with noise, a chunk at a time: nothing but a chunk is ever in memory."""
+    """Write digits with noise, one chunk at a time, so that only one chunk is in memory."""
     rng = np.random.default_rng(seed)
     digits = load_digits().data
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(num_rows, 64))
@@ -69,7 +69,7 @@ def write_rows(path, num_rows, seed):
 
 
 def train(path, args):
-    """Train on a file, and say what that took."""
+    """Train on a file, and return the memory and time used."""
     torch.manual_seed(args.seed)
     batches = ShuffledBatches(np.load(path, mmap_mode="r"), args.batch_size, seed=args.seed)
     denoiser = NeuralDenoiser(
@@ -111,7 +111,7 @@ def endless(batches):
 
 
 def anonymous_mb():
-    """Anonymous resident memory of this process; Linux says it in kB."""
+    """Anonymous resident memory of this process; Linux reports it in kB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
 

@@ -1,10 +1,11 @@
 r"""Is one commit slower than another? ``speed.py`` of two checkouts in turn, in pairs.
 
-A pair is a run of ``speed.py`` in either checkout, on one thread, one after the other. Every row of
-``speed.py`` is a ratio of our work to a yardstick in the same process (a step by hand, bare network calls),
-so that a machine that is slow for a minute slows both. The script divides the later commit's ratio by the
-earlier one's, pair by pair, and prints the median over pairs with an interval: that of the sign test, at 95 %
-or, of few pairs, the range. A row is slower if its interval lies wholly above 1.03.
+A pair is a run of ``speed.py`` in each checkout, on one thread, one after the other. Every row of
+``speed.py`` is the ratio of our time to a reference in the same process (a step by hand, bare network
+calls), so that a machine that is slow for a minute affects both in the same way. The script divides the later
+commit's ratio by the earlier one's, pair by pair. It prints the median over pairs and an interval: that of
+the sign test at 95 %, or the range if there are few pairs. A row is slower if its interval lies entirely
+above 1.03.
 
     git worktree add /tmp/before <commit>
     python benchmarks/paired.py --before /tmp/before [--pairs 9] [--only step,sampling,bound] [--smoke]
@@ -38,7 +39,7 @@ def main():
 
 
 def rows_of(tree, args):
-    """The rows of ``speed.py`` in a checkout: our seconds over the yardstick's."""
+    """The rows of ``speed.py`` in a checkout: our seconds divided by those of the reference."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "benchmarks/speed.py"), "--output", folder]
         command += ["--only", args.only, "--device", args.device, "--repeats", str(args.repeats)]
@@ -81,7 +82,7 @@ def report(pairs, trees, args):
 
 
 def interval(values):
-    """The interval of the sign test for a median, at 95 % where there are enough values."""
+    """The interval of the sign test for a median, at 95 % if there are enough values."""
     count = len(values)
     cut, tail = 0, 0.0
     while True:
@@ -92,7 +93,7 @@ def interval(values):
 
 
 def commit(tree):
-    """The commit of a checkout, if git knows."""
+    """The commit of a checkout, if it is a git repository."""
     result = subprocess.run(
         ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )  # fmt: skip

@@ -1,11 +1,11 @@
-r"""Numbers of the whole package under fixed seeds, beside those that an earlier commit gave.
+r"""Numbers from all parts of the package under fixed seeds, compared with those of an earlier commit.
 
 Every quantity is small: a bound with its terms, an estimate of the evidence, twenty losses of a training
 run, moments of samples. A model is built under one seed, and the numbers are drawn under another. A
 quantity has ``values``, which agree to rounding as long as the random numbers come in the same order,
-and a ``summary`` of few numbers with an error each, which says whether a changed order is the only change.
-The error is the Monte Carlo error that goes with the number; of a training run it is the spread of its
-mean loss under other seeds, which is measured when there is no ``--reference``.
+and a ``summary`` of a few numbers, each with an error. If only the order of the random numbers has changed,
+the summary agrees within its errors. The error is the Monte Carlo error of the number. For a training run it
+is the spread of the mean loss under other seeds, which is measured when there is no ``--reference``.
 
     python benchmarks/parity.py [--seed 0] [--device cuda] [--smoke] [--output benchmarks/results]
     python benchmarks/parity.py --reference benchmarks/results/parity.json --output outputs/parity
@@ -114,7 +114,7 @@ LadderEncoder = find("LadderEncoder", "hvae")
 
 
 class Numbers(NamedTuple):
-    """What a quantity is."""
+    """The values of a quantity, and their summary."""
 
     values: list[float]  #: equal to rounding, if the random numbers come in the same order
     summary: list[float]  #: few numbers, for another order
@@ -123,7 +123,7 @@ class Numbers(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model and data, and what is computed from them."""
+    """A model and data, and the quantities that are computed from them."""
 
     build: Callable[[], Any]
     compute: Callable[..., Numbers]
@@ -191,7 +191,7 @@ def bound(standard_error: float, num_timesteps: float | None = None) -> Callable
 
 
 def by_other_seeds(compute: Callable[..., Numbers]) -> Callable[..., Numbers]:
-    """The same numbers, with errors that are measured by other seeds."""
+    """The same numbers, with errors that are measured from other seeds."""
     return lambda *given: compute(*given)._replace(errors=None)
 
 
@@ -231,7 +231,7 @@ def losses(
 
 
 def by_importance(family: Any, x_0: torch.Tensor) -> Numbers:
-    """The same with a law of timesteps that is learned on the way."""
+    """The same, with a distribution of timesteps that adapts during training."""
     law = ImportanceTimesteps()
     pair = family.subsampled(2, timesteps=law)
     svi = SVI(pair.model, pair.guide, Adam({"lr": 3e-3}), TraceMeanField_ELBO())
@@ -244,7 +244,7 @@ def by_importance(family: Any, x_0: torch.Tensor) -> Numbers:
 
 
 def compiled(pair: Callable[[Any], Any]) -> Callable[..., Numbers]:
-    """Losses of a loss that is traced into a graph, and run without a compiler."""
+    """Losses of a step that is traced into a graph, and run without a compiler."""
 
     def compute(family: Any, x_0: torch.Tensor) -> Numbers:
         programs = pair(family)
@@ -300,7 +300,7 @@ def posterior_means(family: Any, x_0: torch.Tensor) -> Numbers:
 
 
 def exactly(compute: Callable[..., torch.Tensor]) -> Callable[..., Numbers]:
-    """Numbers that no random number enters."""
+    """Numbers that do not depend on random numbers."""
 
     def numbers(*given: Any) -> Numbers:
         with torch.no_grad():
@@ -400,7 +400,7 @@ def enumerated() -> Any:
 
 
 def noisy_bits() -> tuple[Any, torch.Tensor]:
-    """Bits whose first states are noisy: of rare flips an error from sixteen replicates is too small."""
+    """Bits with much noise at x_1: with rare flips, an error from sixteen replicates would be too small."""
     return bits(30, log_snr_max=2.0), levels(count=2)
 
 
@@ -419,7 +419,7 @@ def levels(n: int = NUM_DATA, count: int = NUM_LEVELS) -> torch.Tensor:
 
 
 def masked(family: Any, x_0: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """A model and data of which a third is not observed; each datum has one entry at least."""
+    """A model, and data of which a third is not observed; each datum has at least one observed entry."""
     mask = torch.rand(x_0.shape) < 0.67
     mask[:, 0] = True
     return family, x_0, mask
@@ -640,7 +640,7 @@ def main() -> None:
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """The numbers of a quantity; errors that do not come with them by other seeds."""
+    """The numbers of a quantity; errors that it does not report itself are measured from other seeds."""
     numbers = run(case, args.seed)
     errors = numbers.errors
     if errors is None and args.num_repeats:
@@ -728,7 +728,7 @@ def most_errors(new: dict[str, Any], old: dict[str, Any]) -> float:
 
 
 def commit() -> str:
-    """The last commit that changed the package, if it lies in a repository."""
+    """The last commit that changed the package, if it is in a repository."""
     folder = Path(pyro_diffusion.__file__).parent
     done = subprocess.run(
         ["git", "-C", str(folder), "log", "-1", "--format=%h", "--", "."],

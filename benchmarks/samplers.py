@@ -1,15 +1,16 @@
-r"""Quality of samples against the number of steps, and what a step costs beyond the network.
+r"""Quality of samples against the number of steps, and the cost of a step besides the network.
 
-Energy distances, :math:`2 E\lVert x - y \rVert - E\lVert x - x' \rVert - E\lVert y - y' \rVert`, unbiased, so
-that equal laws have zero on average, with the standard error over independent blocks of samples:
+The quality is measured by unbiased energy distances,
+:math:`2 E\lVert x - y \rVert - E\lVert x - x' \rVert - E\lVert y - y' \rVert`, which are zero on average for
+equal distributions. Their standard error is the error over independent blocks of samples. There are two sets:
 
-- of eight Gaussians on a ring, whose mean is exact: what is left is the samplers' own error;
-- of the 8×8 digits of scikit-learn, in pixel space (levels over 16), under a network trained once with the
-  settings of ``examples/digits.py``. The 360 held-out digits are the same for all, and training digits take
-  the place of samples for the floor.
+- eight Gaussians on a ring, for which the mean is exact, so that the distance is the samplers' own error;
+- the 8×8 digits of scikit-learn, in pixel space (levels over 16), under a network trained once with the
+  settings of ``examples/digits.py``. The 360 held-out digits are the same for all samplers. For the floor,
+  training digits are used instead of samples.
 
-β and β̃ are the chain itself with either variance. Costs are the least of interleaved runs at T = 1000, 64
-samples and an MLP of three blocks that predicts the noise, over as many bare calls of that network.
+β and β̃ are the chain itself with the two variances. Costs are the shortest of interleaved runs at T = 1000,
+64 samples and an MLP of three blocks that predicts the noise, divided by as many bare calls of that network.
 
     python benchmarks/samplers.py [--seed 0] [--device cuda] [--smoke] [--output benchmarks/results]
 """
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def ring(args: argparse.Namespace) -> GaussianMixtureDenoiser:
-    """Eight Gaussians on a circle, of unit variance in all."""
+    """Eight Gaussians on a circle, with unit variance in total."""
     angle = torch.arange(8) * torch.pi / 4
     means = 1.4 * torch.stack((angle.cos(), angle.sin()), 1)
     schedule = LogSNRSchedule(1000, log_snr_max=8.0, log_snr_min=-8.0)
@@ -97,7 +98,7 @@ def ring(args: argparse.Namespace) -> GaussianMixtureDenoiser:
 
 
 class ExactMean(nn.Module):
-    """An exact denoiser's estimate as a network's output, under which the variance is a choice."""
+    """An exact denoiser's estimate as a network's output, so that the variance can be chosen."""
 
     def __init__(self, denoiser: GaussianMixtureDenoiser) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ def digits_table(
 
 
 def costs(args: argparse.Namespace) -> dict[str, float]:
-    """Least time of interleaved runs over that of as many bare network calls."""
+    """Shortest time of interleaved runs, divided by that of as many bare network calls."""
     network = MLP((64,), num_blocks=3)
     schedule = LogSNRSchedule(args.cost_steps)
     diffusion = DiffusionModel(NeuralDenoiser(network, schedule, (64,))).to(args.device).eval()
@@ -237,7 +238,7 @@ def bare(network: nn.Module, args: argparse.Namespace) -> Tensor:
     return output
 
 
-# what is shown
+# tables and figures
 
 
 def report(name: str, result: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
-r"""Sequential Monte Carlo beside importance weights, where a chain's own log p is known.
+r"""Sequential Monte Carlo compared with importance weights, where the chain's own log p is known.
 
-The exact denoiser of a Gaussian (D = 64, T = 1000), and three that are wrong: noise estimates 5 % and 20 %
-too large, and an x̂_0 5 % too large. Every chain is affine, so that its own log p(x_0) follows by pushing
-N(0, I) through it. ``smc_evidence`` takes K = 1,024 particles in each of four runs, and importance weights
-as many rows of the network, the pilot run included. Errors are in nats, against the chain's own log p.
+The denoisers are the exact one of a Gaussian (D = 64, T = 1000), and three that are wrong: noise estimates
+5 % and 20 % too large, and an x̂_0 5 % too large. Every chain is affine, so that its own log p(x_0) is a
+Gaussian that can be computed from N(0, I). ``smc_evidence`` uses K = 1,024 particles in each of four runs,
+and importance weights use as many rows of the network, including the pilot run. Errors are in nats, against
+the chain's own log p.
 
     python benchmarks/smc.py [--num-data 4] [--seed 0] [--device cuda] [--smoke]
         [--output benchmarks/results]
@@ -69,7 +70,7 @@ def main():
 
 
 def build(factors, args):
-    """A diffusion model whose estimates are a Gaussian's exact ones, multiplied; and data of the Gaussian."""
+    """A diffusion model with the exact estimates of a Gaussian times a factor, and data of the Gaussian."""
     schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=8.0, log_snr_min=-10.0)
     mean, std = 0.3 * torch.randn(DIMENSION), 0.3 + torch.rand(DIMENSION)
     x_0 = mean + std * torch.randn(args.num_data, DIMENSION)
@@ -82,7 +83,7 @@ def build(factors, args):
 
 
 class Scaled(nn.Module):
-    """x̂_0 of an exact denoiser with its noise estimate, or itself, multiplied."""
+    """x̂_0 of an exact denoiser after its noise estimate, or x̂_0 itself, is multiplied by a factor."""
 
     def __init__(self, exact, noise=1.0, datum=1.0):
         super().__init__()

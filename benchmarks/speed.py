@@ -1,11 +1,11 @@
-r"""What writing diffusion as a probabilistic program costs, beside PyTorch written by hand.
+r"""The cost of diffusion as a probabilistic program, compared with PyTorch code written by hand.
 
-Every ratio is of two things that ran in turn in the same process, warm-up excluded: for each of a few
-repeats a row has the time of ours over that of the other, and the table their median and range. "By hand"
-is a loss of ten lines that draws a timestep for each datum and weights the squared error as the bound does.
-The small network has four linear layers and 165 thousand parameters, so that the cost of Python shows; its
-steps run on one thread and on two. The memory of a full bound is the peak of a process of its own above what
-it held before.
+Every ratio compares two things that run in turn in the same process, without warm-up. For each of a few
+repeats a row has our time divided by the other time, and the table has the median and range of these ratios.
+"By hand" is a loss of ten lines that draws a timestep for each datum and weights the squared error as the
+bound does. The small network has four linear layers and 165 thousand parameters, so that the cost of Python
+is visible; its steps run on one thread and on two. The memory of a full bound is measured in a separate
+process, as the peak above the memory before the bound.
 
     python benchmarks/speed.py [--device cuda] [--repeats 7] [--only step,sampling,bound,memory,scaling]
         [--smoke] [--output benchmarks/results]
@@ -48,8 +48,8 @@ import matplotlib.pyplot as plt
 
 DIMENSION = 64
 PARTS = ("step", "unet", "bound", "sampling", "memory", "scaling")
-#: Beside which the benchmark was planned: improved-diffusion's own loop over the bound's terms, over its
-#: network rows; it is no package that can be installed and run here.
+#: Figures from the issue that asked for this benchmark: the time of improved-diffusion's loop over the
+#: bound's terms, divided by that of its network rows. It is not a package that can be installed and run here.
 CALC_BPD_LOOP = (3.1, 3.9)
 
 
@@ -94,13 +94,13 @@ class SmallNetwork(nn.Module):
 
 
 def small_steps(args):
-    """A step of a network so small that Python shows: on one thread, and on two."""
+    """A step of a network so small that the cost of Python is visible: on one thread, and on two."""
     rows = []
     for count in (1, 2):
         with threads(count):
             pyro.clear_param_store()
             works = training_steps(SmallNetwork, (DIMENSION,), 128, args)
-            # Short repeats, many of them: another job then disturbs a few, and not each of them.
+            # Many short repeats, so that another job on the machine disturbs only a few of them.
             times = interleaved(works, args, repeats=4 * args.repeats, seconds=args.seconds / 4)
             kind = f"small network, batch 128, {count} thread{'s' if count > 1 else ''}"
             svi, ours = f"`SVI` step, {kind}", f"`compile_elbo` step, {kind}"
@@ -114,7 +114,7 @@ def small_steps(args):
 
 @contextmanager
 def threads(count):
-    """Run, and compile, with so many threads."""
+    """Run and compile with a number of threads."""
     from torch._inductor import config
 
     before = torch.get_num_threads()
@@ -143,7 +143,7 @@ def steps(args):
 
 
 def unet_steps(args):
-    """The same of a U-Net on images; on a GPU larger ones, in bfloat16."""
+    """The same for a U-Net on images; on a GPU for larger images, in bfloat16."""
     side, batch = (28, 128) if on_gpu(args) else (16, 32)
     shape = (1, side, side)
     channels = (8, 16) if args.smoke else (32, 64)
@@ -159,7 +159,7 @@ def unet_steps(args):
 
 
 def training_steps(make_network, shape, batch, args):
-    """Four ways to make one step, each with a network of its own that starts alike."""
+    """Four versions of a step, each with its own network; all start from the same weights."""
     x_0 = torch.randn(batch, *shape, device=args.device)
     models = []
     for _ in range(4):
@@ -186,7 +186,7 @@ def training_steps(make_network, shape, batch, args):
 
 
 def by_hand(diffusion):
-    """The loss as one writes it without a package: tables, a draw, the network, a weighted square."""
+    """The loss as it is written without a package: tables, a draw, the network, a weighted square."""
     schedule, network = diffusion.schedule, diffusion.denoiser.network
     device = schedule.device
     log_snr = schedule.log_snr(torch.arange(1, 1001, device=device))
@@ -237,7 +237,7 @@ def mixed(step, args):
 
 
 def full_bound(args):
-    """Every term of a T = 1000 bound, beside its network rows in batches of 8,192."""
+    """Every term of a T = 1000 bound, against its network rows in batches of 8,192."""
     diffusion = mlp_model(args)
     x_0 = torch.randn(args.num_data, DIMENSION, device=args.device)
     num_rows = args.num_data * diffusion.schedule.num_timesteps
@@ -256,14 +256,14 @@ def full_bound(args):
 
 
 def bounds_of_small_network(args):
-    """Two readers of the bound on a network whose rows cost little, each beside its rows."""
+    """Two readers of the bound with a network whose rows cost little, each against its rows."""
     pyro.set_rng_seed(0)
     schedule = LinearSchedule(args.num_timesteps).to(args.device)
     network = SmallNetwork().to(args.device)
     diffusion = DiffusionModel(NeuralDenoiser(network, schedule, event_shape=(DIMENSION,)))
     x_0 = torch.randn(min(args.num_data, 128), DIMENSION, device=args.device)
     programs = diffusion.model, diffusion.posterior_guide
-    # The least rows, and then the error of sixteen times as many.
+    # First with the fewest rows, then to the error that sixteen times as many rows have.
     loose = evaluate_bound(diffusion, x_0, standard_error=1e9).mean().monte_carlo_error
 
     def evaluated():
@@ -288,7 +288,7 @@ def bounds_of_small_network(args):
 
 
 def sampling(args):
-    """T = 1000 ancestral steps, eager and compiled, beside the calls of the network alone; and diffusers'."""
+    """T = 1000 ancestral steps, eager and compiled, and those of diffusers, against bare network calls."""
     diffusion = mlp_model(args)
     calls = diffusion.schedule.num_timesteps
     eager, compiled = AncestralSampler(diffusion), AncestralSampler(diffusion)
@@ -314,7 +314,7 @@ def sampling(args):
 
 
 def diffusers_sampler(diffusion, num_timesteps, args):
-    """The released package's loop around the same network, or nothing where it is not installed."""
+    """The loop of diffusers around the same network, or nothing if it is not installed."""
     try:
         from diffusers import DDPMScheduler
     except ImportError:
@@ -383,7 +383,7 @@ def memory(args):
 
 
 def memory_of_bound(args):
-    """Peak above what the process held before; the network is small, for it is not what is measured."""
+    """Peak above the memory before; the network is small, because its memory is not to be measured."""
     num_timesteps, num_data, dimension = (20, 50, 784) if args.smoke else (1000, 10_000, 784)
     diffusion = mlp_model(args, num_timesteps, dimension, hidden_size=32, num_blocks=1)
     x_0 = torch.randn(num_data, dimension, device=args.device)
@@ -401,7 +401,7 @@ def memory_of_bound(args):
 
 
 def peak(args):
-    """Most bytes that the process has held, on the device that is used."""
+    """Peak memory of the process in bytes, on the device that is used."""
     if on_gpu(args):
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -458,7 +458,7 @@ def plot_costs(scaling, path):
 
 
 def interleaved(works, args, calls=None, repeats=None, seconds=None):
-    """Seconds a call of each work, by repeat; the first calls of each are not counted."""
+    """Seconds a call of each function, by repeat; the first calls of each are not counted."""
     for work in works.values():
         for _ in range(1 if calls else 10):
             timed(work, 1, args)
@@ -473,7 +473,7 @@ def interleaved(works, args, calls=None, repeats=None, seconds=None):
 
 
 def timed(work, calls, args):
-    """Mean seconds of so many calls."""
+    """Mean seconds of a number of calls."""
     if on_gpu(args):
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -523,7 +523,7 @@ def on_gpu(args):
 
 
 def processor():
-    """The processor by name, where the system says it."""
+    """Name of the processor, if the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

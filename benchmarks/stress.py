@@ -1,17 +1,17 @@
-r"""A thousand seeded fits of tiny models, without one NaN and without one hang.
+r"""A thousand seeded fits of tiny models, which should give no NaN and never hang.
 
-Every fit has a seed, and everything else follows from it: family, schedule, length of the chain, prediction,
-variance, likelihood, transform, shape and scale of the data, gaps, programs, ELBO, optimiser, dtype. It
-takes 25 steps of SVI and is then asked for its bound and for samples. A fit is
+The seed of a fit determines everything else: family, schedule, length of the chain, prediction, variance,
+likelihood, transform, shape and scale of the data, gaps, programs, ELBO, optimiser, dtype. A fit takes 25
+steps of SVI; then its bound and samples are computed. A fit is
 
 - "fine" if every loss, every parameter, the bound, its standard error and all samples are finite, and the
   samples have the data's shape and the dtype of the chain;
-- "refused" if a ``ValueError`` says in words what does not go together;
+- "refused" if a ``ValueError`` explains which settings cannot be combined;
 - "wrong" if a number is not finite, or a shape or dtype another; "broken" if there was any other exception;
   "hang" if it took longer than ``--limit`` seconds.
 
-The last three are printed with seed and configuration; ``--seed S --num-fits 1`` runs one of them again, and
-the exit status is theirs.
+The last three are printed with seed and configuration, and the exit status is 1 if there are any.
+``--seed S --num-fits 1`` runs one of them again.
 
     python benchmarks/stress.py [--num-fits 1000] [--seed 0] [--limit 60] [--device cuda] [--smoke]
         [--output benchmarks/results]
@@ -46,7 +46,7 @@ FREE = {"none", "gaussian"}  # likelihoods of real numbers
 
 @dataclasses.dataclass
 class Configuration:
-    """What a fit is made of, in words and numbers."""
+    """The settings of a fit, as words and numbers."""
 
     seed: int
     family: str
@@ -82,12 +82,12 @@ class Configuration:
 
     @property
     def chain_dtype(self):
-        """What the states are in."""
+        """Dtype of the states."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
 
 def configuration(seed):
-    """A legal configuration, drawn by a seed."""
+    """A legal configuration, drawn from a seed."""
     draw = random.Random(seed)
     family = draw.choices(["diffusion", "bits", "hierarchy"], [6, 1.5, 2.5])[0]
     c = Configuration(
@@ -123,7 +123,7 @@ def configuration(seed):
 
 
 def make_legal(c, draw):  # noqa: C901 (a list of what does not go together, one line each)
-    """Take back what does not go together."""
+    """Replace settings that cannot be combined."""
     if c.family == "bits":
         c.prediction, c.variance, c.num_levels, c.exploding = "probability", "none", 2, False
         c.schedule = draw.choice(["linear", "cosine", "log-SNR", "decay"])
@@ -153,12 +153,12 @@ def make_legal(c, draw):  # noqa: C901 (a list of what does not go together, one
         make_chain_legal(c)
     if c.real:
         c.transform = draw.choice(["none", "standardize", "standardize", "exp", "sigmoid"])
-    # An exponential of states that an untrained kernel lets grow is not a number of any use.
+    # States of an untrained kernel can grow, and their exponential would overflow.
     if c.transform == "exp" and c.prediction not in ("data", "velocity", "none"):
         c.transform = "standardize"
     if c.transform in ("exp", "sigmoid"):
         c.scale = 1.0
-    if c.transform == "none" and c.scale > 10:  # in whose rounding the noise of x_1 would be lost
+    if c.transform == "none" and c.scale > 10:  # their rounding would hide the noise of x_1
         c.log_snr_max = min(c.log_snr_max, 8.0)
     if c.family == "bits" or c.likelihood == "categorical" or not c.shape:
         c.mask = False
@@ -182,7 +182,7 @@ def make_chain_legal(c):
 
 
 def make_objective_legal(c, draw):
-    """An ELBO for the programs: KLs for those in the model's order, the variance of learned curves."""
+    """An ELBO that fits the programs: KLs need the model's order, and the variance a learned curve."""
     usual = ["Trace_ELBO", "TraceMeanField_ELBO"]
     if c.elbo == "FreeBitsELBO" and (c.pair != "posterior" or c.mask):
         c.elbo = draw.choice(usual)
@@ -195,7 +195,7 @@ def make_objective_legal(c, draw):
 
 
 def make_data(c):
-    """Data of a kind, with some structure, ``(64,) + shape``."""
+    """Data with some structure, ``(64,) + shape``."""
     size = (NUM_DATA, *c.shape)
     if c.likelihood == "poisson":
         return torch.poisson(torch.full(size, c.scale + 0.1))
@@ -303,7 +303,7 @@ def make_family(c, x_0):
         transform=make_transform(c, x_0), hidden_size=HIDDEN_SIZE,
     )  # fmt: skip
     parts = [part for part in (vae.encoder, vae.decoder) if part is not None]
-    for part in parts:  # and not the transform, which has the data's dtype
+    for part in parts:  # but not the transform, which has the data's dtype
         part.to(getattr(torch, c.dtype))
     return vae
 
@@ -343,7 +343,7 @@ class WrongError(Exception):
 
 
 def run(c):
-    """The fit of a configuration, and what is asked of it afterwards; the last loss, and the bound."""
+    """Fit a configuration, compute its bound and samples, and return the last loss and the bound."""
     pyro.clear_param_store()
     pyro.set_rng_seed(c.seed)
     x_0 = make_data(c)
@@ -366,14 +366,14 @@ def run(c):
 
 
 def observed(x_0):
-    """A mask with gaps, and one entry or more in every row."""
+    """A mask with gaps, and at least one observed entry in every row."""
     mask = torch.rand(x_0.shape) < 0.7
     mask.flatten(1)[torch.arange(len(x_0)), torch.randint(x_0[0].numel(), (len(x_0),))] = True
     return mask
 
 
 def observe(c, model, guide, x_0, given):
-    """Second moments for the law that follows them."""
+    """Record second moments, for the distribution of timesteps that follows them."""
     if c.timesteps == "importance" and c.num_timesteps > 1:
         model.law.observe(model, guide, x_0, **given)
 
@@ -395,7 +395,7 @@ def check_samples(c, samples):
 
 
 def bound(c, family, x_0, mask):
-    """The mean bound with its Monte Carlo error: by timesteps where there are many, else by paths."""
+    """The mean bound with its Monte Carlo error: by timesteps if there are many, otherwise by paths."""
     if c.family == "hierarchy" or mask is not None or c.num_timesteps <= 10:
         x_0, mask = x_0[:8], None if mask is None else mask[:8]
         guide = family.guide if c.pair == "forward" else family.posterior_guide
@@ -407,7 +407,7 @@ def bound(c, family, x_0, mask):
         length = float("inf") if c.pair == "continuous" else None
         estimate = pd.evaluate_bound(
             family, x_0, standard_error=1e6, num_timesteps=length
-        ).mean()  # as many rows as it takes at least
+        ).mean()  # with the smallest number of rows
     require_finite("bound and standard error", torch.tensor(estimate[:2]))
     return estimate.value
 
@@ -417,12 +417,12 @@ def on_alarm(signum, frame):
 
 
 def first_line(error):
-    """What an error says, without the shapes that Pyro adds."""
+    """The first line of an error, without the shapes that Pyro adds."""
     return str(error).strip().split("\n")[0]
 
 
 def attempt(c, limit):
-    """The fit's outcome, in a word and a sentence, and its seconds."""
+    """The outcome of a fit as a word and a sentence, and its seconds."""
     start = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:

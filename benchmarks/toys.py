@@ -1,16 +1,16 @@
-r"""Fitted two-dimensional densities beside their exact entropies.
+r"""Fitted two-dimensional densities, compared with their exact entropies.
 
-A Swiss roll (scikit-learn's, noise 1.0, its first and last coordinate, divided by 5), eight Gaussians on a
-circle (radius 4, standard deviation 0.5, all divided by 1.414) and two moons (scikit-learn's, noise 0.1,
-times 2, shifted by (-1, -0.2)). All three are centres along curves with Gaussian noise, so that log p(x) is
-an average over a curve's parameter, by Gauss-Legendre quadrature, and the entropy an integral on a grid:
-2.66965, 2.83188 and 2.39388 nats.
+The densities are a Swiss roll (scikit-learn's, noise 1.0, its first and last coordinate, divided by 5), eight
+Gaussians on a circle (radius 4, standard deviation 0.5, all divided by 1.414) and two moons (scikit-learn's,
+noise 0.1, times 2, shifted by (-1, -0.2)). All three are centres along curves with Gaussian noise, so that
+log p(x) is an average over a curve's parameter, by Gauss-Legendre quadrature, and the entropy is an integral
+on a grid: 2.66965, 2.83188 and 2.39388 nats.
 
 A diffusion model is fitted to each by subsampled SVI, with fresh draws at every step, and its weights are
-averaged. The bound of T = 1000 steps is then read on other fresh draws, by log-ratios along whole paths.
-Its gap is *paired*, log p(x) − bound(x) averaged over the same x, and free of most of the sampling error
-that −bound itself has. The gap of the chain without end, T → ∞, is what the network misses; the rest is the
-price of 1000 Gaussian steps. All come with both errors, Monte Carlo ± sampling.
+averaged. The bound of T = 1000 steps is then computed on other fresh draws, by log-ratios along whole paths.
+Its gap is *paired*: log p(x) − bound(x) is averaged over the same x, which removes most of the sampling error
+of −bound. The gap of the continuous chain, T → ∞, is the error of the network; the rest comes from the 1000
+Gaussian steps. All numbers have both errors, Monte Carlo ± sampling.
 
     python benchmarks/toys.py [--steps 12000] [--seed 0] [--device cuda] [--smoke]
         [--output benchmarks/results]
@@ -131,7 +131,7 @@ TOYS = {
 
 
 def entropy(toy, num_cells):
-    """−∫ p log p by the midpoint rule on a square that holds all but 1e-9 of the mass."""
+    """−∫ p log p by the midpoint rule on a square that contains all but 1e-9 of the mass."""
     side = 6.5
     edge = ((torch.arange(num_cells, dtype=torch.float64) + 0.5) / num_cells * 2 - 1) * side
     log_p = toy.log_prob(torch.cartesian_prod(edge, edge))
@@ -160,7 +160,7 @@ def fit(toy, args, name):
 
 
 def read(diffusion, toy, x_0, num_timesteps, args):
-    """The bound of a chain of that many steps, and what it misses of the exact log p of the same data."""
+    """The bound of a chain of a number of steps, and its gap to the exact log p of the same data."""
     start = time.perf_counter()
     if num_timesteps == math.inf:
         error = args.limit_error

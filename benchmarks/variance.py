@@ -1,13 +1,15 @@
-r"""Variance of one network row's estimate of the bound, by noise schedule, beside the least there can be.
+r"""Variance of the bound's estimate from one network row, by noise schedule, and the smallest possible one.
 
-Exact denoisers, so that nothing is learned but schedules: the mixture 0.3 N(−1, 0.2²) + 0.7 N(1, 0.5²) and a
-Gaussian of 64 dimensions, standard deviations from 0.1 to 3. With ℓ(λ) the bound's rate in the log-SNR, the
-least variance of an independent draw is (∫√E ℓ²)² − (∫E ℓ)² by quadrature. ``MonotoneSchedule`` is trained by
-``SVI`` with ``MinimumVarianceELBO`` between the same ends as the schedule that it stands beside. Stratified:
-128 rows share one stratified set of times, and the variance of their mean is multiplied by 128.
+Denoisers are exact, so that only schedules are learned. The data are the mixture 0.3 N(−1, 0.2²) +
+0.7 N(1, 0.5²) and a Gaussian of 64 dimensions, standard deviations from 0.1 to 3. With ℓ(λ) the bound's rate
+in the log-SNR, the smallest variance of an independent draw is (∫√E ℓ²)² − (∫E ℓ)², by quadrature.
+``MonotoneSchedule`` is trained by ``SVI`` with ``MinimumVarianceELBO`` between the same ends as the schedule
+in its row. In the column "stratified", 128 rows share one stratified set of times, and the variance of their
+mean is multiplied by 128.
 
-The last table is a Gaussian of 32 dimensions, standard deviations from 0.01 to 10: one learned curve, against
-one for every dimension, all ends and interiors trained at once: what is left to integrate, and how noisily.
+The last table is for a Gaussian of 32 dimensions, standard deviations from 0.01 to 10. It compares one
+learned curve with one for every dimension, all ends and interiors trained at once: the integral of the
+bound's rate between the ends, and the variance of its estimate from one row.
 
     python benchmarks/variance.py [--seed 0] [--device cuda] [--smoke] [--output benchmarks/results]
 
@@ -85,7 +87,7 @@ def gaussian(schedule: Any) -> GaussianDenoiser:
 
 
 def compare(name: str, oracle: Any, schedule: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """A schedule, and the best one between its ends."""
+    """Compare a schedule with the best one between its ends."""
     ends = schedule.log_snr_at(torch.tensor([0.0, 1.0])).tolist()
     grid = torch.linspace(ends[0], ends[1], 801)
     mean, square = (moment.cpu().numpy() for moment in moments(oracle(schedule), grid))
@@ -138,7 +140,7 @@ def moments(denoiser: Any, log_snr: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def fit(oracle: Any, ends: list[float], args: argparse.Namespace) -> MonotoneSchedule:
-    """The interior alone; the ends stay where the other schedule has them."""
+    """Train the interior alone, with the ends of the other schedule."""
     schedule = MonotoneSchedule(1000, log_snr_max=ends[0], log_snr_min=ends[1])
     schedule.log_snr_min.requires_grad_(False)
     schedule.log_range.requires_grad_(False)
@@ -149,7 +151,7 @@ def fit(oracle: Any, ends: list[float], args: argparse.Namespace) -> MonotoneSch
 def train(
     diffusion: DiffusionModel, schedule: MonotoneSchedule, lr: float, args: argparse.Namespace
 ) -> None:
-    """The interior for the variance, and the ends, if they are learned, for the bound."""
+    """Train the interior for the variance, and the ends, if they are learned, for the bound."""
     pair, law = diffusion.continuous(), diffusion.denoiser.data_distribution
     decay = {"betas": (0.9, 0.99), "lrd": 0.02 ** (1 / args.num_steps)}
 
@@ -174,7 +176,7 @@ def stratified_variance(denoiser: Any, args: argparse.Namespace) -> float:
 
 
 def rate_of_rows(diffusion: DiffusionModel, x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The bound's rate at given times, a row a datum."""
+    """The bound's rate at given times, one row for each datum."""
     x_u = diffusion.process.marginal_at(x_0, u).sample()
     return kl_divergence(
         diffusion.process.increment(x_u, x_0, u), Continuum().pair(diffusion, x_u, u)[0]
@@ -182,10 +184,10 @@ def rate_of_rows(diffusion: DiffusionModel, x_0: torch.Tensor, u: torch.Tensor) 
 
 
 def by_dimension(event_shape: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:
-    """Ends by the bound, interiors by its variance, on standard deviations from 0.01 to 10."""
+    """Train ends by the bound and interiors by its variance, on standard deviations from 0.01 to 10."""
     pyro.set_rng_seed(args.seed)
     std = torch.logspace(-2, 1, 32)
-    # Wide enough to begin with for every dimension, or for each alone.
+    # Initial ends that are wide enough for all dimensions, or for each alone.
     high, low = 6 - 2 * std.log(), -8 - 2 * std.log()
     if not event_shape:
         high, low = high.max(), low.min()

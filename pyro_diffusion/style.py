@@ -1,7 +1,7 @@
 """The style of all figures: colours, text and lines of the figures that the package makes itself.
 
-The settings are in force while a function draws a figure of its own, and at no other time. Colours are also
-named in every call that draws, so that they are the same in axes that were given.
+The settings apply only while a function draws a figure of its own. Every call that draws also names its
+colours, so that they are the same in axes that the user passes.
 """
 
 import inspect
@@ -65,7 +65,7 @@ def new_axes(
 
     axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1]
     for ax in axes.flat:
-        # Ticks are made when the figure is drawn, which may be outside of the style.
+        # Ticks are made when the figure is drawn, and the settings may no longer apply then.
         ax.tick_params(color=INK, labelcolor=INK)
         if grid:
             ax.grid(color=PALE, lw=0.6)
@@ -73,19 +73,19 @@ def new_axes(
 
 
 def row_of(axes: Any, columns: int, size: tuple[float, float] = (4.2, 3.6), **settings: Any) -> Any:
-    """The given axes, or new ones of a size each, as a sequence of ``columns``."""
+    """The given axes, or ``columns`` new ones of a size each, as a sequence."""
     if axes is None:
         return new_axes(1, columns, (size[0] * columns, size[1]), **settings)[0]
     return axes if hasattr(axes, "__len__") else [axes]
 
 
 def ink(ax: Any) -> Any:
-    """The colour of text on some axes, which may be light on dark where they were given."""
+    """The colour of text on some axes; a user's own axes may have light text on a dark background."""
     return ax.xaxis.label.get_color()
 
 
 def legend_beside(ax: Any, first: str = "", **settings: Any) -> None:
-    """A legend to the right of the axes, where it covers nothing; what begins with ``first`` is on top."""
+    """A legend to the right of the axes, where it covers nothing; labels that begin with ``first`` on top."""
     entries = list(zip(*ax.get_legend_handles_labels(), strict=True))
     entries.sort(key=lambda entry: not entry[1].startswith(first))
     handles, labels = zip(*entries, strict=True)

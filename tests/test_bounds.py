@@ -606,7 +606,7 @@ def test_a_guide_outside_the_data_plate_is_refused():
 
 
 def test_masks_that_differ_are_refused():
-    with pytest.raises(ValueError, match="site 'z'.*another mask in the guide"):
+    with pytest.raises(ValueError, match="site 'z'.*different masks in the guide"):
         elbo_terms(vae_model, poutine.mask(vae_guide, mask=False), torch.randn(4, 3))
 
 

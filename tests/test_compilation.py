@@ -533,7 +533,7 @@ def test_what_is_no_argument_of_a_graph_is_said():
         interpreted(model, guide, elbo)(x_0.numpy())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="without parameters that want gradients"):
+    with pytest.raises(ValueError, match="without parameters that require gradients"):
         interpreted(model, guide, elbo)(x_0)
 
 
@@ -577,7 +577,7 @@ def test_gradients_that_would_be_lost_are_refused_or_there():
     compiled = interpreted(*pair_of(lambda x: network(x[:, None])[:, 0]), Trace_ELBO())
     compiled(x).backward()  # the network is stated nowhere
     assert network.weight.grad is not None
-    with pytest.raises(ValueError, match="a tensor that wants a gradient"):
+    with pytest.raises(ValueError, match="a tensor that requires a gradient"):
         compiled(x.requires_grad_())
 
 

@@ -194,7 +194,7 @@ def test_masks_that_differ_between_the_programs_are_refused(double):
     for guide in GUIDES:
         model, guide = diffusion.model, getattr(diffusion, guide)
         for pair in ((model, partial(guide, mask=mask)), (partial(model, mask=mask), guide)):
-            with pytest.raises(ValueError, match="got another mask in the guide"):
+            with pytest.raises(ValueError, match="got different masks in the guide"):
                 elbo_terms(*pair, x, num_particles=1)
         both = (partial(model, mask=mask), partial(guide, mask=mask))
         assert elbo_terms(*both, x, num_particles=1).elbo.isfinite().all()

@@ -159,7 +159,7 @@ def test_warmup_is_refused_where_it_would_freeze():
     elbo = JitTrace_ELBO(ignore_jit_warnings=True)
     svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), elbo)
     with (
-        pytest.raises(ValueError, match=r"being traced; expected an ELBO that runs it anew"),
+        pytest.raises(ValueError, match=r"being traced; expected an ELBO that runs the program"),
         KLWarmup(0.5),
     ):
         svi.step(x_0)

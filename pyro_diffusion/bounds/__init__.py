@@ -1,7 +1,7 @@
 r"""The hierarchical bound as named terms with errors.
 
-:func:`elbo_terms` reads the terms of whole trajectories off any Pyro model and guide,
-:func:`evaluate_bound` the mean bound of a diffusion model to an error that is asked for.
+:func:`elbo_terms` computes every term of the bound of any Pyro model and guide.
+:func:`evaluate_bound` computes the mean bound over data to a Monte Carlo error that you choose.
 """
 
 from pyro_diffusion.bounds.elbo import elbo_terms

@@ -1,4 +1,4 @@
-"""Programs and their sites, looked at: what a bound by datum needs of a Pyro model and guide."""
+"""Checks of a Pyro model and guide and of their sites, for a bound that is reported by datum."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,15 +11,15 @@ from pyro_diffusion.params import ParamScope
 
 
 def latents_differ(how: str) -> ValueError:
-    """The error of programs whose latent sites are not the same."""
+    """The error for programs that do not have the same latent sites."""
     return ValueError(
         f"latent sites: got programs that differ, {how}; expected the same latent sites in model and guide. "
-        "Rename the sites, or observe in both what is data."
+        "Rename the sites; a site that holds data must be observed in both programs."
     )
 
 
 def check_programs(model: Callable[..., Any], guide: Callable[..., Any]) -> None:
-    """Raise a ``ValueError`` if one is no program with every site."""
+    """Raise a ``ValueError`` unless both are programs that contain every site of the chain."""
     if isinstance(model, SubsampledProgram) or isinstance(guide, SubsampledProgram):
         raise _subsampled()
     check_program("model", model)
@@ -27,7 +27,7 @@ def check_programs(model: Callable[..., Any], guide: Callable[..., Any]) -> None
 
 
 def check_program(argument: str, program: Any) -> None:
-    """Raise a ``ValueError`` if a model or a guide is no program."""
+    """Raise a ``ValueError`` unless a model or a guide is a program."""
     require(
         not isinstance(program, ParamScope) and callable(program),
         f"argument {argument!r}",
@@ -39,14 +39,14 @@ def check_program(argument: str, program: Any) -> None:
 
 def _subsampled() -> ValueError:
     return ValueError(
-        "arguments 'model' and 'guide': got a subsampled pair, whose sites are a random few of the chain's; "
-        "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide; they have "
+        "arguments 'model' and 'guide': got a subsampled pair, which draws a few random sites of the chain; "
+        "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide, which have "
         "the same bound."
     )
 
 
 def check_data_plate(msg: Any, rows: int) -> None:
-    """Raise a ``ValueError`` if a site is not in a plate of the batch's size at dim −1."""
+    """Raise a ``ValueError`` unless a site is in a plate of the batch's size at dim −1."""
     plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
     if not plates or plates[0].size != rows:
         raise ValueError(
@@ -61,16 +61,16 @@ def check_data_plate(msg: Any, rows: int) -> None:
 
 
 def check_same_masks(name: str, ours: Iterable[Any], theirs: Iterable[Any]) -> None:
-    """Raise a ``ValueError`` if a site's masks, of the batch and of entries, differ between programs."""
+    """Raise a ``ValueError`` if a site has different masks, of data or of entries, in the two programs."""
     if not all(map(_alike, ours, theirs)):
         raise ValueError(
-            f"site {name!r}: got another mask in the guide than in the model; expected the "
-            "same in both, so that a term has one set of entries. Mask both programs alike."
+            f"site {name!r}: got different masks in the guide and in the model; expected the "
+            "same in both, so that a term has one set of entries. Use the same mask in both programs."
         )
 
 
 def _alike(ours: Any, theirs: Any) -> bool:
-    """Whether two masks leave out the same; ``None`` leaves out nothing."""
+    """Whether two masks leave out the same entries; ``None`` leaves out nothing."""
     if ours is theirs:
         return True
     device = next((m.device for m in (ours, theirs) if isinstance(m, torch.Tensor)), None)
@@ -81,7 +81,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
 def check_sites(
     left: Mapping[str, Any], latents: Mapping[str, Any], observed: Mapping[str, Any]
 ) -> None:
-    """Raise a ``ValueError`` if the guide has latents that the model has not, or the model none at all."""
+    """Raise a ``ValueError`` if only the guide has a latent, or the model has no latent or no data."""
     if left:
         raise latents_differ(f"the guide alone samples {', '.join(map(repr, left))}")
     require(
@@ -89,5 +89,5 @@ def check_sites(
         "argument 'model'",
         f"a program with {len(latents)} latent and {len(observed)} observed sites",
         "at least one of each",
-        "Pass the data to obs= of the site that they are observed at.",
+        "Pass the data to obs= at the site where they are observed.",
     )

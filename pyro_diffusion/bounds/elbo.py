@@ -59,36 +59,36 @@ def elbo_terms(  # type: ignore[misc]
 ) -> ELBOTerms:
     r"""The bound of a Pyro model and guide, with the term of every site (E10, or E11).
 
-    Any pair will do that is called with a batch of data, has the same latent sites in both
-    programs and every site inside a data plate at dim −1. The latent site that the model samples
+    Any pair works if both programs are called with a batch of data, have the same latent sites, and
+    have every site inside a data plate at dim −1. The latent site that the model samples
     first is :math:`x_T`, the last one :math:`x_1`; observed sites together are the reconstruction.
-    Values are unscaled whatever plates or handlers scale, no gradient is recorded, and programs that
-    are modules are in evaluation mode meanwhile (inside a function or a handler, call ``eval()``).
+    Scales of plates and handlers are ignored: values are unscaled. No gradient is recorded. Programs
+    that are modules run in evaluation mode (call ``eval()`` for a module inside a function or a handler).
 
-    The analytic KLs of a diffusion model need no whole trajectories. Its posterior-ordered guide knows
-    :math:`q(x_t \mid x_0)` at every timestep, so that many terms are drawn at once, each with a state of its
-    own. The result says so (``draws`` is "single"), and the error of the sum is that of independent terms.
+    The analytic KLs of a diffusion model need no whole trajectories. Its posterior-ordered guide has
+    :math:`q(x_t \mid x_0)` in closed form at every timestep, so that many terms are drawn at once, each with
+    a state of its own. In this case ``draws`` is "single", and the terms' errors are independent.
 
-    Everything else is read off whole trajectories, in chunks of ``batch_size`` of them, and a trajectory's
-    states are let go of one by one while the model scores it. The programs see a chunk as a batch, in which
-    each datum stands once for each of its particles. The default size of a chunk keeps what a reader holds
-    under 256 MiB, as measured with a row or two.
+    In all other cases the terms come from whole trajectories, in chunks of ``batch_size`` of them. The
+    states of a trajectory are freed one by one while the model scores it. The programs receive a chunk as a
+    batch that contains each datum once for each of its particles. The default size of a chunk keeps the
+    memory of a chunk under 256 MiB, as measured with a row or two.
 
     Args:
-        model: Program for :math:`p`, called as ``model(x_0)``; or a family, whose own programs are read:
+        model: Program for :math:`p`, called as ``model(x_0)``; or a family, which has both programs:
             ``elbo_terms(diffusion, x_0)``.
-        guide: Program for :math:`q`, called as ``guide(x_0)``; left out for a family.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; leave it out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories for each datum.
-        analytic_kl: Take KLs in closed form. ``None`` does so where that is legal (the guide runs
-            in the model's order) and a formula is known, which is the quieter estimator of a *term*.
+        analytic_kl: Compute KLs in closed form. ``None`` does so where that is legal (the guide runs
+            in the model's order) and a formula is known. This estimator of a *term* has less noise.
             ``False`` averages log-ratios along the trajectories: for a denoiser close to exact their
-            noise cancels in the sum, and the *bound* can be many times quieter.
-        batch_size: Trajectories (data times particles) in a chunk; of single terms, network rows.
+            noise cancels in the sum, and the *bound* can have many times less noise.
+        batch_size: Trajectories (data times particles) in a chunk; network rows if the terms are single.
         progress: Show a progress bar if the evaluation takes more than five seconds.
-        given: What goes with the data, handed to both programs row by row: ``mask=`` of observed entries,
-            boolean, of the data's shape, for the bound of the observed part; ``context=`` of
-            conditional data.
+        given: What goes with the data, passed to both programs row by row: ``mask=``, true where an
+            entry is observed, boolean, of the data's shape, for the bound of the observed part;
+            ``context=`` for conditional data.
 
     Returns:
         :class:`ELBOTerms`.

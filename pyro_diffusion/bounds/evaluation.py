@@ -1,41 +1,44 @@
-r"""The mean bound over data to a Monte Carlo error that is asked for, with few network rows.
+r"""The mean bound over data to a Monte Carlo error that the user chooses, with few network rows.
 
 A full sum over a chain of :math:`T` steps costs :math:`N T` network rows. It is more exact than needed, since
-most of its terms are small or have little noise. :func:`evaluate_bound` spends rows where the noise is, in
-one of two ways (:mod:`~pyro_diffusion.bounds.plan`), and chooses between them once it has seen some noise:
+most of its terms are small or have little noise. :func:`evaluate_bound` draws more rows where there is more
+noise. It does so in one of two ways (:mod:`~pyro_diffusion.bounds.plan`), and chooses between them after its
+first rows have shown how large the noise is:
 
 *Single timesteps.* Each datum has a few, drawn systematically (:math:`h` evenly spaced points through the
 quantile function) from a law that follows the noise of the terms. The means :math:`c` of the terms, by group
-of timesteps, are known from earlier rows and taken out,
+of timesteps, are estimated from earlier rows and subtracted,
 
 .. math::
     \widehat{\mathrm{ELBO}} = -L_T - \sum_t c_t - \frac1h \sum_{i=1}^h \frac{L_{t_i} - c_{t_i}}{\pi(t_i)},
     \qquad \pi(t) \approx \tfrac34 \frac{\sqrt{\operatorname{Var} L_t}}{\sum_s \sqrt{\operatorname{Var} L_s}}
-    + \tfrac14 \cdot \text{elsewhere} .
+    + \tfrac14 \cdot \text{other} .
 
-A quarter of the rows goes elsewhere, a fifth evenly over the groups and a twentieth to the reconstruction
-(of the first rows more than half): where the noise of a term is made of rare large values, or of few data,
-the rows so far may have seen none of them. For a single row the analytic KL has the least noise,
-because it is the mean of the log-ratio given :math:`x_t`.
+A quarter of the rows is drawn in another way: a fifth evenly over the groups and a twentieth for the
+reconstruction (more than half of the first rows). This is a safeguard: where the noise of a term comes from
+rare large values, or from few data, the earlier rows may contain none of them. For a single row the analytic
+KL has the least noise, because it is the mean of the log-ratio given :math:`x_t`.
 
-*Whole paths*, where the error asked for needs that many rows. Along a path log-ratios cancel: at an exact
-denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is noisy. In between it is
+*Whole paths*, where the chosen error needs that many rows. Along a path log-ratios cancel: at an exact
+denoiser their sum is :math:`\log p(x_0)` on every path, while the sum of KLs is noisy. In general the term is
 
 .. math::
     L_t = \mathrm{KL}_t
         + c_t \Big( \log \frac{q(x_{t-1} \mid x_t, x_0)}{p(x_{t-1} \mid x_t)} - \mathrm{KL}_t \Big),
 
 whose bracket has mean zero. The coefficient :math:`c_t` is zero (KL), one (path) or fitted (a control
-variate), whichever had the least noise in a pilot run, whose rows are used for nothing else. A model and
-guide of any other kind have whole trajectories alone, as in :func:`~pyro_diffusion.bounds.elbo_terms`.
+variate), whichever had the least noise in a pilot run. The rows of the pilot run are used for nothing else.
+For a model and guide of any other kind only whole trajectories are drawn, as in
+:func:`~pyro_diffusion.bounds.elbo_terms`.
 
 **Why the error is honest.** Rows come in stages (:mod:`~pyro_diffusion.bounds.pooled`). A stage's law,
-coefficients and size are those that earlier stages suggest, so that each is unbiased given what went before.
-Its error comes from independent replicates of independent blocks of data, with 56 or more degrees of freedom,
-and is a standard deviation about the truth, with the noise of a variance estimate counted in. It is looked at
-rarely: a stage that is not enough is followed by one at least as large as all before it, which aims at nine
-tenths of the error asked for. An error that rests on few large terms (fewer than 30 degrees of freedom, by
-the fourth moment of the replicates) is not believed, however small it looks.
+coefficients and size depend on earlier stages only, so that each stage is unbiased given the earlier ones.
+Its error comes from independent replicates of independent blocks of data, with 56 or more degrees of freedom.
+It is a standard deviation about the truth, and includes the uncertainty of the variance estimate. To stop
+when the error happens to look small would bias it, so it is checked rarely: a stage that is not enough is
+followed by one at least as large as all before it, which aims at nine tenths of the chosen error. An error
+that rests on few large terms (fewer than 30 degrees of freedom, by the fourth moment of the replicates) is
+not accepted, however small it is.
 
 References:
     Variational Diffusion Models (Kingma et al., 2021), appendix I.1 (low-discrepancy timesteps).
@@ -69,17 +72,15 @@ _FEWEST = 4  # draws of each datum in a stage, which has an error of its own
 
 
 class BoundEvaluation(NamedTuple):
-    """The bound of every datum, with what it cost; nats per datum, float64."""
+    """The bound of every datum, and its cost; nats per datum, float64."""
 
     elbo: Tensor  #: an estimate of each datum's bound, ``(N,)``
-    standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``
-    monte_carlo_error: (
-        float  #: of the mean over data, whose draws are spread over the timesteps together
-    )
-    rows: int  #: network rows spent, the pilot's included
-    full_rows: float  #: those of one full sum, N T; infinite for the continuous chain
-    estimator: str  #: "timesteps", or what paths were summed: "KL", "path" or "control variate"
-    #: by group of timesteps: how often it is drawn, the reconstruction first; empty for paths
+    standard_error: Tensor  #: Monte Carlo error of ``elbo``, ``(N,)``
+    monte_carlo_error: float  #: of the mean over data, whose draws are stratified together
+    rows: int  #: network rows spent, including the pilot run
+    full_rows: float  #: network rows of one full sum, N T; infinite for the continuous chain
+    estimator: str  #: "timesteps"; for whole paths "KL", "path" or "control variate"
+    #: share of the draws of each group of timesteps, the reconstruction first; empty for paths
     shares: Tensor
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
 
@@ -137,31 +138,32 @@ def evaluate_bound(  # type: ignore[misc]
     max_rows: float = 1e7,
     **given: Any,
 ) -> BoundEvaluation:
-    r"""Mean bound over data, until its Monte Carlo error is small enough.
+    r"""Mean bound over data, drawn until its Monte Carlo error is small enough.
 
     Args:
-        model: A diffusion model of any kernels; any other family, or the program for :math:`p` of any pair
-            that :func:`~pyro_diffusion.bounds.elbo_terms` takes.
-        guide: Program for :math:`q`, called as ``guide(x_0)``; left out for a family:
+        model: A diffusion model with any kernels, or any other family; or the program for :math:`p` of any
+            pair that :func:`~pyro_diffusion.bounds.elbo_terms` takes.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; leave it out for a family:
             ``evaluate_bound(diffusion, x_0, standard_error=0.1)``.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         standard_error: Monte Carlo error of the mean over data to reach, nats per datum.
-        num_timesteps: Of a diffusion model, another grid for the same curve, ``math.inf`` for the continuous
-            chain; by default the model's own.
-        batch_size: Network rows at a time; trajectories at a time of other programs. By default as many as
-            256 MiB hold, at most 2,048.
-        max_rows: Network rows after which no more are begun; a warning then says what was reached. The pilot
-            run and the first stage are spent in any case. A trajectory counts as a row for each latent.
-        given: What goes with the data: ``mask=`` of observed entries, for the bound of the observed part;
-            ``context=`` of conditional data, a row for each datum.
+        num_timesteps: For a diffusion model, the number of timesteps on the same curve, ``math.inf`` for the
+            continuous chain; by default the model's own number.
+        batch_size: Network rows at a time; for other programs, trajectories at a time. By default as many as
+            fit into 256 MiB, at most 2,048.
+        max_rows: Largest number of network rows. If it is reached first, a warning states the error reached.
+            The pilot run and the first stage are drawn in any case. A trajectory counts as one row for each
+            latent.
+        given: What goes with the data: ``mask=``, true where an entry is observed, for the bound of the
+            observed part; ``context=`` for conditional data, a row for each datum.
 
     Returns:
-        :class:`BoundEvaluation`. Beside the Monte Carlo error, ``mean()`` has the sampling error, which more
-        rows do not change.
+        :class:`BoundEvaluation`. Its ``mean()`` also has the sampling error, which more rows do not change.
 
     Raises:
-        ValueError: An error that is not positive, a schedule without the grid asked for, another grid of
-            programs, a term that is not finite; data, and what goes with them, as for the programs.
+        ValueError: A ``standard_error`` that is not positive, a schedule that has no grid of that length,
+            ``num_timesteps`` for programs, a term that is not finite; data, a mask or a context that the
+            programs do not take.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(1000))
@@ -183,9 +185,9 @@ def evaluate_bound(  # type: ignore[misc]
     require(
         num_timesteps is None,
         "argument 'num_timesteps'",
-        f"{num_timesteps!r} for programs, or a family, with steps of their own",
+        f"{num_timesteps!r} for programs, or a family, with a fixed number of steps",
         "None",
-        "Leave it out, or pass a DiffusionModel, whose curve has other grids.",
+        "Leave it out, or pass a DiffusionModel, which can be evaluated on other grids.",
     )
     pair, guide, x_0 = unpacked(model, guide, x_0)
     _check_pair(pair, guide)
@@ -201,7 +203,7 @@ def _of_diffusion(
     error: float,
     max_rows: float,
 ) -> BoundEvaluation:
-    """By single timesteps, or whole paths."""
+    """The bound of a diffusion model, by single timesteps or whole paths."""
     time = Time.of(diffusion.schedule.num_timesteps, num_timesteps)
     diffusion = time.chain(diffusion)
     with reading(diffusion):
@@ -220,7 +222,7 @@ def _of_programs(
     error: float,
     max_rows: float,
 ) -> BoundEvaluation:
-    """By whole trajectories."""
+    """The bound of any model and guide, by whole trajectories."""
     way = Trajectories(model, guide, check_data(x_0, given.mask), given, batch_size)
     _, pooled = _drawn(way, error, max_rows)
     size = way.event_size if given.mask is None else int(given.mask.sum()) / len(x_0)
@@ -243,7 +245,7 @@ def _evaluation(
 
 
 def _drawn(way: Way, error: float, max_rows: float) -> tuple[Way, Pooled]:
-    """Stages until the error is small enough; the last way, and what its stages say together."""
+    """Draw stages until the error is small enough; the last way, and its stages pooled."""
     pooled, size = Pooled(), way.least
     while True:
         pooled.add(way.draw(size))
@@ -266,7 +268,7 @@ def _drawn(way: Way, error: float, max_rows: float) -> tuple[Way, Pooled]:
 
 
 def _check_pair(model: Any, guide: Any) -> None:
-    """Raise a ``ValueError`` if there is neither a diffusion model nor a model and a guide."""
+    """Raise a ``ValueError`` unless both a model and a guide can be called."""
     require(
         callable(model) and callable(guide),
         "argument 'model'",

@@ -17,7 +17,7 @@ class Moments:
         self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def update(self, values: Tensor) -> None:
-        """Take in values with the particles in front."""
+        """Add values; the first dimension is that of the particles."""
         count, mean = len(values), values.mean(0)
         total, shift = self.count + count, mean - self.mean
         self.squares = self.squares + (values - mean).square().sum(0)
@@ -25,7 +25,7 @@ class Moments:
         self.count, self.mean = total, self.mean + shift * (count / total)
 
     def standard_error(self) -> Tensor:
-        """Of the mean; for a single particle 0/0, which is NaN."""
+        """Standard error of the mean; for a single particle 0/0, which is NaN."""
         return (self.squares / (self.count - 1) / self.count).sqrt()
 
 
@@ -37,13 +37,13 @@ class TermMoments:
         self.sites: dict[int, Moments] = defaultdict(Moments)
 
     def update(self, start: int, sites: Any) -> None:
-        """Take in a chunk whose first datum is in row ``start``."""
+        """Add a chunk that begins at the datum in row ``start``."""
         self.last = sites
         self.sites[start].update(sites.values.movedim(1, 0))
         self.totals[start].update(sites.log_weight)
 
     def terms(self) -> ELBOTerms:
-        """The bound of all data taken in."""
+        """The bound of all data that were added."""
         mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
         return ELBOTerms(
             reconstruction=mean[0],
@@ -62,5 +62,5 @@ def _errors(moments: dict[int, Moments]) -> Tensor:
 
 
 def join_chunks(chunks: Mapping[int, Sequence[Tensor]]) -> Tensor:
-    """Values of shape ``(particles, data, …)`` from chunks by the row of their first datum."""
+    """Values of shape ``(particles, data, …)``, from chunks under the row of their first datum."""
     return torch.cat([torch.cat(list(parts)) for parts in chunks.values()], dim=1)

@@ -1,7 +1,7 @@
 r"""Ways to draw the bound of every datum: single timesteps, whole paths, trajectories of any programs.
 
-Each way draws stages (:mod:`~pyro_diffusion.bounds.pooled`) of the size that it is told. It begins with a
-size from which an error can be known, and may know a better way once there is an idea of the noise.
+Each way draws stages (:mod:`~pyro_diffusion.bounds.pooled`) of a given size. The first stage is large enough
+for an estimate of the error. From the noise in it a way may find that another way would need fewer rows.
 """
 
 import math
@@ -17,14 +17,15 @@ from pyro_diffusion.bounds.trajectories import trajectory_terms
 from pyro_diffusion.given import Given
 
 _LEAST_ROWS, _MOST_ROWS = 2**12, 2**18  # of a first stage; of replicates that are drawn together
-_BLOCKS, _BLOCK = 32, 32  # of data: at most so many, of at least so many data
-_FREEDOM = 64  # of the error of a first stage: replicates, times blocks
-_PILOT = 1024  # rows of a pilot, at least 32 of each group
-_OF_FIRST = 256  # more of the reconstruction
-_PILOT_PATHS = 16  # of each of eight data, where paths are tried
-#: Rows that go elsewhere than the noise seems to be. Evenly over the groups: in the first stage, which knows
-#: a pilot only, so many that no group of a short chain misses a datum; and later. And to the reconstruction,
-#: whose noise may be a few flipped bits in a thousand rows.
+_BLOCKS, _BLOCK = 32, 32  # blocks of data: the largest number of blocks, the smallest size of one
+_FREEDOM = 64  # of the error of a first stage: replicates times blocks
+_PILOT = 1024  # rows of a pilot run, at least 32 of each group
+_OF_FIRST = 256  # additional rows of the reconstruction in the pilot run
+_PILOT_PATHS = 16  # paths of each of eight data, in a pilot run of paths
+#: Shares of the rows that do not follow the estimated noise. The first two are spread evenly over the groups,
+#: in the first stage and later. In the first stage the noise is known from a pilot run only, so that every
+#: datum should have rows in every group of a short chain. The third is the share of the reconstruction, whose
+#: noise may come from a few flipped bits in a thousand rows.
 _EVEN_AT_FIRST, _EVEN, _FIRST = 0.5, 0.2, 0.05
 
 
@@ -32,8 +33,8 @@ class Way(ABC):
     """A way to draw the bound of every datum."""
 
     name: str  #: what is summed
-    shares: Tensor = torch.zeros(0, dtype=torch.float64)  #: of each group of timesteps in the rows
-    least: int  #: draws of each datum to begin with
+    shares: Tensor = torch.zeros(0, dtype=torch.float64)  #: share of each group in the rows
+    least: int  #: draws of each datum in the first stage
     cost: int  #: network rows of one draw of every datum
 
     @property
@@ -43,14 +44,14 @@ class Way(ABC):
 
     @abstractmethod
     def draw(self, size: int) -> Stage:
-        """A stage of about that many draws of each datum, at least of the smallest number."""
+        """A stage with about ``size`` draws of each datum, and at least one draw a replicate."""
 
     def gain(self) -> float:
-        """Variance of a draw from now on over that of the draws so far."""
+        """Variance of the next draws divided by that of the draws so far."""
         return 1.0
 
     def better(self, size: int, error: float) -> "Way":
-        """The way to go on, if this one would need so many draws for an error; itself by default."""
+        """The way to draw the next stage, if this one would need ``size`` draws; by default itself."""
         return self
 
 
@@ -64,8 +65,8 @@ class Timesteps(Way):
         \widehat{\mathrm{ELBO}} = \sum_g n_g c_g
             + \frac1h \sum_{i=1}^h \frac{n_{g(i)}}{\pi_{g(i)}} \big(\ell_{t_i} - c_{g(i)}\big),
 
-    :math:`\ell_t` the term with its sign. The means :math:`c_g` and the shares are those of all rows that
-    were drawn *before* the stage, which makes it unbiased, whatever they are.
+    where :math:`\ell_t` is the term with its sign. The means :math:`c_g` and the shares come from rows that
+    were drawn *before* the stage. The stage is therefore unbiased for any values of them.
     """
 
     name = "timesteps"
@@ -88,7 +89,7 @@ class Timesteps(Way):
         return self.rows.spent
 
     def _pilot(self) -> None:
-        """Rows of every group alike, and more of the first, of data that are chosen at random."""
+        """Draw as many rows of every group, and more of the first, for data chosen at random."""
         device, num_groups = self.rows.device, len(self.rows.sizes)
         count = num_groups * max(32, _PILOT // num_groups) + _OF_FIRST
         group = torch.arange(count, device=device) % num_groups
@@ -98,7 +99,7 @@ class Timesteps(Way):
         self.moments.update(group, self.rows.terms(data, self.rows.timesteps(group, position)))
 
     def draw(self, size: int) -> Stage:
-        """Replicates with as many points of each datum as make that size together."""
+        """Replicates whose points of a datum are about ``size`` in total."""
         num_points = math.ceil(size / self.num_replicates)
         centre = self.moments.mean
         self.shares = self.moments.shares(_EVEN if self.draws else _EVEN_AT_FIRST)
@@ -139,13 +140,13 @@ class Timesteps(Way):
         return (rank + torch.rand(rank.shape, dtype=torch.float64, device=rank.device)) / size
 
     def gain(self) -> float:
-        """By the spread of the groups: with the shares of now over those that there were."""
+        """Variance with the present shares divided by that with the earlier ones, from the groups' noise."""
         square = self.moments.spread()
         before = (square * self.inverse).sum().item() / self.draws
         return (square / self.moments.shares(_EVEN)).sum().item() / before if before > 0 else 1.0
 
     def better(self, size: int, error: float) -> Way:
-        """Whole paths, if they need fewer rows. It is worth a look where the pilot costs little beside."""
+        """Whole paths, if they need fewer rows; tried only where their pilot run is comparatively cheap."""
         length, count = self.rows.time.num_timesteps, self.rows.count
         pilot = length * _PILOT_PATHS * min(count, 8)
         if self.draws > self.least or size * count < 2 * pilot:
@@ -166,7 +167,7 @@ class GroupMoments:
         self.count, self.mean, self.squares = (torch.zeros_like(sizes) for _ in range(3))
 
     def update(self, group: Tensor, terms: Tensor) -> None:
-        """Take in terms, each of a group (Chan et al., 1979)."""
+        """Add terms, each with its group (Chan et al., 1979)."""
         zero = torch.zeros_like(self.mean)
         count = zero.index_add(0, group, torch.ones_like(terms))
         mean = zero.index_add(0, group, terms) / count.clamp(min=1)
@@ -176,16 +177,16 @@ class GroupMoments:
         self.mean, self.count = self.mean + shift * count / total, self.count + count
 
     def spread(self) -> Tensor:
-        """Squares of the groups' noise, with which they enter the bound; neighbours are averaged.
+        """Variance that each group contributes to the bound, averaged over neighbouring groups.
 
-        Rare large terms are missed in some groups and seen in others, and neighbours have them alike.
+        Neighbouring groups have similar noise, but rare large terms may have been drawn in only some of them.
         """
         square = self.sizes.square() * self.squares / (self.count - 1).clamp(min=1)
         wide = torch.cat((square[:1], square, square[-1:]))
         return (wide[:-2] + 2 * wide[1:-1] + wide[2:]) / 4
 
     def shares(self, so_many: float) -> Tensor:
-        r"""The best shares, :math:`\pi_g \propto n_g s_g`, but so many even ones, and more of the first."""
+        r"""The best shares, :math:`\pi_g \propto n_g s_g`, mixed with even ones, and more of the first."""
         noise, even = self.spread().sqrt(), torch.ones_like(self.mean) / len(self.mean)
         best = noise / noise.sum() if noise.sum() > 0 else even
         shares = (1 - so_many - _FIRST) * best + so_many * even
@@ -194,7 +195,7 @@ class GroupMoments:
 
 
 class Paths(Way):
-    """Whole paths, with the coefficients of their log-ratios from a pilot. Every path is a replicate."""
+    """Whole paths; a pilot run gives the coefficients of their log-ratios. Every path is a replicate."""
 
     def __init__(self, rows: Rows, error: float) -> None:
         self.rows, self.cost = rows, rows.count * int(rows.time.num_timesteps)
@@ -204,7 +205,7 @@ class Paths(Way):
 
     @property
     def spent(self) -> int:
-        """Network rows so far, those of another way before included."""
+        """Network rows so far, including those of an earlier way."""
         return self.rows.spent
 
     def draw(self, size: int) -> Stage:
@@ -215,7 +216,7 @@ class Paths(Way):
 
 
 class Trajectories(Way):
-    """Trajectories of any model and guide, with KLs where those are legal. Every one is a replicate."""
+    """Trajectories of any model and guide, with KLs where those are legal. Each is a replicate."""
 
     name = "KL"
 
@@ -248,12 +249,12 @@ class Trajectories(Way):
 
 
 def _least_paths(count: int) -> int:
-    """Paths of each datum, so that the error of the mean has degrees of freedom enough."""
+    """Paths of each datum that give the error of the mean enough degrees of freedom."""
     return max(4, 1 + math.ceil(_FREEDOM / count))
 
 
 def _path_pilot(rows: Rows) -> tuple[Tensor, float, str]:
-    """Coefficients of the log-ratios by group, a path's variance with them, and what the sum is called."""
+    """Coefficients of the log-ratios by group, a path's variance with them, and the estimator's name."""
     count = min(rows.count, 8)
     chosen = torch.randperm(rows.count, device=rows.device)[:count]
     bound, excess = rows.paths(chosen.repeat(_PILOT_PATHS))
@@ -265,7 +266,7 @@ def _path_pilot(rows: Rows) -> tuple[Tensor, float, str]:
     fitted = torch.linalg.solve(flat.mT @ flat + ridge, flat.mT @ bound.flatten())
     choices = {"KL": torch.zeros_like(fitted), "path": torch.ones_like(fitted)}
     choices["control variate"] = fitted
-    # A fit takes as many degrees of freedom as it has coefficients, and misses what the pilot did not see.
+    # A fit uses up one degree of freedom a coefficient, and fits the noise of the pilot run: 1.5 is a margin.
     handicap = {"control variate": 1.5 * freedom / (freedom - len(fitted))}
     variances = {
         name: (bound - excess @ c).square().sum().item() / freedom * handicap.get(name, 1.0)

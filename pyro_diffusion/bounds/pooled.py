@@ -1,18 +1,18 @@
 r"""Stages of independent replicates, pooled: a mean, its error, and how well the error is known.
 
-A stage has :math:`R` independent replicates of the bound of every datum. Data fall into blocks, whose draws
-are independent, so that the error of a stage's mean over data is a sum over blocks,
+A stage has :math:`R` independent replicates of the bound of every datum. The data are divided into blocks
+with independent draws, so that the variance of a stage's mean over data is a sum over blocks,
 
 .. math::
     s^2 = \sum_b \frac{s_b^2}{R}, \qquad s_b^2 \text{ the variance of block } b \text{ over replicates},
 
-which has many degrees of freedom although replicates are few. Stages are weighted by their sizes
+which has many degrees of freedom even for few replicates. Stages are weighted by their sizes
 :math:`n_k`, which were fixed before their draws: :math:`s^2 = \sum_k (n_k / n)^2 s_k^2`.
 
-The variance is an estimate as well. Where few rare terms make up the noise, it may be far too small, and the
-error with it. The fourth moment of the replicates says how well it is known. With
-:math:`\nu = 2 s^4 / \operatorname{Var} s^2` degrees of freedom the mean follows a t law about the truth,
-and its standard deviation, which is what is reported, is
+The variance is an estimate as well. Where the noise comes from few rare terms, the estimated variance may be
+far too small, and so may the error. The fourth moment of the replicates gives the precision of the variance.
+With :math:`\nu = 2 s^4 / \operatorname{Var} s^2` degrees of freedom the mean follows a t law about the truth.
+The reported error is its standard deviation,
 
 .. math::
     s \sqrt{\nu / (\nu - 2)} .
@@ -28,17 +28,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FREEDOM = 30  # degrees of freedom below which an error is not believed, and more is drawn
-_MARGIN = 0.9  # of the error asked for, which a stage aims at
-_NEGLIGIBLE = 1e-3  # of the error asked for: a spread that may be rounding, and matters to nobody
+FREEDOM = 30  # degrees of freedom below which an error is not accepted and more is drawn
+_MARGIN = 0.9  # a stage aims at this fraction of the chosen error
+_NEGLIGIBLE = 1e-3  # of the chosen error: a spread below this may be rounding, and is accepted
 
 
 class Stage(NamedTuple):
     """Independent replicates of the bound of every datum."""
 
     values: Tensor  #: ``(R, N)``
-    block: Tensor  #: of which block of data each is, ``(N,)``; blocks are drawn independently
-    size: int  #: draws of each datum, in all replicates together
+    block: Tensor  #: block of each datum, ``(N,)``; blocks are drawn independently
+    size: int  #: draws of each datum, in all replicates
 
 
 class Pooled:
@@ -50,7 +50,7 @@ class Pooled:
         self.total, self.noise = torch.zeros(()), torch.zeros(())
 
     def add(self, stage: Stage) -> None:
-        """Take in a stage."""
+        """Add a stage."""
         count, size = len(stage.values), stage.size
         self.size += size
         self.total = self.total + size * stage.values.mean(0)
@@ -66,7 +66,7 @@ class Pooled:
 
     @property
     def standard_error(self) -> Tensor:
-        """The Monte Carlo error of that, ``(N,)``."""
+        """The Monte Carlo error of the bound of every datum, ``(N,)``."""
         return self.noise.sqrt() / self.size
 
     @property
@@ -77,12 +77,12 @@ class Pooled:
     @property
     def error(self) -> float:
         """The Monte Carlo error of the mean over data."""
-        freedom = max(self.freedom, 3.0)  # a t law of fewer has no variance
+        freedom = max(self.freedom, 3.0)  # a t law with two or fewer has no variance
         inflation = 1.0 if freedom == math.inf else freedom / (freedom - 2)
         return math.sqrt(self.variance * inflation) / self.size
 
     def settled(self, error: float) -> bool:
-        """Whether the error is as small as asked for, and known well enough to say so."""
+        """Whether the error is small enough, and has enough degrees of freedom to be trusted."""
         return self.error <= error and (
             self.freedom >= FREEDOM or self.error <= _NEGLIGIBLE * error
         )
@@ -91,8 +91,8 @@ class Pooled:
         """Draws of each datum that the next stage needs; at least as many as were made so far.
 
         Args:
-            error: What is asked for.
-            gain: Variance of a draw of the next stage over that of the draws so far.
+            error: The error to reach.
+            gain: Variance of a draw of the next stage divided by that of the draws so far.
         """
         # Solve variance + size · one = (n + size)² aim for the size.
         n, aim, one = self.size, (_MARGIN * error) ** 2, gain * self.variance / self.size
@@ -102,7 +102,7 @@ class Pooled:
 
 
 def _variance_of_mean(stage: Stage) -> tuple[float, float]:
-    """Variance of the mean over data and replicates, and the variance of that as an estimate."""
+    """Variance of the mean over data and replicates, and the variance of this estimate."""
     count, num_data = stage.values.shape
     blocks = torch.zeros(count, int(stage.block.max()) + 1, dtype=torch.float64).to(stage.values)
     blocks = blocks.index_add(1, stage.block, stage.values / num_data)

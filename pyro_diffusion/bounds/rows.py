@@ -2,8 +2,8 @@ r"""The terms of single network rows, and of whole paths, for a model and its da
 
 A row is a datum at one timestep: a draw of :math:`q(x_t \mid x_0)`, a call of the network, and the term
 there, which is the reconstruction at the first timestep and a KL at every other. A path is a draw of the
-whole chain, with a row for each timestep. What was given with the data goes with its rows: a term under a
-mask is that of the observed entries, and a context goes to the network.
+whole chain, with a row for each timestep. Masks and contexts are split into rows like the data: a term
+under a mask is the term of the observed entries, and a context is passed to the network.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from pyro_diffusion.given import Given, as_real, observed_part, seen, together
 from pyro_diffusion.scoring import Score, log_density, score
 from pyro_diffusion.walk import ReverseWalk, check_weights
 
-GROUPS = 32  # of timesteps, each with a mean, a noise and a share of its own
+GROUPS = 32  # groups of timesteps, each with a mean, a noise and a share of its own
 _HALVINGS = 10  # of the first group: few bits have flipped there, each with a term like 1 / t
-PATH_GROUPS = 4  # of sites, with a coefficient each, where whole paths are summed
+PATH_GROUPS = 4  # groups of sites in a whole path, each with one coefficient
 
 
 class Rows:
@@ -33,7 +33,7 @@ class Rows:
         x_0: Data.
         given: What goes with the data.
         time: The chain's time.
-        batch_size: Network rows at a time; by default as many as a step in memory allows.
+        batch_size: Network rows at a time; by default as many as fit into the budget of memory.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Rows:
         self.edges = _edges(time).to(x_0.device)
         #: How many timesteps a group has, or how much time; the reconstruction is the first group.
         self.sizes = torch.cat((torch.ones_like(self.edges[:1]), self.edges.diff()))
-        # Two parts of the bound cost no row: the term at x_T, and a transform's share of the likelihood.
+        # Two parts of the bound need no network row: the term at x_T, and the log-Jacobian of a transform.
         self.log_volume = (
             torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
             if diffusion.transform is None
@@ -67,7 +67,7 @@ class Rows:
         self.known = self.log_volume - self._prior_kl()
 
     def _prior_kl(self) -> Tensor:
-        """The term at :math:`x_T` of every datum, which is not drawn."""
+        """The term at :math:`x_T` of every datum, computed in closed form."""
         last = torch.as_tensor(self.time.last, device=self.device)
         marginal = self.time.marginal(self.diffusion.process, self.embedded, last)
         q, p = (observed_part(x, self.of_state) for x in (marginal, self.diffusion.prior()))
@@ -75,8 +75,8 @@ class Rows:
         if kl is None:
             raise ValueError(
                 f"site x_T: got no formula for the KL of {type(marginal).__name__} and the prior; expected "
-                "one, because this term is not drawn. Register it with torch.distributions.register_kl, or "
-                "use elbo_terms."
+                "one, because this term is computed and not drawn. Register it with "
+                "torch.distributions.register_kl, or use elbo_terms."
             )
         return kl
 
@@ -89,7 +89,7 @@ class Rows:
         return torch.where(group == 0, self.time.first, start + position * (end - start))
 
     def has_kl(self) -> bool:
-        """Whether the KL of a step has a formula; otherwise the log-ratio of a draw takes its place."""
+        """Whether the KL of a step has a formula; otherwise the log-ratio of a draw is used instead."""
         if self.time.num_timesteps == 1:
             return True
         t = torch.as_tensor(self.time.last, device=self.device)[None]
@@ -100,7 +100,8 @@ class Rows:
     ) -> Tensor:
         """Terms of the bound at timesteps ``t`` of rows ``data``, with their signs; float64, ``(rows,)``.
 
-        A batch of the network has reconstructions alone, or none: neither kernel is made in vain.
+        A batch of the network has either reconstructions alone or other terms alone, so that no kernel is
+        computed without being used.
         ``done(count)`` is called after each batch.
         """
         self.spent += len(data)
@@ -146,7 +147,7 @@ class Rows:
         return seen(x_t, self._of_state(data), self.diffusion.gap)
 
     def paths(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """The bound of whole paths by KLs, without ``known``, and what log-ratios add by group of sites."""
+        """The bound of whole paths by KLs, without ``known``, and log-ratio minus KL by group of sites."""
         self.spent += len(data) * int(self.time.num_timesteps)
         parts = [self._paths(part) for part in data.split(self.batch_size)]
         bounds, excess = zip(*parts, strict=True)
@@ -169,7 +170,7 @@ class Rows:
 
 
 def _edges(time: Time) -> Tensor:
-    """Edges of groups of timesteps, even ones but for the first, which is halved again and again."""
+    """Edges of groups of timesteps. They have even widths, except that the first is halved repeatedly."""
     edges = time.edges(GROUPS)
     if len(edges) == 1:  # no timestep has a KL
         return edges

@@ -1,9 +1,9 @@
-r"""The terms of a diffusion model's bound one by one: a state for each, and no path from one to the next.
+r"""The terms of a diffusion model's bound one by one, each from a state of its own and not from a path.
 
 A KL depends on a single state, :math:`L_{t-1} = E_{q(x_t \mid x_0)}\, \mathrm{KL}(\cdot)`, and the
 reconstruction on :math:`x_1`. Where :math:`q(x_t \mid x_0)` has a formula, the terms of all timesteps, data
-and particles are rows that a network takes in any batches. The sum of the terms is the bound, and its Monte
-Carlo error that of a sum of independent numbers,
+and particles are independent rows, which can be put into batches of any size. The sum of the terms is the
+bound, and its Monte Carlo error is the error of a sum of independent numbers,
 
 .. math::
     s^2 = \sum_t s_t^2 .
@@ -24,13 +24,13 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.reading import BUDGET
 from pyro_diffusion.walk import drawing, whose_programs
 
-_BYTES = 64  # of a row: what it is of, its term, and the moments
+_BYTES = 64  # of a row: its indices, its term, and the moments
 
 
 def whose_terms_are_single(model: Any, guide: Any) -> DiffusionModel | None:
-    """The diffusion model of which these are the programs, if the guide knows its marginals.
+    """The diffusion model that has these two programs, if the guide has its marginals in closed form.
 
-    Its denoiser must make kernels as the abstract class does, in ``forward``: terms are made without it.
+    The denoiser must not override or hook ``forward``, because single terms are computed without calling it.
     """
     diffusion = whose_programs(model, guide)
     if diffusion is None or not isinstance(guide, GuideProgram) or not guide.knows_marginals():
@@ -42,7 +42,7 @@ def whose_terms_are_single(model: Any, guide: Any) -> DiffusionModel | None:
 
 
 def single_terms(rows: Rows, num_particles: int, progress: bool) -> ELBOTerms:
-    """The bound of every datum, with as many states at each timestep as there are particles.
+    """The bound of every datum, from ``num_particles`` states at each timestep.
 
     Args:
         rows: The model and its data.
@@ -74,7 +74,7 @@ def _moments(rows: Rows, t: Tensor, num_particles: int, bar: tqdm) -> Moments:
 
 
 def _terms(rows: Rows, moments: list[Moments]) -> ELBOTerms:
-    """The terms of every datum from those of rows, which have their signs and no log-Jacobian."""
+    """The terms of every datum, from the terms of rows, which have signs and no log-Jacobian."""
     mean = torch.cat([part.mean for part in moments])
     error = torch.cat([part.standard_error() for part in moments])
     prior, mask, length = rows.log_volume - rows.known, rows.given.mask, len(mean)

@@ -1,13 +1,13 @@
 r"""The bound as named terms with errors.
 
-The bound is a sum over sites, one term for each timestep, and the guide's order says which:
+The bound is a sum over sites, with one term for each timestep. The guide's order determines the terms:
 
 .. math::
     \mathrm{ELBO} = \underbrace{E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
         - \sum_{t=1}^{T-1} \underbrace{L_t}_{\text{transition}} - \underbrace{L_T}_{\text{prior}}.
 
-Two errors are told apart. The *Monte Carlo* error shrinks with more particles, the *sampling* error with
-more data.
+Two errors are reported separately. The *Monte Carlo* error shrinks with more particles, the *sampling* error
+with more data.
 
 References:
     Understanding Diffusion Models: A Unified Perspective (Luo, 2022), eqs. 34-58.
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class Estimate(NamedTuple):
     """A mean over data with its two errors, each one standard deviation.
 
-    The Monte Carlo noise is taken out of the sampling error. Where the noise hides the spread over data,
-    the sampling error is the smallest one that could be detected: an upper limit, and not zero. With a
-    single particle the noise is not known, and the sampling error contains both.
+    The Monte Carlo noise is subtracted from the sampling error. Where the noise is larger than the spread
+    over data, the sampling error is the smallest one that could be detected: an upper limit, and not zero.
+    With a single particle the noise is not known, and the sampling error contains both.
     """
 
     value: float  #: the estimate
@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
         return cls(values.mean().item(), noise.sum().sqrt().item() / n, math.sqrt(spread / n))
 
     def bits_per_dim(self, event_size: float) -> Self:
-        r"""Of a log-probability in nats: :math:`-x / (D \ln 2)` (E15), with its errors."""
+        r"""A log-probability :math:`x` in nats as bits per dimension, :math:`-x / (D \ln 2)` (E15)."""
         unit = event_size * math.log(2)
         return type(self)(-self.value / unit, *(error / unit for error in self[1:]))
 
@@ -80,8 +80,8 @@ class Estimate(NamedTuple):
 class ELBOTerms(NamedTuple):
     """The bound, term by term and datum by datum; nats per datum, float64, unscaled.
 
-    ``elbo`` is the bound, ``mean()`` and ``bits_per_dim()`` its mean over data with both errors,
-    ``term_means()`` that of every term, and ``to_dataset()`` all of it with labels.
+    ``elbo`` is the bound of each datum. ``mean()`` and ``bits_per_dim()`` are its mean over data with both
+    errors. ``term_means()`` is the mean of every term, and ``to_dataset()`` has all of it with labels.
     """
 
     reconstruction: Tensor  #: expected log-likelihood, shape ``(N,)``
@@ -89,8 +89,8 @@ class ELBOTerms(NamedTuple):
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
     term_standard_error: Tensor  #: Monte Carlo error of the term at ``x_t`` in row t, ``(T+1, N)``
-    kinds: tuple[str, ...]  #: of each term by timestep: "log-likelihood", "KL" or "log-ratio"
-    site_names: tuple[str, ...]  #: where each term lives, by timestep
+    kinds: tuple[str, ...]  #: kind of each term by timestep: "log-likelihood", "KL" or "log-ratio"
+    site_names: tuple[str, ...]  #: site of each term, by timestep
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
     #: "paths", or "single" if the states of different timesteps were drawn independently of each other
     draws: str = "paths"
@@ -115,10 +115,10 @@ class ELBOTerms(NamedTuple):
         )
 
     def table(self, max_levels: int = 8) -> str:
-        """Mean terms in nats per datum, a line each: what it is, where it lives, its value and errors.
+        """Mean terms in nats per datum, one line each: its kind, its site, its value and its errors.
 
         Args:
-            max_levels: Latent sites to show; of a longer chain as many, evenly spaced.
+            max_levels: Largest number of latent sites to show; a longer chain shows this many, evenly spaced.
         """
         terms, last = self.term_means(), len(self.kinds) - 1
         evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
@@ -152,8 +152,8 @@ class ELBOTerms(NamedTuple):
     def bits_per_dim(self) -> Estimate:
         r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors.
 
-        Bits of information for data with a probability mass (a discretised likelihood). For a density
-        it depends on the data's unit, and can be negative.
+        These are bits of information if the data have a probability mass (a discretised likelihood). For a
+        density the value depends on the data's unit, and can be negative.
         """
         return self.mean().bits_per_dim(self.event_size)
 

@@ -1,13 +1,13 @@
-r"""The terms of whole trajectories, for any Pyro model and guide: every number is read off the programs.
+r"""The terms of whole trajectories, for any Pyro model and guide: all numbers come from the programs.
 
-The guide draws :math:`x_{1:T}`, the model is replayed on the draws, and each of its sites is turned into a
-term while its state is let go of:
+The guide draws :math:`x_{1:T}` and the model is replayed on the draws. Each of its sites becomes a term, and
+its state is freed:
 
 .. math::
     \log p(x_0 \mid x_1), \qquad \log q(x_t \mid \cdot) - \log p(x_t \mid \cdot)
     \quad \text{or} \quad \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big) .
 
-A KL is legal where the guide runs in the model's order, for only then both condition on the same states.
+A KL is legal where the guide runs in the model's order, because only then both condition on the same states.
 """
 
 import math
@@ -53,7 +53,7 @@ class Sites(NamedTuple):
 
     @property
     def log_weight(self) -> Tensor:
-        """log p − log q of every trajectory if all terms are log-ratios; with KLs, its draw of the bound."""
+        """log p − log q of every trajectory if all terms are log-ratios; with KLs, one draw of the bound."""
         return self.values[0] - self.values[1:].sum(0)
 
     def by_particle(self, shape: tuple[int, int]) -> "Sites":
@@ -80,9 +80,9 @@ def trajectory_terms(
 ) -> Iterator[tuple[int, Sites]]:
     """The terms of every trajectory, chunk by chunk; the arguments are those of ``elbo_terms``.
 
-    Yields the row of the chunk's first datum, and its terms of shape ``(T + 1, particles, data)``, with
-    the states of latent sites in ``keep`` (``None``: of all). A datum's particles may come in several
-    chunks.
+    Yields the row of the chunk's first datum, and the chunk's terms of shape
+    ``(T + 1, particles, data)``, with the states of latent sites in ``keep`` (``None``: of all). The
+    particles of a datum may be spread over several chunks.
     """
     check_programs(model, guide)
     refuse_gradients((x_0, given))
@@ -119,7 +119,7 @@ def _read(
     num_chunks: int,
 ) -> Sites:
     """The terms of one trajectory for each row; data were checked."""
-    # A user's own programs may hand other data to those of this package.
+    # A user's own programs may pass other data to programs of this package.
     ours = isinstance(model, Program) and isinstance(guide, Program)
     checked = data_checked() if ours else nullcontext()
     with reading(model, guide), checked:
@@ -140,7 +140,7 @@ def _read(
 
 
 class _Draw(Messenger):
-    """Record what the guide sampled, and from what."""
+    """Record the guide's draws and their distributions."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Draw(Messenger):
 
 
 class _Score(Messenger):
-    """Replay the model on the guide's draws; turn each site into a term and let go of its state."""
+    """Replay the model on the guide's draws; turn each site into a term and free its state."""
 
     def __init__(
         self,
@@ -218,14 +218,14 @@ class _Score(Messenger):
 
     def sites(self) -> Sites:
         """The terms by timestep."""
-        # If the order broke at a later site, the KLs before it are none of the guide's terms either.
+        # If the order differs at a later site, the KLs of the earlier sites are not valid terms either.
         kl = self.kl if self.in_order else {}
         latents = list(reversed(self.log_ratio))
         kind = "KL" if self.in_order else "log-ratio"
         reconstruction = torch.stack(list(self.observed.values())).sum(0)
         return Sites(
             values=torch.stack([reconstruction, *(kl.get(x, self.log_ratio[x]) for x in latents)]),
-            # Whatever the guide's order: p(x_T) has no parents, and E log q(x_T | ·)/p(x_T) is a mean KL.
+            # In any order of the guide: p(x_T) has no parents, and E log q(x_T | ·)/p(x_T) is a mean KL.
             kinds=("log-likelihood", *[kind] * (len(latents) - 1), "KL"),
             names=("+".join(self.observed), *latents),
             event_size=self.event_size,
@@ -251,16 +251,16 @@ def _entry_mask(distribution: Any) -> Any:
 def _rows_at_a_time(
     model: Callable[..., Any], guide: Callable[..., Any], x_0: Tensor, given: Given, particles: int
 ) -> int:
-    """Trajectories whose states and step fit the budget of memory."""
+    """Number of trajectories whose states and step fit into the budget of memory."""
 
     def of_programs(count: int) -> float:
-        """Bytes of a run of both programs."""
+        """Bytes needed for a run of both programs."""
         with tqdm(disable=True) as bar:
             run = partial(_read, model, guide, *first_repeated(x_0, given, count), None, (), bar, 1)
             return footprint(run).peak
 
     def of_chain(count: int) -> float:
-        """Bytes of a state at every site of a diffusion model's chain, and of a step."""
+        """Bytes needed for a state at every site of a diffusion model's chain, and for a step."""
         state = diffusion.schedule.num_timesteps - length
         with reading(diffusion):
             data, own = first_repeated(x_0, given, count)

@@ -1,7 +1,7 @@
-"""Questions for a fitted model and its guide.
+"""Diagnostics of a fitted model and its guide.
 
-- ``draws``: :func:`~pyro_diffusion.diagnostics.draws.to_arviz` draws trajectories and hands them to ArviZ
-  as labelled arrays.
+- ``draws``: :func:`~pyro_diffusion.diagnostics.draws.to_arviz` draws trajectories and returns them as
+  labelled arrays for ArviZ.
 - ``comparison``: :func:`~pyro_diffusion.diagnostics.comparison.compare` ranks models by their scores of
   the same held-out data.
 - ``calibration``: :func:`~pyro_diffusion.diagnostics.calibration.simulation_based_calibration` tests
@@ -9,7 +9,8 @@
   :func:`~pyro_diffusion.diagnostics.calibration.randomized_pit` ranks observations among draws of a model,
   and :func:`~pyro_diffusion.diagnostics.calibration.active_units` finds the latent numbers that depend on
   the datum.
-- ``recording`` is what these share: the values of sample sites, as tensors and as ``xarray`` datasets.
+- ``recording`` is used by all of these: it reads the values of sample sites, as tensors and as ``xarray``
+  datasets.
 """
 
 from pyro_diffusion.diagnostics.calibration import (

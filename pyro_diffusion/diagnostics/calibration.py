@@ -42,7 +42,7 @@ def simulation_based_calibration(
     num_draws: int = 99,
     batch_size: int = ROWS,
 ) -> Tensor:
-    r"""Rank what the model drew among what the guide draws for it: uniform if the guide is the posterior.
+    r"""Rank each draw of the model among draws of the guide: uniform if the guide is the posterior.
 
     The model draws a trajectory :math:`x_{0:T}`, and the guide draws trajectories for the same
     :math:`x_0`. If the guide is the posterior, all of them have the same distribution.
@@ -59,8 +59,8 @@ def simulation_based_calibration(
 
     Returns:
         Randomised ranks in (0, 1), shape ``(n,)``, float64. They are uniform and independent if
-        :math:`q(x_{1:T} \mid x_0) = p(x_{1:T} \mid x_0)`. The converse holds only as far as the statistic
-        can tell. :func:`~pyro_diffusion.plots.plot_pit` draws them.
+        :math:`q(x_{1:T} \mid x_0) = p(x_{1:T} \mid x_0)`. The converse does not hold: uniform ranks of one
+        statistic do not show that the guide is exact. :func:`~pyro_diffusion.plots.plot_pit` draws them.
 
     Raises:
         ValueError: A model without the site ``x_0``; a statistic that is no function, gives more than one
@@ -122,8 +122,8 @@ def randomized_pit(observed: Tensor, draws: Tensor) -> Tensor:
         observed: Observations :math:`y_n`, shape ``(N,)``. They may be counts or other discrete numbers.
         draws: Draws :math:`y_{sn}` of the model, shape ``(S, N)``. Each observation needs draws of its own,
             because ranks among shared draws depend on one another. For the first entry of the data pass
-            ``model.sample(S * N)[:, 0].reshape(S, N)``. Reconstructions will not do: they depend on the
-            datum.
+            ``model.sample(S * N)[:, 0].reshape(S, N)``. Do not pass reconstructions, because they depend
+            on the datum.
 
     Returns:
         :math:`u_n`, float64, shape ``(N,)``.
@@ -152,11 +152,11 @@ def active_units(
     of the noise.
 
     Args:
-        guide: Program for :math:`q`, called as ``guide(x_0)``; or a family, whose own guide it is.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; or a family, whose guide is used.
         x_0: At least two data, shape ``(N,)`` + the shape of one datum.
         num_particles: Draws for each datum, at least 2.
         threshold: Variance above which a number is active.
-        given: What goes with the data: ``mask=`` of observed entries, ``context=``.
+        given: What goes with the data: ``mask=``, true where an entry is observed; ``context=``.
 
     Returns:
         For each latent site a boolean tensor of the latent's shape; its ``sum()`` is the number of active
@@ -185,7 +185,7 @@ def active_units(
             if record.observed:
                 raise ValueError(
                     f"argument 'guide': got a program that observes {record.observed[0]!r}; expected a "
-                    "guide, whose latents follow the data. Pass family.guide."
+                    "guide, which only samples latents. Pass family.guide."
                 )
     active = {}
     for name, x in joined(means, 1).items():

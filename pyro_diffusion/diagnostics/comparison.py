@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 
 
 def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
-    r"""Rank models by what they say of the same held-out data, through ``arviz.compare``.
+    r"""Rank models by their scores of the same held-out data, through ``arviz.compare``.
 
     The score of a datum is its evidence if Pareto :math:`\hat k` is below 0.7 for every model (for few
     particles, below :math:`1 - 1 / \log_{10} K`). Otherwise it is the bound of every model, from the same
-    draws. So an estimate that cannot be trusted ranks nothing, and the evidence of one model is never
-    compared with the bound of another. Only a density that is known, :meth:`Evidence.exact`, is compared with
-    bounds, where the others have nothing better.
+    draws. An estimate that cannot be trusted is therefore never used for the ranking, and the evidence of one
+    model is never compared with the bound of another. The one exception is a density that is known,
+    :meth:`Evidence.exact`: it is compared with the bounds of other models where these have no evidence that
+    can be trusted.
 
     The table has ArviZ's own columns (before 1.0 ArviZ calls the sum ``elpd_loo``, but nothing here is
     leave-one-out) and these:
 
     - ``score``: whether data were scored by evidence or by bound.
     - ``mc_error``: the Monte Carlo error of the sum over data; ``se`` is its sampling error.
-    - ``mc_bias``: by how much the sum is too low in expectation, to first order, because the logarithm of an
-      average is concave. It grows faster with the number of data than the errors do. Where it is not far
-      below a difference between models, only more particles help.
-    - ``evidence`` and ``bound``: the sums over data of each, whichever was used.
+    - ``mc_bias``: how much too low the sum is in expectation, to first order, because the logarithm of an
+      average is concave. It grows faster with the number of data than the errors do. If it is not far
+      below a difference between models, use more particles.
+    - ``evidence`` and ``bound``: the sum over data of each, also of the one that was not used.
     - ``bad_k``: the number of data for which :math:`\hat k` of this model is too large.
 
     Where bounds are used, the table ranks models *with their guides*: a model with a loose guide can be
@@ -66,7 +67,7 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
         "argument 'evidence'",
         f"k ≥ {good_k:.2g} for {int((~reliable).sum())} data and no bound to rank them by",
         "one",
-        "Use importance_evidence, whose draws give both.",
+        "Use importance_evidence, which returns both.",
     )
     scored = zip(*(_scored(e, reliable) for e in evidence.values()), strict=True)
     scores, errors, ks = (dict(zip(evidence, values, strict=True)) for values in scored)
@@ -88,7 +89,7 @@ def compare(evidence: Mapping[str, Evidence]) -> "pandas.DataFrame":
 
 
 def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
-    """The number of particles, if the estimates are of the same data, made alike, and have a Pareto k.
+    """The number of particles, if all estimates have the same data and estimator, and have a Pareto k.
 
     Densities that are known, :meth:`Evidence.exact`, are compared with estimates of any kind.
     """
@@ -105,7 +106,7 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
         evidence.items(), key=lambda item: item[1].estimator == EXACT
     )
     for name, other in others:
-        # What is known has no estimator, and need not say of which data it is.
+        # A known density has no estimator, and may be given without its data.
         known = {"estimator", "num_particles", *(() if other.data else ("data",))}
         for what in ("data", "measure", "estimator", "num_particles"):
             ours, theirs = getattr(reference, what), getattr(other, what)
@@ -115,9 +116,9 @@ def _check_comparable(evidence: Mapping[str, Evidence]) -> int:
                 same and len(reference.ess) == len(other.ess),
                 "argument 'evidence'",
                 f"{name!r} and {first!r} with other {what}{values}",
-                "one and the same for all, data in one order, or the scores differ for reasons that are not "
-                "the models'",
-                "Estimate all of them alike.",
+                "the same for all models, with the data in the same order, because otherwise scores differ "
+                "for other reasons than the models",
+                "Score all models on the same data, with the same estimator and num_particles.",
             )
     require(
         not any(e.pareto_k.isnan().any() for e in evidence.values()),

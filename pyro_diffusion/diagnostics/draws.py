@@ -2,8 +2,8 @@ r"""Trajectories as labelled arrays, in ArviZ's schema.
 
 A trajectory of the guide is a draw of the approximate posterior :math:`q(x_{1:T} \mid x_0)`. Its log-weight
 :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` corrects for the difference from the true posterior.
-:func:`to_arviz` collects trajectories and weights. It adds what the model draws without data, and what it
-draws when it is run on from the states of the guide.
+:func:`to_arviz` collects trajectories and weights. It adds draws of the model without data, and
+reconstructions: draws of the model that start from states of the guide.
 
 References:
     ArviZ's schema: https://python.arviz.org/en/latest/schema/schema.html
@@ -78,7 +78,7 @@ def to_arviz(  # type: ignore[misc]
     prior                 ``x``: states that the model draws                           chain, draw, timestep,
                                                                                        *event*
     prior_predictive      ``x_0``: data that the model draws                           chain, draw, *datum*
-    posterior_predictive  ``x_0``: reconstructions, the model run on from each kept    chain, draw, data,
+    posterior_predictive  ``x_0``: reconstructions, draws of the model from each kept  chain, draw, data,
                           :math:`x_t \sim q(x_t \mid x_0)`                             timestep, *datum*
     observed_data         ``x_0``                                                      data, *datum*
     constant_data         ``alpha_bar``, ``log_snr`` of the schedule                   timestep
@@ -98,16 +98,17 @@ def to_arviz(  # type: ignore[misc]
         family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
             :class:`~pyro_diffusion.hvae.HierarchicalVAE`, or a (model, guide) pair of any Pyro programs
             that :func:`~pyro_diffusion.bounds.elbo_terms` takes; or the model of such a pair.
-        guide: The guide of the pair; left out for a family.
+        guide: The guide of the pair; leave it out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_draws: Trajectories for each datum. Pareto k of fewer than 25 is unknown: ``pareto_k`` is NaN
             except for constant weights, and a warning says so.
         timesteps: Latent states to keep; by default at most five, evenly spaced from 1 to T. A
             reconstruction from :math:`x_t` takes ``t`` network rows for each draw and datum.
-        batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
+        batch_size: Trajectories in a chunk; by default as many as fit into 256 MiB.
         progress: Show a progress bar if it takes more than five seconds.
-        given: What goes with the data: ``mask=`` of observed entries. Then ``lp``, ``log_q``, the weights and
-            the bound are those of the observed entries, and ``observed_data`` has a variable ``observed``.
+        given: What goes with the data: ``mask=``, true where an entry is observed. With it, ``lp``,
+            ``log_q``, the weights and the bound are those of the observed entries, and ``observed_data`` has
+            a variable ``observed``.
 
     Returns:
         The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
@@ -155,8 +156,8 @@ def _check_num_draws(num_draws: Any) -> int:
     num_draws = check_count("num_draws", num_draws, 1, "The default is 100 for each datum.")
     if num_draws < arviz_bridge.MIN_DRAWS:
         warnings.warn(
-            f"argument 'num_draws': got {num_draws}, so that Pareto k is unknown (NaN), and with it whether "
-            f"the weights can be trusted. Draw {arviz_bridge.MIN_DRAWS} or more for each datum.",
+            f"argument 'num_draws': got {num_draws}, so that Pareto k is unknown (NaN), and the weights "
+            f"cannot be checked. Draw {arviz_bridge.MIN_DRAWS} or more for each datum.",
             stacklevel=3,
         )
     return num_draws
@@ -164,21 +165,21 @@ def _check_num_draws(num_draws: Any) -> int:
 
 def _without_context(given: Given) -> Given:
     require(
-        given.context is None, "argument 'context'", "one for draws that are made without data as well",
-        "data alone, since the group prior has no rows of a context", "Use importance_evidence.",
+        given.context is None, "argument 'context'", "one",
+        "data alone, because the group 'prior' is drawn without a context", "Use importance_evidence.",
     )  # fmt: skip
     return given
 
 
 def _rows_at_a_time(family: Any, x_0: Tensor, given: Given) -> int:
-    """Rows of the model that run on from a state; of a diffusion model as many as memory allows."""
+    """Rows of a reconstruction at a time; for a diffusion model as many as fit into memory."""
     if not isinstance(family, DiffusionModel):
         return ROWS
     return ReverseWalk(family, given=given).rows_within(check_data(x_0, given.mask))
 
 
 def _kept_timesteps(family: Pair, timesteps: Sequence[int] | None) -> list[int] | None:
-    """Timesteps to keep of a chain whose states have one shape; ``None`` for programs that keep all sites."""
+    """Timesteps to keep, for a diffusion model; ``None`` for other programs, which keep all sites."""
     if isinstance(family, DiffusionModel):
         last = family.schedule.num_timesteps
         if timesteps is None:
@@ -196,7 +197,7 @@ def _kept_timesteps(family: Pair, timesteps: Sequence[int] | None) -> list[int] 
 
 
 class _Drawn(NamedTuple):
-    """Trajectories of the guide, particles in front: ``(K, N, …)``."""
+    """Trajectories of the guide, of shape ``(K, N, …)`` for ``K`` particles."""
 
     states: dict[str, Tensor]
     log_weight: Tensor
@@ -204,7 +205,7 @@ class _Drawn(NamedTuple):
     terms: ELBOTerms
 
     def weights(self) -> dict[str, Tensor]:
-        """What is said of whole trajectories."""
+        """Log-densities and log-weights of whole trajectories."""
         log_p = self.log_weight + self.log_q
         return {"lp": log_p, "log_q": self.log_q, "log_weight": self.log_weight}
 
@@ -247,7 +248,7 @@ def _family_predictions(
     rows: int,
     progress: bool,
 ) -> "dict[str, xarray.Dataset]":
-    """The model of a family, run without data and run on from every kept state."""
+    """Draws of a family's model, without data and from every kept state."""
     model = family.model
     prior = Record([*drawn.states, "x_0"]).of(model, num_samples=len(drawn.log_weight))
     data = prior.pop("x_0")
@@ -272,7 +273,7 @@ def _family_predictions(
 def _pair_predictions(
     model: Callable[..., Any], drawn: _Drawn, x_0: Tensor, given: Given, rows: int
 ) -> "dict[str, xarray.Dataset]":
-    """An ordinary model that observes nothing, with latents of its own and with those of the guide."""
+    """Draws of an ordinary model without observations, with its own latents and with those of the guide."""
     free = poutine.uncondition(model)
     values = Record().of(model, x_0, **given.arguments())
     data = {name: x for name, x in values.items() if name not in drawn.states}
@@ -300,7 +301,7 @@ def _bound(terms: ELBOTerms) -> "xarray.Dataset":
 
 
 def _importance(evidence: Evidence) -> "xarray.Dataset":
-    """Evidence and bound of every datum from importance weights, with what grades the weights."""
+    """Evidence and bound of every datum from importance weights, with diagnostics of the weights."""
     fields: dict[str, Any] = {
         "elbo": evidence.elbo,
         "elbo_standard_error": evidence.elbo_standard_error,
@@ -316,7 +317,7 @@ def _importance(evidence: Evidence) -> "xarray.Dataset":
 
 
 def _curves(diffusion: DiffusionModel) -> "xarray.Dataset":
-    """The curves of the schedule by timestep. A curve for each entry is averaged over entries."""
+    """The curves of the schedule by timestep, averaged over entries if each entry has its own curve."""
     schedule = diffusion.schedule
     t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
     curves = {"alpha_bar": schedule.alpha_bar(t), "log_snr": schedule.log_snr(t)}

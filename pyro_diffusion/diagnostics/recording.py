@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Record(Messenger):
-    """Records the values of sample sites, or the means of the distributions at the sites; rows in front.
+    """Records the values of sample sites, or the means of their distributions; the first dimension is rows.
 
     Args:
         keep: Names of the sites to record; ``None`` is all of them.
@@ -74,7 +74,7 @@ class Held(Messenger):
     """Holds latent sites at values that :class:`Record` has recorded.
 
     Args:
-        states: Values by site, rows in front.
+        states: Values by site; the first dimension is rows.
     """
 
     def __init__(self, states: Mapping[str, Tensor]) -> None:

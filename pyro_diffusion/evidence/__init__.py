@@ -1,8 +1,8 @@
 r"""Evidence: estimates of :math:`\log p(x_0)` above the bound.
 
 There are three: importance weights over whole paths, sequential Monte Carlo along the reverse chain, and the
-density of the probability flow, which is another model. :func:`summary` compares those of one model with each
-other and with the bounds.
+density of the probability flow, which is another model. :func:`summary` compares the estimates of one model
+with each other and with the bounds.
 """
 
 from pyro_diffusion.evidence.evidence import Evidence, average, fingerprint, tail

@@ -1,4 +1,4 @@
-r"""An estimate of :math:`\log p(x_0)` for every datum, with what says how far it can be trusted.
+r"""An estimate of :math:`\log p(x_0)` for every datum, with diagnostics of whether it can be trusted.
 
 References:
     Pareto Smoothed Importance Sampling (Vehtari et al., 2024). https://arxiv.org/abs/1507.02646
@@ -20,23 +20,23 @@ from pyro_diffusion.given import Given
 from pyro_diffusion.scoring import log_density, measure_of
 from pyro_diffusion.typed import TorchDistribution
 
-EXACT = "exact"  #: the estimator of a density that is known
+EXACT = "exact"  #: name of the estimator where the density is known
 
 
 class Evidence(NamedTuple):
     r"""An estimate of :math:`\log p(x_0)` for every datum; nats per datum, float64."""
 
     log_evidence: Tensor  #: :math:`\log \hat p(x_0)`, shape ``(N,)``
-    standard_error: Tensor  #: Monte Carlo error of it, ``(N,)``; NaN for one particle
+    standard_error: Tensor  #: Monte Carlo error of the estimate, ``(N,)``; NaN for one particle
     ess: Tensor  #: effective sample size, between 1 and the number of particles, ``(N,)``
     #: :math:`\hat k` of the weights, ``(N,)``; −∞ for constant ones, NaN for too few (below 25)
     pareto_k: Tensor
     ess_by_timestep: Tensor | None = None  #: ``(T, N)`` where an estimator has one
     elbo: Tensor | None = None  #: the bound from the same draws, ``(N,)``
-    elbo_standard_error: Tensor | None = None  #: Monte Carlo error of it, ``(N,)``
-    estimator: str = ""  #: how it was estimated; models are compared by one and the same
+    elbo_standard_error: Tensor | None = None  #: Monte Carlo error of the bound, ``(N,)``
+    estimator: str = ""  #: name of the estimator; only models with the same one are compared
     num_particles: int = 0  #: trajectories for each datum
-    data: str = ""  #: a word for the data; models are compared on the same
+    data: str = ""  #: a fingerprint of the data; only models with the same one are compared
     measure: str = ""  #: "density" or "mass", of the data; the two are not compared
 
     def __repr__(self) -> str:
@@ -59,7 +59,7 @@ class Evidence(NamedTuple):
         return as_table(f"Evidence({len(self.ess)} data), nats per datum", rows)
 
     def _largest_k(self) -> str:
-        """The largest Pareto k of a datum, in words where it is no number."""
+        """The largest Pareto k of a datum; a short text where it is not a finite number."""
         largest = self.pareto_k.max().item()
         if math.isnan(largest):
             return "unknown"
@@ -73,16 +73,16 @@ class Evidence(NamedTuple):
 
         Args:
             log_p: :math:`\log p(x_0)` of every datum in nats, an array or a tensor of shape ``(N,)``.
-            x_0: The data, for :func:`~pyro_diffusion.diagnostics.compare` to see that they are those of other
-                models. Without them only their number is compared.
-            measure: "density", or "mass" of whole numbers; the two are not compared.
-            mask: Observed entries of the data.
+            x_0: The data, so that :func:`~pyro_diffusion.diagnostics.compare` can check that all models were
+                scored on the same data. If left out, only the number of data is checked.
+            measure: "density", or "mass" for the probability of whole numbers; the two are not compared.
+            mask: True where an entry of the data is observed.
 
         Returns:
-            Evidence without errors.
+            Evidence whose errors are zero.
 
         Raises:
-            ValueError: Numbers that are not finite or of another shape, or another word for the measure.
+            ValueError: Numbers that are not finite or have another shape, or a measure of another name.
 
         Example:
             >>> log_p = torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(3))
@@ -102,7 +102,7 @@ class Evidence(NamedTuple):
             f"a finite number for each of {count} data"
             if x_0 is not None
             else "a finite number a datum",
-            "Sum over the entries of a datum; score_samples of scikit-learn does.",
+            "Sum over the entries of a datum, as score_samples of scikit-learn does.",
         )
         require(
             measure in ("density", "mass"), "argument 'measure'", repr(measure), "'density' or 'mass'",
@@ -119,9 +119,9 @@ class Evidence(NamedTuple):
         r"""Whether a datum's estimate can be trusted, boolean, ``(N,)``.
 
         Importance weights need a small Pareto :math:`\hat k`. Sequential Monte Carlo needs ten effective
-        particles at every timestep, runs that agree to a standard error below a half, and no tail above 0.9
-        (:math:`\hat k` is the largest of as many as there were averages, and the largest of many is large);
-        an estimate without weights needs the standard error alone.
+        particles at every timestep, a standard error over runs below a half, and :math:`\hat k` below 0.9.
+        (That limit is higher because its :math:`\hat k` is the largest of several, one for each average.)
+        An estimate without weights needs only a standard error below a half.
         """
         if self.num_particles == 0:  # no weights at all
             return self.standard_error < 0.5
@@ -130,12 +130,12 @@ class Evidence(NamedTuple):
         return (self.ess > 9.99) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
 
     def mean(self) -> Estimate:
-        """Mean over data, with its errors as for the bound."""
+        """Mean over data, with the same two errors as the bound."""
         return Estimate.of(self.log_evidence, self.standard_error)
 
 
 def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evidence:
-    """Evidence of states at T, which is the prior's: there is nothing to average."""
+    """Evidence of states at T. It is the density of the prior, and has no error."""
     log_p = log_density(prior, check_data(x_T)).expand(num_particles, len(x_T))
     return average(log_p)._replace(
         standard_error=torch.zeros_like(log_p[0]),
@@ -146,12 +146,12 @@ def at_the_end(prior: TorchDistribution, x_T: Tensor, num_particles: int) -> Evi
 
 
 def check_whole(state: int, given: Given) -> None:
-    """Raise a ``ValueError`` for a mask of states, which are whole."""
+    """Raise a ``ValueError`` for states with a mask, because states have no gaps."""
     require(
         state == 0 or given.mask is None,
         "argument 'state'",
         f"{state} with a mask",
-        "0 for data with gaps, because states are whole",
+        "0 for data with gaps, because states have none",
         "Leave out the mask, or pass the data.",
     )
 
@@ -185,7 +185,7 @@ def log_mean(log_weights: Tensor) -> Tensor:
 def tail(log_weights: Tensor) -> Tensor:
     r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones.
 
-    A single weight is no constant: nothing is known of the others.
+    For a single weight it is NaN, because one weight does not show whether weights are constant.
     """
     values = log_weights.cpu().numpy().T
     too_few = len(log_weights) < MIN_DRAWS
@@ -195,7 +195,7 @@ def tail(log_weights: Tensor) -> Tensor:
 
 
 def fingerprint(x_0: Tensor, mask: Tensor | None = None) -> str:
-    """A short word for data: the same for the same numbers, to float32, in the same rows."""
+    """A short string that identifies data: equal for equal numbers, to float32, in the same rows."""
     numbers = x_0.detach().float()
     if mask is not None:
         numbers = torch.where(mask, numbers, math.nan)

@@ -7,15 +7,15 @@ With the log-SNR :math:`\lambda` as time and Tweedie's score, the flow of
     \frac{dx}{d\lambda} = \Big(\frac{d \log a}{d\lambda} - \tfrac12\Big)\, x
         + \tfrac12\, a\, \hat x_0(x, \lambda),
 
-and a density along it follows its divergence,
+and the log-density changes along the flow by its divergence,
 
 .. math::
     \log p(x_{\lambda_t}) = \log p(x_{\lambda_T})
         + \int_{\lambda_t}^{\lambda_T} \nabla \cdot \frac{dx}{d\lambda}\, d\lambda .
 
-It is *another model* than the chain: the two have one density only for the exact score and
-:math:`T \to \infty`, and its density of the data is no bound of the chain's. It asks the denoiser
-about the log-SNRs that the schedule covers, and no others.
+The flow is *another model* than the chain: their densities are equal only for the exact score and
+:math:`T \to \infty`, and the density of the flow is not a bound on that of the chain. The denoiser is called
+only at log-SNRs that the schedule covers.
 
 References:
     Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), section
@@ -38,8 +38,8 @@ from pyro_diffusion.reading import alone, footprint, rows_within
 from pyro_diffusion.walk import Walked, diffusion_of, look
 
 _EXACT = 64  # dimensions up to which the trace is exact by default
-_MOST = 256  # data that share the solver's steps
-_STAGES = 20  # states that a solver of order five holds, and its working copies
+_MOST = 256  # largest number of data that share the solver's steps
+_STAGES = 20  # states that a solver of order five keeps in memory, and its working copies
 
 
 @overload
@@ -71,40 +71,40 @@ def ode_log_likelihood(  # type: ignore[misc]
 ) -> Evidence:
     r"""Log-density of data, or of states, under the probability flow; differentiable.
 
-    The flow starts at :math:`\lambda(t = 1)`, where a little noise is left: the datum's density is that of
-    :math:`a_1 x_0` there times :math:`a_1^D`, right to the order of :math:`\sigma_1^2` over the
-    variance of the data. A larger ``log_snr_max`` makes it smaller.
+    The flow starts at :math:`\lambda(t = 1)`, where a little noise is left. The density of a datum is the
+    density of :math:`a_1 x_0` there times :math:`a_1^D`, with an error of the order of :math:`\sigma_1^2`
+    over the variance of the data. A larger ``log_snr_max`` makes this error smaller.
 
-    Where gradients are recorded, the result has those by the data and by the model's parameters, from the
-    adjoint equation, which is solved backwards to the same tolerances and needs no more memory for more
-    steps. So it may stand in a ``pyro.factor``, under ``SVI`` or ``NUTS``, where the model's own parameters
-    stay as they are, because the program around does not see them. Call it in ``torch.no_grad()`` to
-    read numbers only.
+    Where gradients are recorded, the result has gradients by the data and by the model's parameters. They
+    come from the adjoint equation, which is solved backwards to the same tolerances and needs no more memory
+    for more steps. The result can therefore be used in a ``pyro.factor``, under ``SVI`` or ``NUTS``. The
+    model's own parameters are not trained there, because they are not sites of the program around it. Call
+    it in ``torch.no_grad()`` if you need no gradients.
 
     Args:
-        diffusion: The model; without a likelihood, because the flow has a density of real numbers only.
-            Add noise to grey levels first (dequantise them): the result is the density of the noisy data.
-            Or its program ``diffusion.model``.
-        guide: Left out; or its program ``diffusion.guide``, before the data.
+        diffusion: The model, or its program ``diffusion.model``. It must not have a likelihood, because the
+            flow has a density of real numbers only. Add noise to grey levels first (dequantise them): the
+            result is the density of the noisy data.
+        guide: The program ``diffusion.guide`` if the first argument is ``diffusion.model``; else left out.
         x_0: Data, shape ``(N,)`` + the shape of one datum; states in the chain's space if ``state`` is
             not zero.
         state: Timestep ``t`` of the states; 0 for data.
-        num_probes: Random vectors for Hutchinson's estimate of the divergence, at least 2; ``None`` takes its
-            exact value (``D`` gradients a call) up to 64 dimensions, and 8 of them beyond.
+        num_probes: Random vectors for Hutchinson's estimate of the divergence, at least 2. ``None`` computes
+            the exact value (``D`` gradients a call) up to 64 dimensions, and uses 8 probes for more.
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
-        batch_size: Data that share a solution's steps; by default as many as 256 MiB hold, at most 256.
-        given: Refused: of a marginal there is no flow.
+        batch_size: Data that share the solver's steps; by default as many as fit into 256 MiB, at most 256.
+        given: An error: the flow has no density of a part of the data, and no context.
 
     Returns:
-        :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is that of the stochastic trace, and
-        zero for the exact one. It leaves out the solver's error, which is of the order of the tolerances
-        (``estimator`` names them). Weights and their diagnostics are NaN.
+        :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is the error of the stochastic trace,
+        and zero for the exact trace. It does not include the solver's error, which is of the order of the
+        tolerances (``estimator`` names them). The diagnostics of weights are NaN.
 
     Raises:
         ValueError: A model with a likelihood, over levels or bits, or with a curve for each entry;
-            a timestep outside ``0 … T``; fewer than two
-            probes; a mask or a context; data as for the programs.
+            a timestep outside ``0 … T``; fewer than two probes; a mask or a context; data that the
+            programs do not take.
 
     Example:
         >>> schedule = LogSNRSchedule(5, log_snr_max=15, log_snr_min=-20)
@@ -121,7 +121,7 @@ def ode_log_likelihood(  # type: ignore[misc]
     _check_given(given)
     rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
     x_0 = check_data(x_0)
-    if state == 0:  # the flow is the curve's, however few steps there are on it
+    if state == 0:  # the flow follows the whole curve, even for a chain of one step
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
@@ -153,7 +153,7 @@ def _solve(
     rtol: float,
     atol: float,
 ) -> Tensor:
-    """Log-densities by probe, ``(P, N)``; the exact trace is one."""
+    """Log-densities by probe, ``(P, N)``; for the exact trace ``P`` is one."""
     schedule, size = diffusion.schedule, diffusion.event_shape.numel()
     x, log_volume = (
         x_0.to(diffusion.dtype),
@@ -185,14 +185,14 @@ def _integrated(
     rtol: float,
     atol: float,
 ) -> tuple[Tensor, Tensor]:
-    """The path and its divergence at the second log-SNR, from those at the first."""
+    """State and integrated divergence at the second log-SNR, from those at the first."""
     from torchdiffeq import odeint, odeint_adjoint
 
-    # An oracle's numbers are buffers.
+    # The parameters of an exact denoiser are buffers.
     numbers = (*diffusion.parameters(), *diffusion.buffers())
     parameters = [x for x in numbers if x.requires_grad]
     wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
-    # The solver's own guess of a first step asks about log-SNRs far outside of the curve, and can be zero.
+    # The solver's own choice of a first step evaluates log-SNRs far outside the curve, and can be zero.
     first = 0.01 * (log_snr[1] - log_snr[0]).abs().detach()
     settings: dict[str, Any] = {
         "rtol": rtol,
@@ -212,11 +212,11 @@ def _integrated(
 def _velocity(
     diffusion: DiffusionModel, probes: Tensor, *, exact: bool
 ) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """dx/dλ and its divergence, for the solver."""
+    """dx/dλ and its divergence, as a function for the solver."""
     size = diffusion.event_shape.numel()
 
     def at(log_snr: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """At a level, for a path and its divergence so far."""
+        """Derivatives at a log-SNR, for a state and the divergence integrated so far."""
         signal, growth = _signal(diffusion, log_snr)
         x = path[0].to(diffusion.dtype)
         said, products = look(
@@ -234,14 +234,14 @@ def _velocity(
 
 
 def _signal(diffusion: DiffusionModel, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The signal :math:`a` at a level, and :math:`d \log a / d\lambda`."""
+    r"""The signal :math:`a` at a log-SNR, and :math:`d \log a / d\lambda`."""
     wanted = (
         torch.is_grad_enabled() and log_snr.requires_grad
     )  # where the ends of a curve are learned
     with torch.enable_grad():
         level = log_snr.double() if wanted else log_snr.detach().double().requires_grad_()
         signal = diffusion.schedule.scales(level)[0]
-        # of a variance-exploding chain the signal is one at every level
+        # in a variance-exploding chain the signal is one at every log-SNR
         growth = torch.zeros_like(level)
         if signal.requires_grad:
             (growth,) = torch.autograd.grad(signal.log(), level, create_graph=wanted)
@@ -260,12 +260,12 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
 def _rows_at_a_time(
     diffusion: DiffusionModel, x_0: Tensor, num_probes: int | None, batch_size: int | None
 ) -> int:
-    """Data whose step of the solver fits the budget of memory, or as many as asked for."""
+    """``batch_size``, or the number of data whose solver step fits into the budget of memory."""
     if batch_size is not None:
         return check_count("batch_size", batch_size, 1, "Leave it out.")
 
     def cost(count: int) -> float:
-        """Bytes of a step, of whose kind the solver holds many."""
+        """Bytes needed for the solver's stages, each as large as one step."""
         shape = (count, *diffusion.event_shape)
         x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
         signs = x.expand(num_probes, *shape) + 1 if num_probes is not None else _probes(x, None)
@@ -286,9 +286,8 @@ def _check_given(given: dict[str, Any]) -> None:
     require(
         what == Given(),
         f"argument {next(iter(given), '')!r}",
-        "it for the density of the flow",
-        "complete data, because a marginal of the flow's density is an integral, and not the flow of the "
-        "observed part",
+        "a value for the density of the flow",
+        "complete data without a context, because the flow has no density of the observed part alone",
         "Use importance_evidence(diffusion, x_0, mask=…).",
     )
 
@@ -300,7 +299,7 @@ def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> Non
         not diffusion.schedule.event_dim,
         "argument 'diffusion'",
         "a schedule with a curve for each entry",
-        "states at one log-SNR, along which the flow runs",
+        "one curve for all entries, because the flow runs along a single log-SNR",
         "Use importance_evidence.",
     )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
@@ -309,8 +308,8 @@ def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> Non
         state != 0 or (diffusion.likelihood is None and not levels),
         "argument 'diffusion'",
         f"a model with {what} between its states and the data",
-        "none, for the flow has a density of states",
-        "Dequantise the data and fit a model without a likelihood, ask for a state (state=1), or use "
+        "none, because the flow has a density of states only",
+        "Dequantise the data and fit a model without a likelihood, pass states (state=1), or use "
         "importance_evidence.",
     )
     if num_probes is not None:

@@ -8,9 +8,9 @@ The bound's expectation is over trajectories of the guide, :math:`E_q \log w` wi
         + \mathrm{KL}\big(q(x_{1:T} \mid x_0) \,\|\, p_\theta(x_{1:T} \mid x_0)\big) \quad \text{(E9)},
 
 so that an average of the weights themselves closes the gap. The average :math:`\hat p` is unbiased, and
-:math:`\log \hat p` is below :math:`\log p` in expectation. How far depends on the tail of the weights, which
-effective sample size and Pareto :math:`\hat k` measure for each datum. Both measure the *guide*: a
-:math:`\hat k` above 0.7 says that the estimate cannot be trusted, not that the model is bad. It rises with
+:math:`\log \hat p` is below :math:`\log p` in expectation. The difference depends on the tail of the weights,
+which effective sample size and Pareto :math:`\hat k` measure for each datum. Both measure the *guide*: a
+:math:`\hat k` above 0.7 means that the estimate cannot be trusted, not that the model is bad. It rises with
 the length of the chain.
 
 References:
@@ -60,32 +60,32 @@ def importance_evidence(  # type: ignore[misc]
 ) -> Evidence:
     r"""Importance weights over the whole chain: :math:`\log \hat p(x_0) = \log \frac1K \sum_k w_k`.
 
-    Log-ratios are taken site by site and added in float64, unscaled whatever plates or handlers scale.
+    Log-ratios are computed site by site and added in float64. Scales of plates and handlers are ignored.
 
     Args:
-        model: Program for :math:`p`, called as ``model(x_0)``; any that
-            :func:`~pyro_diffusion.bounds.elbo_terms` takes, or a family: ``importance_evidence(diffusion,
+        model: Program for :math:`p`, called as ``model(x_0)``, that
+            :func:`~pyro_diffusion.bounds.elbo_terms` takes; or a family: ``importance_evidence(diffusion,
             x_0, num_particles=100)``.
-        guide: Program for :math:`q`, called as ``guide(x_0)``; left out for a family.
+        guide: Program for :math:`q`, called as ``guide(x_0)``; leave it out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Trajectories :math:`K` for each datum.
-        state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`, the probability of an
-            individual state; needs the two chains ``diffusion.model`` and ``diffusion.guide``. 0 for data;
-            at T it is the prior's, exactly.
-        batch_size: Trajectories in a chunk; by default as many as 256 MiB hold.
+        state: 0 if ``x_0`` are data. Otherwise ``x_0`` are states at this timestep ``t``, and the result is
+            :math:`\log p(x_t)`, the log-density of each state; this needs the two chains
+            ``diffusion.model`` and ``diffusion.guide``. At T it is the density of the prior, exactly.
+        batch_size: Trajectories in a chunk; by default as many as fit into 256 MiB.
         progress: Show a progress bar if it takes more than five seconds.
-        given: What goes with the data: ``mask=`` of observed entries, ``context=``.
+        given: What goes with the data: ``mask=``, true where an entry is observed; ``context=``.
 
     Returns:
-        :class:`Evidence`. Its standard error is that of the logarithm, to first order; it means
-        something where :math:`\hat k` is below 0.7 (of few particles, below
+        :class:`Evidence`. Its standard error is the error of the logarithm, to first order. It can be
+        trusted where :math:`\hat k` is below 0.7 (for few particles, below
         :math:`1 - 1 / \log_{10} K`). The logarithm of an average is low in expectation, by half of the
-        squared standard error to first order. Of discrete latents, whose weights are few numbers,
-        :math:`\hat k` says little.
+        squared standard error to first order. For discrete latents, whose weights take few values,
+        :math:`\hat k` is not informative.
 
     Raises:
-        ValueError: As :func:`~pyro_diffusion.bounds.elbo_terms`; a state outside ``0 … T``, or of other
-            programs than the two chains.
+        ValueError: The errors of :func:`~pyro_diffusion.bounds.elbo_terms`; a state outside ``0 … T``, or a
+            state for other programs than the two chains.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -115,13 +115,13 @@ def importance_evidence(  # type: ignore[misc]
 
 
 def _check_guide(model: Any, guide: Any, state: int, given: dict[str, Any]) -> Any:
-    """``guide``, if a state's evidence can be read off the two programs."""
+    """``guide``, if the two programs have the evidence of a state."""
     besides = f" with a {next(iter(given))}" if given else ""
     require(
         isinstance(model, GenerativeChain) and isinstance(guide, BottomUpGuide) and not given,
         "argument 'state'",
         f"{state!r} for a {type(model).__name__} and a {type(guide).__name__}{besides}",
-        "the chain and its forward guide, whole",
+        "the chain and its forward guide, without a mask or a context",
         "Pass diffusion.model and diffusion.guide.",
     )
     check_state(state, model.num_timesteps)

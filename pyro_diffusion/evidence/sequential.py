@@ -1,9 +1,9 @@
-r"""Sequential Monte Carlo along the reverse chain: evidence where whole paths' weights are too uneven.
+r"""Sequential Monte Carlo along the reverse chain: evidence where the weights of whole paths are too uneven.
 
 The importance weight of a trajectory is a product over the chain. Sequential Monte Carlo resamples its
 particles on the way from :math:`x_T` to :math:`x_0`, so that there are more of them where weights are large.
-It must not resample by the weights so far: what a particle loses in one step it gains in the next ones, and
-the best would be thrown away. The intermediate targets look ahead,
+Resampling by the weights so far would fail: a small weight in one step is followed by large weights in the
+next ones, and the best particles would be removed. The intermediate targets therefore look ahead,
 
 .. math::
     \pi_t(x_{t:T}) &\propto p(x_{t:T})\, \psi_t(x_t), \qquad
@@ -16,8 +16,8 @@ with :math:`v_t` the variance of :math:`x_0` given :math:`x_t` that the kernel's
 strengths :math:`c_t` are fitted by least squares, for each datum and timestep, to the weights that the rest
 of the path had in a pilot run. For an exact denoiser of Gaussian data they are one half, zero and zero, and
 all weights are constant. The second and the third feature correct for errors of a denoiser in the noise and
-in the size of a state. The pilot run is independent of the others, so that :math:`\hat Z` is unbiased for
-every :math:`\psi`; :math:`\log \hat Z` is low in expectation, by half its variance to first order.
+in the size of a state. The pilot run is independent of the other runs, so that :math:`\hat Z` is unbiased
+for every :math:`\psi`; :math:`\log \hat Z` is low in expectation, by half its variance to first order.
 
 References:
     Sequential Monte Carlo Samplers (Del Moral et al., 2006). https://doi.org/10.1111/j.1467-9868.2006.00553.x
@@ -85,34 +85,34 @@ def smc_evidence(  # type: ignore[misc]
     r"""Sequential Monte Carlo: :math:`\log \hat p(x_0)` with a look-ahead through :math:`\hat x_0`.
 
     A datum whose whole paths have even weights in the pilot run is not resampled, and its estimate is an
-    importance average. Resampling is systematic, where the effective sample size falls below half of
-    the particles.
+    importance average. Resampling is systematic, and is done where the effective sample size falls below
+    half of the particles.
 
     Args:
-        diffusion: The model; its own kernels are used, any schedule, prediction and likelihood. Or its
-            program ``diffusion.model``.
-        guide: Left out; or its program ``diffusion.guide``, before the data.
+        diffusion: The model, with any schedule, prediction and likelihood; or its program
+            ``diffusion.model``.
+        guide: The program ``diffusion.guide`` if the first argument is ``diffusion.model``; else left out.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         num_particles: Particles :math:`K` for each datum and run.
-        state: Timestep ``t`` of which ``x_0`` are states, for :math:`\log p(x_t)`; 0 for data.
-        num_runs: Independent runs, whose spread is the standard error, at least 2.
+        state: 0 if ``x_0`` are data; the timestep ``t`` if they are states, for :math:`\log p(x_t)`.
+        num_runs: Independent runs, at least 2; their spread gives the standard error.
         num_pilot: Particles of the pilot run, at least 25.
         progress: Show a progress bar if it takes more than five seconds.
-        given: What goes with the data: ``mask=`` of observed entries, for the evidence of the observed part;
-            ``context=``.
+        given: What goes with the data: ``mask=``, true where an entry is observed, for the evidence of the
+            observed part; ``context=``.
 
     Returns:
         :class:`~pyro_diffusion.evidence.Evidence`: the logarithm of the mean of :math:`\hat Z` over runs.
         ``ess_by_timestep`` has, in row ``t − 1``, the effective sample size of the particles at
-        :math:`x_t` before resampling, the mean over runs; ``ess`` is the least of them and of that at the
-        end (which counts alone for a datum that is not resampled); ``pareto_k`` is the largest of the
-        weights that were averaged, at a resampling or at the end. ``reliable`` says what can be trusted. A
-        run takes :math:`K T` network rows a datum.
+        :math:`x_t` before resampling, the mean over runs. ``ess`` is the smallest of these values and of the
+        value at the end (for a datum that is not resampled, the value at the end alone). ``pareto_k`` is the
+        largest :math:`\hat k` of weights that were averaged, at a resampling or at the end. ``reliable``
+        shows which estimates can be trusted. A run takes :math:`K T` network rows a datum.
 
     Raises:
-        ValueError: Fewer particles, runs or pilot particles than named; a state outside ``0 … T``, or one
-            with a mask; a model of bits, or a state under a curve for each entry; data that require a
-            gradient, and data as for the programs.
+        ValueError: Fewer particles, runs or pilot particles than the smallest numbers above; a state outside
+            ``0 … T``, or one with a mask; a model of bits, or a state under a schedule with a curve for each
+            entry; data that require a gradient, or that the programs do not take.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -157,7 +157,9 @@ class _Counts(NamedTuple):
         """The counts, if there are enough of each."""
         return cls(
             check_count("num_particles", num_particles, 2, "Pass num_particles=1024, say."),
-            check_count("num_runs", num_runs, 2, "Leave it out: four runs have a spread."),
+            check_count(
+                "num_runs", num_runs, 2, "Leave it out: the default of four runs has a spread."
+            ),
             check_count("num_pilot", num_pilot, 25, "Leave it out."),
         )
 
@@ -170,7 +172,7 @@ def _parts(
     counts: _Counts,
     progress: bool,
 ) -> list[Any]:
-    """What the runs say of all data, in chunks that fit the budget of memory."""
+    """Results of the runs for all data, in chunks that fit into the budget of memory."""
     rows = ReverseWalk(diffusion, state, given=given).rows_within(x_0)
     walk, num_data = ReverseWalk(diffusion, state, rows=rows), len(x_0)
     size = _data_at_a_time(walk, x_0, given, counts)
@@ -186,11 +188,11 @@ def _parts(
 
 
 def _data_at_a_time(walk: ReverseWalk, x_0: Tensor, given: Given, counts: _Counts) -> int:
-    """Data whose particles fit the budget of memory, and a batch of the network."""
+    """Number of data whose particles fit into the budget of memory, and into a batch of the network."""
     particles, length = max(counts.particles, counts.pilot), len(walk.timesteps)
 
     def cost(count: int) -> float:
-        """Bytes of two steps, and of what the pilot run keeps of all."""
+        """Bytes needed for two steps, and for what the pilot run keeps of all steps."""
         data, own = first_repeated(x_0, given, count)
         short = ReverseWalk(walk.diffusion, walk.state, rows=walk.rows, given=own)
         with tqdm(disable=True) as bar:
@@ -198,7 +200,7 @@ def _data_at_a_time(walk: ReverseWalk, x_0: Tensor, given: Given, counts: _Count
         return step.peak + length * particles * count * _KEPT
 
     most = min(len(x_0), max(ROWS // particles, 1))
-    # Half of the budget: tensors of many sizes come and go, and the allocator keeps holes between them.
+    # Half of the budget: tensors of many sizes are allocated and freed, which leaves holes between them.
     return 1 if most == 1 else rows_within(cost, most, BUDGET / 2)
 
 
@@ -222,13 +224,13 @@ def _chunk(
 
 class _LookAhead(NamedTuple):
     strength: Tensor  #: :math:`c_t` in row t − 1, shape ``(T, N, 3)``
-    resampled: Tensor  #: data that are resampled at all, ``(N,)``
+    resampled: Tensor  #: whether a datum is resampled, ``(N,)``
 
 
 class _Particles:
-    """Particles on the way: their weights, and what they are resampled by."""
+    """Particles at one timestep: their weights, and the look-ahead by which they are resampled."""
 
-    measure = ""  #: of the data
+    measure = ""  #: "density" or "mass", of the data
 
     def __init__(self, log_weight: Tensor, look_ahead: _LookAhead | None) -> None:
         self.log_weight, self.look_ahead = log_weight, look_ahead
@@ -242,9 +244,9 @@ class _Particles:
     def resampled(
         self, x_t: Tensor, t: int, denoised: Denoised, features: Tensor
     ) -> tuple[Tensor, Denoised]:
-        """States and what was said of them, resampled by weight and look-ahead where they are uneven.
+        """States and their estimates, resampled by weight and look-ahead where these are uneven.
 
-        Without a look-ahead no particle is resampled, and features and weights are kept.
+        Without a look-ahead no particle is resampled, and features and weights are stored.
         """
         if self.look_ahead is None:
             self.features.append(features)
@@ -264,19 +266,19 @@ class _Particles:
         return x_t, denoised
 
     def average(self, where: Tensor) -> None:
-        """Take the mean of the weights into Z, for some of the data."""
+        """Multiply Z by the mean of the weights, for some of the data."""
         self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
         self.k = torch.where(where, self.k.maximum(tail(self.log_weight)), self.k)
 
     def fitted(self) -> _LookAhead:
-        """Least squares of what the rest of the path weighs on the features, each timestep alone."""
+        """Regress the log-weight of the rest of the path on the features, for each timestep alone."""
         rest = (self.log_weight - torch.stack(self.weights[::-1]))[..., None]
         features = torch.stack(self.features[::-1])
         rest, features = (x - x.mean(1, keepdim=True) for x in (rest, features))
         rest, features = rest.transpose(1, 2), features.transpose(1, 2)  # (T, N, K, …)
         scale = features.square().sum(-2, keepdim=True).clamp(min=1e-300).sqrt()
         features = features / scale
-        ridge = 1e-9 * torch.eye(3).to(scale)  # where two say the same
+        ridge = 1e-9 * torch.eye(3).to(scale)  # for features that are collinear
         strength = torch.linalg.solve(features.mT @ features + ridge, features.mT @ rest)
         return _LookAhead(
             strength=-(strength / scale.mT).squeeze(-1),
@@ -297,7 +299,7 @@ def _run(
     bar: tqdm,
     steps: int | None = None,
 ) -> _Particles:
-    """One pass from x_T to x_0 with particles of each datum; to measure it, the first steps and the end."""
+    """One pass from x_T to x_0 with particles of each datum; ``steps`` stops it early to measure memory."""
     x = walk.target(x_0)
     q = walk.start(x)
     site = score(q, walk.start(), q.sample((num_particles,)))
@@ -326,7 +328,7 @@ def _in_slices(
     denoised: Denoised,
     x: Tensor,
 ) -> Any:
-    """A function of particles, of as many at a time as the walk takes rows."""
+    """Apply a function to the particles, in slices of as many rows as the walk allows."""
     size = max(walk.rows // x_t.shape[1], 1)
     if len(x_t) <= size:
         return function(walk, x_t, t, denoised, x)
@@ -355,8 +357,8 @@ def _features(
     r""":math:`f_t(x_t)`, shape ``(K, N, 3)``.
 
     The kernel's variance is :math:`\tilde\beta_t + b_t^2 v_t`, :math:`b_t` the weight of
-    :math:`\hat x_0` in its mean. Where a kernel leaves nothing beside :math:`\tilde\beta_t`,
-    :math:`v_t` is that of data of unit variance.
+    :math:`\hat x_0` in its mean. Where the variance of a kernel is not larger than :math:`\tilde\beta_t`,
+    :math:`v_t` is the value for data of unit variance.
     """
     process = walk.process
     step = chain_step(t, process.schedule).padded(process.missing_dim)
@@ -377,7 +379,7 @@ def _features(
 
 
 def _systematic(share: Tensor) -> Tensor:
-    """Rows to keep, with as many copies of each as its share of the weight is worth; ``(K, N)``."""
+    """Rows to keep: the number of copies of each is proportional to its weight; ``(K, N)``."""
     count = len(share)
     points = torch.rand(1, share.shape[1], dtype=share.dtype, device=share.device)
     points = (points + torch.arange(count, device=share.device)[:, None]) / count

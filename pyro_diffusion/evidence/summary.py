@@ -1,14 +1,15 @@
-r"""Every estimate of :math:`\log p(x_0)` of one model on one data set, told apart by what it estimates.
+r"""Every estimate of :math:`\log p(x_0)` of one model on one data set, grouped by the density it estimates.
 
-Three densities go by the name of a diffusion model's likelihood. The *chain* of :math:`T` steps has one; the
-chain *without end*, :math:`T \to \infty`, has another; and the *probability flow*, an ordinary differential
-equation with the same score, has a third. They agree for an exact denoiser, and for no other. Within a group
-there are bounds, which are below in expectation, and estimates, which agree within their errors. If they do
-not, one of them is wrong, and :func:`summary` raises an error. It compares nothing across groups.
+Three densities are called the likelihood of a diffusion model. The *chain* of :math:`T` steps has one. The
+*continuous* chain, :math:`T \to \infty`, has another. The *probability flow*, an ordinary differential
+equation with the same score, has a third. They agree for an exact denoiser, and for no other. Each group
+has bounds, which are below the density in expectation, and estimates, which agree within their errors. If
+they do not, one of them is wrong, and :func:`summary` raises an error. Groups are not compared with each
+other.
 
 References:
-    Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), section 4 (which
-    likelihood is whose). https://arxiv.org/abs/2101.09258
+    Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), section 4 (the
+    likelihoods of the diffusion and of the flow). https://arxiv.org/abs/2101.09258
 """
 
 import math
@@ -34,19 +35,17 @@ _TOLERANCE = 5.0  # joint standard errors beyond which two estimates disagree
 class SummaryRow(NamedTuple):
     """One estimate; nats per datum."""
 
-    model: str  #: whose density: "chain, T = …", "chain, T → ∞" or "probability flow"
-    estimator: str  #: how it was estimated
+    model: str  #: the density: "chain, T = …", "chain, T → ∞" or "probability flow"
+    estimator: str  #: name of the estimator
     kind: str  #: "bound" or "estimate"
     value: Estimate  #: mean over data, with its errors
     reliable: int  #: data whose estimate can be trusted; all of them for a bound
     num_data: int  #: all data
-    bias: float = (
-        0.0  #: by how much the mean of an estimate is low, to first order; it is not taken out
-    )
+    bias: float = 0.0  #: how much too low the mean of an estimate is, to first order; not corrected
 
 
 class Summary(NamedTuple):
-    """Estimates of one model's log-density on one data set, grouped by whose density it is."""
+    """Estimates of one model's log-densities on one data set, in a group for each density."""
 
     rows: tuple[SummaryRow, ...]
 
@@ -54,12 +53,12 @@ class Summary(NamedTuple):
         return f"Summary of {self.rows[0].num_data} data, nats per datum\n{self.table()}"
 
     def groups(self) -> dict[str, list[SummaryRow]]:
-        """Rows by the model whose density they estimate."""
+        """Rows under the name of the density that they estimate."""
         names = dict.fromkeys(row.model for row in self.rows)
         return {name: [row for row in self.rows if row.model == name] for name in names}
 
     def table(self) -> str:
-        """A line for each estimate, under the model whose density it is."""
+        """A line for each estimate, under the name of its density."""
         width = max(len(row.estimator) for row in self.rows)
         lines = []
         for model, rows in self.groups().items():
@@ -72,13 +71,14 @@ class Summary(NamedTuple):
         return "\n".join(lines)
 
     def check(self) -> None:
-        """Assert that within each group estimates agree, and that no bound is above one.
+        """Check in each group that the estimates agree, and that no bound is above an estimate.
 
-        Two numbers disagree beyond five joint Monte Carlo errors and the biases of logarithms of averages. An
-        estimate that is not reliable for every datum is a lower bound in expectation, and is held to that.
+        Two estimates disagree if they differ by more than five joint Monte Carlo errors plus the biases from
+        the logarithms of averages. An estimate that is not reliable for every datum is a lower bound in
+        expectation, and is checked as a bound.
 
         Raises:
-            ValueError: Two rows that disagree; one of the two programs, or its guide, is wrong.
+            ValueError: Two rows that disagree. One of the two programs, or its guide, is wrong.
         """
         for rows in self.groups().values():
             trusted = [r for r in rows if r.kind == "estimate" and r.reliable == r.num_data]
@@ -86,13 +86,13 @@ class Summary(NamedTuple):
                 for other in trusted:
                     error = math.hypot(row.value.monte_carlo_error, other.value.monte_carlo_error)
                     slack = _TOLERANCE * error + row.bias + other.bias + 1e-3
-                    # Of two estimates the one that is too large is met as a row as well.
+                    # Both orders of two estimates occur, so that a one-sided check is enough.
                     if row is not other and row.value.value - other.value.value > slack:
                         expected = "one density" if row in trusted else "a bound below"
                         raise ValueError(
                             f"{row.model}: got {row.value} nats per datum by {row.estimator} and "
                             f"{other.value} by {other.estimator}; expected {expected}, within errors. Check "
-                            "that the programs are those of one model, and its kernels."
+                            "that both programs belong to one model, and check its kernels."
                         )
 
 
@@ -123,26 +123,26 @@ def summary(  # type: ignore[misc]
     r"""All estimates and bounds of :math:`\log p(x_0)`, in a group for each of the three densities.
 
     Sequential Monte Carlo costs ``(num_runs · num_particles + 128) · T`` network rows a datum and importance
-    weights ``num_particles · T``: begin with few data. What does not apply is left out: the chain without end
-    for an ``AlphaSchedule``, the flow for data with a mass, a likelihood, a mask or a context and under a
-    curve for each entry, sequential Monte Carlo for bits, and all but the first density for a model that is
-    no diffusion.
+    weights cost ``num_particles · T``: begin with few data. Estimates that do not exist for a model are left
+    out: the continuous chain for an ``AlphaSchedule``; the flow for data with a mass, a likelihood, a mask or
+    a context, and for a schedule with a curve for each entry; sequential Monte Carlo for bits; all but the
+    first density for a model that is not a diffusion.
 
     Args:
         model: The model: a diffusion, a hierarchical VAE, or the model of any pair of programs.
-        guide: Left out for a family; or the guide of the pair, before the data.
+        guide: The guide of the pair, before the data; leave it out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         standard_error: Monte Carlo error of the bounds' means, nats per datum.
         num_particles: Particles for each datum.
         num_runs: Independent runs of sequential Monte Carlo.
-        given: What goes with the data: ``mask=`` of observed entries, ``context=``.
+        given: What goes with the data: ``mask=``, true where an entry is observed; ``context=``.
 
     Returns:
         :class:`Summary`; ``print`` it.
 
     Raises:
-        ValueError: Estimates of one density that disagree (:meth:`Summary.check`); arguments as the
-            estimators.
+        ValueError: Estimates of one density that disagree (:meth:`Summary.check`); arguments that an
+            estimator does not take.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(10, log_snr_max=14))
@@ -175,7 +175,7 @@ def summary(  # type: ignore[misc]
 
 
 def _length(model: Any) -> Any:
-    """Number of latent states, where a program says it."""
+    """Number of latent states, or "?" if the program has no such number."""
     return getattr(model, "num_timesteps", "?")
 
 

@@ -34,14 +34,14 @@ def plot_bound(
     schedule: NoiseSchedule | None = None,
     **errorbar: Any,
 ) -> Any:
-    r"""Mean :math:`L_t` over data by timestep with both errors; or where the nats go, summed up.
+    r"""Mean :math:`L_t` over data by timestep with both errors, or the cumulative sum of the terms.
 
     By default the curve shows the transition terms, and the legend the two ends of the chain. Error bars show
-    one Monte Carlo error, the band one sampling error. A model with at most ten latent sites gets a bar for
-    each of them, the top one included.
+    one Monte Carlo error, the band one sampling error. A model with at most ten latent sites has a bar for
+    each of them, including the top one.
 
-    With ``cumulative=True`` the picture shows :math:`-\mathrm{ELBO}` as a stack. At timestep :math:`t` it
-    has the nats that the chain spends between the datum and :math:`x_t`,
+    With ``cumulative=True`` the picture shows :math:`-\mathrm{ELBO}` as a stack. Its height at timestep
+    :math:`t` is the sum of the terms between the datum and :math:`x_t`,
 
     .. math::
         C_t = -E \log p(x_0 \mid x_1) + \sum_{s=1}^{t-1} L_s, \qquad -\mathrm{ELBO} = C_T + L_T,
@@ -50,8 +50,8 @@ def plot_bound(
     of :math:`x_T`. A negative reconstruction loss, of data with a density, is in a strip to the left. The
     band shows one standard error of the mean over data, which contains both errors. A
     ``schedule`` adds a second picture: the nats in each decade of the signal-to-noise ratio, from data to
-    noise, with both ends beside them. :math:`L_t` belongs to the step from :math:`x_{t+1}` to :math:`x_t`,
-    and is spread evenly over the log-SNR between them.
+    noise, with the reconstruction and the prior term beside them. :math:`L_t` belongs to the step from
+    :math:`x_{t+1}` to :math:`x_t`, and is spread evenly over the log-SNR between them.
 
     Args:
         terms: The bound.
@@ -145,7 +145,7 @@ def _plot_sums(
         f"argument {next(iter(errorbar), '')!r}",
         "a setting of error bars with cumulative=True",
         "none, because there are no error bars",
-        "Leave it out, or change the axes that come back.",
+        "Leave it out, or change the axes that are returned.",
     )
     if schedule is None:
         ax = new_axes(size=(7.4, 3.6), grid=True)[0, 0] if axes is None else axes
@@ -155,7 +155,7 @@ def _plot_sums(
         schedule.num_timesteps == len(terms.transition) + 1,
         "argument 'schedule'",
         f"one of {schedule.num_timesteps} timesteps for terms of {len(terms.transition) + 1}",
-        "that of the model whose terms they are",
+        "the schedule of the model that has these terms",
         "Pass diffusion.schedule of the same diffusion.",
     )
     axes = new_axes(1, 2, (11.5, 3.8), grid=True)[0] if axes is None else axes
@@ -174,7 +174,7 @@ def _plot_stack(terms: ELBOTerms, ax: "Axes") -> "Axes":
     start, stop, end = mean[0], mean[-1], mean[-1] + prior.value
     before, beyond = np.array([1 - width, 1]), np.array([last, last + width])
     fill: dict[str, Any] = {"alpha": 0.85, "lw": 0}
-    # A negative reconstruction loss lies where the others are summed up, and has a strip to itself.
+    # A negative reconstruction loss would overlap the sum of the other terms: it is drawn in its own strip.
     whole = np.array([1 - width, last + width]) if start >= 0 else before
     ax.fill_between(whole, 0, start, color=first.color, label=first.label, **fill)
     ax.fill_between(

@@ -1,4 +1,4 @@
-"""Curves over timesteps and over training: the noise schedule, and the terms of the bound while they fall."""
+"""Curves over timesteps and over training: the noise schedule, and the terms of the bound by step."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

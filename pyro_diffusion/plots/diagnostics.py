@@ -1,4 +1,4 @@
-r"""ArviZ's pictures of Pareto :math:`\hat k`, of models that are compared, and of a PIT."""
+r"""ArviZ's plots of Pareto :math:`\hat k`, of a comparison of models, and of a PIT."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -44,8 +44,8 @@ def plot_samples(samples: Tensor, data: Tensor | None = None, axes: Any = None) 
     ========================== ===========================================================================
 
     Args:
-        samples: Samples in the user's units, of a shape in the table.
-        data: Data of the same shape but their number; the first ``n`` are shown.
+        samples: Samples in the user's units, of a shape in the table above.
+        data: Data of the same shape, except that their number may differ; the first ``n`` are shown.
         axes: Axes to draw into, two if there are data.
 
     Returns:
@@ -101,9 +101,9 @@ def plot_trajectory(
 ) -> Any:
     r"""States of the two chains: data that become noise, and noise that becomes data.
 
-    States of shape ``(height, width)`` are drawn as grey images, with channels in colour, states of shape
-    ``(2,)`` as points, single numbers as histograms, and others as curves over their entries, or more than 30
-    of them as a strip. All but images share one scale.
+    States of shape ``(height, width)`` are drawn as grey images, and those with channels in colour. States of
+    shape ``(2,)`` are drawn as points, and single numbers as histograms. All others are drawn as curves over
+    their entries, or as a strip if there are more than 30. All panels except images share one scale.
 
     Args:
         diffusion: The model.
@@ -186,7 +186,7 @@ def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:
 
 
 def _grid(rows: Mapping[str, list[Tensor]], titles: list[str], axes: Any) -> Any:
-    """States in rows with a name each and columns with a title each."""
+    """States in a grid, in which every row has a name and every column a title."""
     if axes is None:
         axes = new_axes(len(rows), len(titles), (1.9 * len(titles), 1.9 * len(rows) + 0.7))
         axes[0, 0].figure.get_layout_engine().set(w_pad=0.1)  # inches

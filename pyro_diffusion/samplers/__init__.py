@@ -1,4 +1,4 @@
-"""Samplers: draws from a trained model by fewer or cheaper steps than the program's."""
+"""Samplers: draws from a trained model in fewer or cheaper steps than the model's program takes."""
 
 from pyro_diffusion.samplers.samplers import AncestralSampler, DDIMSampler, ODESampler, Sampler
 from pyro_diffusion.samplers.steps import Update

@@ -1,4 +1,4 @@
-r"""Samplers: draws from a trained model by fewer or cheaper steps than the program's.
+r"""Samplers: draws from a trained model in fewer or cheaper steps than the model's program takes.
 
 ``diffusion.sample(n)`` runs the model's program, one reverse kernel after another. A sampler here draws from
 the same model on some of its timesteps (:meth:`~pyro_diffusion.diffusion.DiffusionModel.strided`) by
@@ -6,20 +6,20 @@ the same model on some of its timesteps (:meth:`~pyro_diffusion.diffusion.Diffus
 .. math::
     x_{t-1} = A_t\, x_t + B_t\, \hat x_0(x_t) + E_t\, \hat x_0(x_{t+1}) + C_t\, z, \qquad z \sim N(0, I),
 
-with coefficients that are known before the first step, in float64:
+with coefficients that are computed before the first step, in float64:
 
-====================== =========================================== =================================
-sampler                a step is                                   as steps become small
-====================== =========================================== =================================
-``AncestralSampler``   a draw of the program's own kernel          the program at any number of them
-``DDIMSampler``        the estimates of datum and noise, put back  the probability flow, of order 1
+====================== =========================================== =====================================
+sampler                a step is                                   in the limit of small steps
+====================== =========================================== =====================================
+``AncestralSampler``   a draw of the program's own kernel          the program, for any number of steps
+``DDIMSampler``        the estimates of datum and noise combined   the probability flow, of order 1
 ``ODESampler``         the same, with the last two estimates       the probability flow, of order 2
-====================== =========================================== =================================
+====================== =========================================== =====================================
 
-With ``eta = 1`` the last two draw the chain's noise as well, and solve the reverse diffusion. Where the
-estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, a step is the network's
-call, a normal draw and a few additions. The last step is the model's :math:`p(x_0 \mid x_1)`, with its
-likelihood and transform.
+With ``eta = 1``, ``DDIMSampler`` and ``ODESampler`` draw the chain's noise as well, and solve the reverse
+diffusion. Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, a step
+is one call of the network, a normal draw and a few additions. The last step is the model's
+:math:`p(x_0 \mid x_1)`, with its likelihood and transform.
 
 References:
     Denoising Diffusion Implicit Models (Song et al., 2021). https://arxiv.org/abs/2010.02502
@@ -53,28 +53,28 @@ from pyro_diffusion.walk import ReverseWalk
 
 
 class Sampler(ABC):
-    """Draws of a model's data; called as ``sampler(num_samples)``.
+    """Draws data from a model; called as ``sampler(num_samples)``.
 
     Args:
-        diffusion: The model. It is read at each call: training may go on.
-        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        diffusion: The model. It is read at each call, so that it may be trained in between.
+        timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
 
     Raises:
-        ValueError: Another thing than a model, or timesteps that are not its own.
+        ValueError: An argument that is not a model, or timesteps that the model does not have.
     """
 
-    needs_score: ClassVar[bool] = True  #: whether its steps add states and estimates up
+    needs_score: ClassVar[bool] = True  #: whether its steps are sums of states and estimates
 
     def __init__(
         self, diffusion: DiffusionModel, timesteps: int | Sequence[int] | None = None
     ) -> None:
         self.diffusion, self.timesteps = check_diffusion(diffusion), timesteps
         if self.needs_score:
-            remedy = f"{type(self).__name__} adds states up: use AncestralSampler."
+            remedy = f"{type(self).__name__} adds states to estimates: use AncestralSampler."
             diffusion.process.check_has_score("diffusion", remedy)
         self._step: Callable[..., tuple[Tensor, Tensor | None]] = fused_step
         self._network: Any = None  # compiled
-        _ = self.model  # to refuse timesteps before anything is drawn
+        _ = self.model  # to raise an error for wrong timesteps before anything is drawn
 
     @property
     def model(self) -> DiffusionModel:
@@ -104,20 +104,21 @@ class Sampler(ABC):
             Data in the user's units, ``(n,)`` + the shape of a datum.
 
         Raises:
-            ValueError: States of another shape, or that require a gradient; a network that misbehaves.
+            ValueError: States of another shape, or that require a gradient; a network whose output is not
+                finite or has another shape.
         """
         model = self.model
         with reading(model, data=x_T), model.param_statements():
             return self._last(model, self._chain(model, _start(model, num_samples, x_T), progress))
 
     def compile(self, **settings: Any) -> None:
-        """Compile a step, network and update, with ``torch.compile``: in place, when it is first called.
+        """Compile a step (network and update) with ``torch.compile``, in place, when it is first called.
 
-        Where the estimate is not linear in the network's output the network is compiled, and the update is
-        not. Steps share what is compiled; another number of samples may compile again.
+        Where the estimate is not linear in the network's output, only the network is compiled. All steps
+        share one compiled function. Another number of samples may compile it again.
 
         Args:
-            settings: For ``torch.compile``.
+            settings: Arguments of ``torch.compile``.
 
         Raises:
             ValueError: A model without a network.
@@ -137,7 +138,9 @@ class Sampler(ABC):
         r""":math:`x_1` from :math:`x_T`."""
         update, linear = self.update(model), linear_map(model.denoiser)
         denoiser, rows = self._denoiser(model), rows_of(update, model.denoiser, linear)
-        previous = None if update.of_previous is None else torch.zeros_like(x_t)  # without weight
+        previous = (
+            None if update.of_previous is None else torch.zeros_like(x_t)
+        )  # no weight at first
         for row in _bar(rows, progress):
             z = None if row.noise is None else torch.randn_like(x_t)
             if linear is None:
@@ -156,10 +159,10 @@ class Sampler(ABC):
         return denoiser
 
     def _last(self, model: DiffusionModel, x_1: Tensor) -> Tensor:
-        r""":math:`x_0` from :math:`x_1`: a draw, or the mean if nothing is drawn and there is one."""
+        r""":math:`x_0` from :math:`x_1`: a draw, or the mean of a deterministic sampler if it exists."""
         remedy = "Lower the learning rate or clip gradients, and check the data's scale."
         check_finite("argument 'network', the states that it leads to", x_1, remedy)
-        walk = ReverseWalk(model)  # a single look, which is not worth a graph of its own
+        walk = ReverseWalk(model)  # a single call of the network, not worth compiling
         denoised = walk.look(x_1, 1)
         if self.deterministic:
             kernel = model.decode_inside(x_1, denoised)
@@ -175,16 +178,16 @@ class AncestralSampler(Sampler):
     .. math::
         x_{t-1} = \tilde\mu_t\big(x_t, \hat x_0(x_t)\big) + \sqrt{\Sigma_t}\, z .
 
-    The law is that of ``diffusion.strided(timesteps).sample()``, and so are the draws under the same seed, up
-    to rounding. Kernels whose variance is not known beforehand, a learned one's and those of exact denoisers
-    and of bits, are the denoiser's own.
+    The draws have the same distribution as ``diffusion.strided(timesteps).sample()``, and with the same seed
+    they are the same up to rounding. Where the variance is not known before the first step (a learned
+    variance, exact denoisers and bits), the denoiser computes the kernel at each step.
 
     Args:
-        diffusion: The model. It is read at each call: training may go on.
-        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        diffusion: The model. It is read at each call, so that it may be trained in between.
+        timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
 
     Raises:
-        ValueError: Another thing than a model, or timesteps that are not its own.
+        ValueError: An argument that is not a model, or timesteps that the model does not have.
 
     Example:
         >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
@@ -219,7 +222,7 @@ class AncestralSampler(Sampler):
 
 
 class _ImplicitSampler(Sampler):
-    """A sampler that draws a share of the chain's noise."""
+    """A sampler that draws a fraction of the chain's noise."""
 
     def __init__(
         self,
@@ -229,35 +232,36 @@ class _ImplicitSampler(Sampler):
         eta: float = 0.0,
     ) -> None:
         super().__init__(diffusion, timesteps)
-        remedy = "0 draws none after x_T, 1 as much as the chain."
+        remedy = "0 draws no noise after x_T, 1 as much as the chain."
         self.eta = check_between("eta", eta, 0, 1, "the share of the chain's noise", remedy, "[]")
 
     @property
     def deterministic(self) -> bool:
-        """Whether no noise is drawn after :math:`x_T`: without a share of it, none is."""
+        """Whether no noise is drawn after :math:`x_T`, which is so for ``eta = 0``."""
         return self.eta == 0
 
 
 class DDIMSampler(_ImplicitSampler):
-    r"""The estimate of the datum put back with the estimate of the noise, and :math:`\eta` of it drawn anew.
+    r"""Combine the estimates of datum and noise at the next timestep; :math:`\eta` of the noise is new.
 
     .. math::
         x_{t-1} = a_{t-1}\, \hat x_0 + \sqrt{\sigma_{t-1}^2 - \eta^2 \tilde\beta_t}\; \hat\epsilon
             + \eta \sqrt{\tilde\beta_t}\, z, \qquad
         \hat\epsilon = \frac{x_t - a_t \hat x_0}{\sigma_t} .
 
-    With :math:`\eta = 0` it is a map of :math:`x_T`, the probability flow's as the steps become small, and
-    ends with the mean :math:`\hat x_0(x_1)` where data are real numbers, with a draw where they are levels or
-    counts. With :math:`\eta = 1` it is the chain with :class:`~pyro_diffusion.denoisers.PosteriorVariance`.
+    With :math:`\eta = 0` the result is a function of :math:`x_T`, and becomes the probability flow as the
+    steps become small. The last step is the mean :math:`\hat x_0(x_1)` if data are real numbers, and a draw
+    if they are levels or counts. With :math:`\eta = 1` the sampler is the chain with
+    :class:`~pyro_diffusion.denoisers.PosteriorVariance`.
 
     Args:
-        diffusion: The model. It is read at each call: training may go on.
-        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        diffusion: The model. It is read at each call, so that it may be trained in between.
+        timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
         eta: :math:`\eta` in [0, 1], the share of the chain's noise.
 
     Raises:
-        ValueError: Another thing than a model of real numbers, timesteps that are not its own, or ``eta``
-            outside [0, 1].
+        ValueError: An argument that is not a model of real numbers, timesteps that the model does not have,
+            or ``eta`` outside [0, 1].
 
     Example:
         >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
@@ -276,25 +280,25 @@ class DDIMSampler(_ImplicitSampler):
 
 
 class ODESampler(_ImplicitSampler):
-    r"""The step of :class:`DDIMSampler` by a line through the last two estimates: second order.
+    r"""The step of :class:`DDIMSampler` with an extrapolation of the last two estimates: second order.
 
     .. math::
         \hat x_0 \;\to\; \Big(1 + \frac{1}{2 r_t}\Big) \hat x_0(x_t) - \frac{1}{2 r_t} \hat x_0(x_{t+1}),
         \qquad r_t = \frac{h_{t+1}}{h_t}, \quad h_t = \tfrac12 (\lambda_{t-1} - \lambda_t) .
 
-    With :math:`\eta = 0` that is DPM-Solver++(2M) for the probability flow, with :math:`\eta = 1`
-    SDE-DPM-Solver++(2M) for the reverse diffusion. The first step, before which there is no estimate, and the
-    last, to :math:`\hat x_0(x_1)`, are of first order. Steps of one length in log-SNR, for which
-    ``timesteps`` can be chosen, do best.
+    With :math:`\eta = 0` this is DPM-Solver++(2M) for the probability flow, and with :math:`\eta = 1`
+    SDE-DPM-Solver++(2M) for the reverse diffusion. The first step, which has no earlier estimate, and the
+    last step, to :math:`\hat x_0(x_1)`, are of first order. The sampler works best if the steps have equal
+    lengths in log-SNR; choose ``timesteps`` for it.
 
     Args:
-        diffusion: The model. It is read at each call: training may go on.
-        timesteps: Its timesteps to use: ``None`` for all, how many evenly spaced ones, or which, increasing.
+        diffusion: The model. It is read at each call, so that it may be trained in between.
+        timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
         eta: :math:`\eta` in [0, 1], the share of the chain's noise.
 
     Raises:
-        ValueError: Another thing than a model of real numbers, timesteps that are not its own, or ``eta``
-            outside [0, 1].
+        ValueError: An argument that is not a model of real numbers, timesteps that the model does not have,
+            or ``eta`` outside [0, 1].
 
     Example:
         >>> diffusion = DiffusionModel(NeuralDenoiser(MLP((2,)), LinearSchedule(1000), event_shape=(2,)))
@@ -328,14 +332,14 @@ def _bar(steps: Iterable[Any], progress: bool) -> Iterator[Any]:
 
 
 def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tensor:
-    """States to start from: given ones, if they fit, or draws of the prior."""
-    num_samples = check_count("num_samples", num_samples, 1, "Pass how many data to draw.")
+    """States to start from: the given ones, after a check, or draws from the prior."""
+    num_samples = check_count("num_samples", num_samples, 1, "Pass the number of data to draw.")
     if x_T is None:
         return ReverseWalk(model).start().sample((num_samples,))
     expected = (num_samples, *model.event_shape)
     fit = getattr(x_T, "shape", None) == expected and getattr(x_T, "device", None) == model.device
     require(
-        fit and check_finite("argument 'x_T'", x_T, "Draw them anew.") is x_T,
+        fit and check_finite("argument 'x_T'", x_T, "Draw new ones.") is x_T,
         "argument 'x_T'",
         f"states of shape {tuple(x_T.shape)} on {x_T.device}"
         if isinstance(x_T, Tensor)

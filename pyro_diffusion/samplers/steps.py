@@ -1,10 +1,10 @@
-r"""A step of a sampler as coefficients that are known before the first step.
+r"""The steps of a sampler, as coefficients that are computed before the first step.
 
 .. math::
     x_{t-1} = A_t\, x_t + B_t\, \hat x_0(x_t) + E_t\, \hat x_0(x_{t+1}) + C_t\, z, \qquad z \sim N(0, I) .
 
 Where the estimate is linear in a network's output :math:`o`, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, the step
-is written in terms of :math:`o`: the network's call, a normal draw and a few additions.
+is written in terms of :math:`o`: one call of the network, a normal draw and a few additions.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Update(NamedTuple):
 
 
 def is_plain(denoiser: Denoiser) -> bool:
-    """Whether estimate and kernel are those of :class:`NeuralDenoiser`, known before the first step."""
+    """Whether a denoiser computes estimate and kernel as :class:`NeuralDenoiser` itself does."""
     decisive = ("process", "denoise", "reverse_kernel")
     return isinstance(denoiser, NeuralDenoiser) and all(
         getattr(type(denoiser), name) is getattr(NeuralDenoiser, name) for name in decisive
@@ -44,11 +44,11 @@ class Linear(NamedTuple):
 
     of_output: Tensor  #: :math:`p`
     of_x_t: Tensor  #: :math:`q`
-    scale: Tensor  #: what the network's state is divided by
+    scale: Tensor  #: divisor of the state before it enters the network
 
 
 def linear_map(denoiser: Any) -> Linear | None:
-    """How the estimate follows from the network's output, if linearly and with one number for each entry."""
+    """Coefficients of the estimate, if it is linear in the network's output, one number for each entry."""
     if (
         not is_plain(denoiser)
         or denoiser.schedule.event_dim
@@ -65,14 +65,14 @@ def linear_map(denoiser: Any) -> Linear | None:
         return prediction.estimate(*numbers, signal / scale, noise / scale)[0]
 
     p, q = x_0_hat(1.0, 0.0), x_0_hat(0.0, 1.0)
-    # Somebody's own parameterization may clip or bend.
+    # A user's own parameterization may clip, or be nonlinear in another way.
     if all(torch.allclose(x_0_hat(o, x), o * p + x * q) for o, x in ((-9.0, 4.0), (99.0, -40.0))):
         return Linear(p, q / scale, scale)
     return None
 
 
 class Row(NamedTuple):
-    """What one step needs; tensors, so that a compiled step is one for all."""
+    """The coefficients of one step; tensors, so that one compiled function serves all steps."""
 
     log_snr: Tensor
     scale: Tensor | None
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 
 def rows_of(update: Update, denoiser: Any, linear: Linear | None) -> list[Row]:
-    """The steps in terms of the network's output, or of the estimate where that is not linear in it."""
+    """The steps in terms of the network's output, or of the estimate if it is not linear in it."""
     one = torch.ones_like(update.of_x_t)
     p, q, scale = linear or (one, 0 * one, one)
     log_snr = denoiser.schedule.log_snr(downwards(denoiser.schedule))
@@ -113,13 +113,13 @@ def fused_step(
     z: Tensor | None,
     row: Row,
 ) -> tuple[Tensor, Tensor | None]:
-    """The network's call and the update: what is compiled."""
+    """The network's call and the update, compiled as one function."""
     state = x_t if row.scale is None else x_t / row.scale
     output = network(state.to(row.log_snr.dtype), row.log_snr.expand(len(x_t))).to(x_t.dtype)
     if output.shape != x_t.shape:
         raise ValueError(
-            f"argument 'network': got an output of shape {tuple(output.shape)}; expected that of the states, "
-            f"{tuple(x_t.shape)}. Keep the batch axis in front, and return one number for each entry."
+            f"argument 'network': got an output of shape {tuple(output.shape)}; expected the shape of the "
+            f"states, {tuple(x_t.shape)}. Keep the batch axis in front, and return one number for each entry."
         )
     return combine(output, x_t, previous, z, row)
 
@@ -127,7 +127,7 @@ def fused_step(
 def combine(
     output: Tensor, x_t: Tensor, previous: Tensor | None, z: Tensor | None, row: Row
 ) -> tuple[Tensor, Tensor | None]:
-    r""":math:`x_{t-1}`, and :math:`\hat x_0(x_t)` where the next step wants it."""
+    r""":math:`x_{t-1}`, and :math:`\hat x_0(x_t)` where the next step uses it."""
     x_s = (row.of_x_t * x_t).addcmul_(row.of_output, output)
     if row.noise is not None and z is not None:
         x_s.addcmul_(row.noise, z)
@@ -138,5 +138,5 @@ def combine(
 
 
 def downwards(schedule: NoiseSchedule) -> Tensor:
-    """Timesteps ``T … 2``, which a step leads from to another state."""
+    """Timesteps ``T … 2``, from each of which a step leads to another state."""
     return torch.arange(schedule.num_timesteps, 1, -1, device=schedule.device)

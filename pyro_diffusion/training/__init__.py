@@ -1,23 +1,23 @@
-r"""Adapters to what trains: objectives, the compiler, data in batches, several processes, Lightning.
+r"""Training: objectives, a compiled loss, data in batches, several processes, Lightning.
 
 .. math::
     \theta, \phi \;\leftarrow\; \operatorname*{arg\,max}_{\theta, \phi}\;
         \mathrm{ELBO}(\theta, \phi), \qquad
     \mathrm{ELBO} = E_q\big[\log p_\theta(x_{0:T}) - \log q_\phi(x_{1:T} \mid x_0)\big] .
 
-``SVI`` in a script needs none of these rooms:
+``SVI`` in a script needs none of these modules:
 
-- :mod:`~pyro_diffusion.training.fitting`: a whole run in one call, with its data in
-  :mod:`~pyro_diffusion.training.columns`, their held-out part in :mod:`~pyro_diffusion.training.held_out`,
-  and its result in :mod:`~pyro_diffusion.training.fitted`.
+- :mod:`~pyro_diffusion.training.fitting`: a whole run in one call. Its data are in
+  :mod:`~pyro_diffusion.training.columns`, the held-out part of them in
+  :mod:`~pyro_diffusion.training.held_out`, and its result in :mod:`~pyro_diffusion.training.fitted`.
 - :mod:`~pyro_diffusion.training.objectives`: KL warm-up, free bits, the variance of the bound.
 - :mod:`~pyro_diffusion.training.compilation`: any static model and guide as one compiled graph, which
   :mod:`~pyro_diffusion.training.graphs` traces and checks.
 - :mod:`~pyro_diffusion.training.batches` and :mod:`~pyro_diffusion.training.parallel`: arrays larger than
-  memory, and work shared out among processes.
+  memory, and work that is divided among processes.
 - :mod:`~pyro_diffusion.training.lightning_module` and :mod:`~pyro_diffusion.training.checkpoints`: the
   adapter to Lightning's ``Trainer``; :mod:`~pyro_diffusion.training.watching` is the callback of ``fit``.
-  Lightning is imported when one of their names is asked for.
+  Lightning is imported when one of their names is first used.
 """
 
 from importlib import import_module
@@ -64,10 +64,10 @@ _WITH_LIGHTNING = {
 }
 
 
-if not TYPE_CHECKING:  # which knows the names from above
+if not TYPE_CHECKING:  # type checkers read the imports above
 
     def __getattr__(name: str) -> Any:
-        """Import the names that need Lightning when they are asked for (PEP 562)."""
+        """Import the names that need Lightning when they are first used (PEP 562)."""
         if name not in _WITH_LIGHTNING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:

@@ -1,18 +1,19 @@
-r"""Data that need not fit into memory, in batches: an array on disk, shared out among processes.
+r"""Data that need not fit into memory, in batches: an array on disk, divided among processes.
 
-An array is anything of rows that takes a numpy array of row numbers: ``np.load(path, mmap_mode="r")``,
-a ``np.memmap``, an array, a tensor. Only the rows of a batch are read. No list of row numbers is made: the
-order of a pass is a permutation :math:`\pi` of :math:`\{0, …, N - 1\}` that is *computed*, row number by
-row number, with a key from the seed and the number of the pass. It takes no memory at any :math:`N`. Two
-numbers, the pass and the rows taken from it, say where a run stands, whatever the number of processes.
+An array is any object with rows that can be indexed by a numpy array of row numbers:
+``np.load(path, mmap_mode="r")``, a ``np.memmap``, an array, a tensor. Only the rows of a batch are read. No
+list of row numbers is made: the order of a pass is a permutation :math:`\pi` of :math:`\{0, …, N - 1\}` that
+is *computed*, row number by row number, with a key from the seed and the number of the pass. It takes no
+memory at any :math:`N`. Two numbers describe the position of a run for any number of processes: the pass,
+and the rows taken from it.
 
-The permutation is a Feistel network: a row number is cut into halves of :math:`b` bits, and each round
+The permutation is a Feistel network: a row number is split into halves of :math:`b` bits, and each round
 
 .. math::
     (\ell, r) \leftarrow (r,\ \ell \oplus (h(r + k_i) \bmod 2^b))
 
-can be undone, whatever the hash :math:`h`. The rounds together permute :math:`\{0, …, 4^b - 1\}`. A number
-that falls outside of :math:`\{0, …, N - 1\}` is sent through them again, until it falls inside.
+can be inverted for any hash :math:`h`. The rounds together permute :math:`\{0, …, 4^b - 1\}`. If the result
+is outside :math:`\{0, …, N - 1\}`, the rounds are applied to it again, until it is inside.
 
 References:
     How to Construct Pseudorandom Permutations from Pseudorandom Functions (Luby and Rackoff, 1988).
@@ -36,7 +37,7 @@ from pyro_diffusion.checks import check_count, require
 from pyro_diffusion.training.parallel import common_length, rank_and_size, share
 
 _AHEAD = (
-    64  # batches whose row numbers are computed together, which costs little more than those of one
+    64  # batches whose row numbers are computed together; this costs little more than one batch
 )
 _ROUNDS = 8  # four suffice in theory, for large halves; an order of ten rows needs more
 
@@ -80,7 +81,7 @@ class Batches(ABC):
 
 
 class ShuffledBatches(Batches):
-    r"""Batches for training: every pass has another order, which the seed determines.
+    r"""Batches for training: every pass has a new order, which the seed determines.
 
     A batch of all :math:`W` ranks is the next :math:`W n` rows in the order of the pass, and each rank has
     :math:`n` of them. The last ``N mod W n`` rows of an order are left out. An iteration continues where the
@@ -133,12 +134,12 @@ class ShuffledBatches(Batches):
             "argument 'batch_size'",
             f"{self.batch_size} on each of {rank_and_size()[1]} ranks, for {self.num_data} rows",
             "at most all rows in a batch",
-            "Take a smaller batch_size.",
+            "Pass a smaller batch_size.",
         )
         return count
 
     def __iter__(self) -> Iterator[Any]:
-        len(self)  # there is a batch, or an error
+        len(self)  # raises an error if there is no batch
         if self.taken + self._step > self.num_data:
             self.set_epoch(self.epoch + 1)
         while (left := (self.num_data - self.taken) // self._step) > 0:
@@ -169,7 +170,7 @@ class ShuffledBatches(Batches):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue from a position in the same data, with as many rows a step on all ranks together."""
+        """Continue from a position in the same data; all ranks together must read as many rows a step."""
         ours = self.state_dict()
         # With another step, Lightning's count of batches would be wrong.
         for name in ("seed", "num_data", "step"):
@@ -179,25 +180,25 @@ class ShuffledBatches(Batches):
                 f"a position in data with {name} {state_dict.get(name)}",
                 str(ours[name]),
                 (
-                    "Resume with the data and the seed of before, and with as many rows a step (batch_size "
-                    "times ranks); or load the checkpoint's weights and begin anew."
+                    "Resume with the same data, the same seed and as many rows a step (batch_size times "
+                    "ranks); or load the checkpoint's weights and start a new run."
                 ),
             )
         self.epoch, self.taken = state_dict["epoch"], state_dict["taken"]
 
 
 class OrderedBatches(Batches):
-    r"""Batches for validation, testing and evaluation: every row once, in order, on one rank alone.
+    r"""Batches for validation, testing and evaluation: every row once, in order, on a single rank.
 
     Each rank has a contiguous share (:func:`~pyro_diffusion.training.parallel.share`). All ranks have the
     same number of batches, so that none waits for a batch that another does not have. A batch can therefore
-    be a row short, or empty. :class:`~pyro_diffusion.training.lightning_module.SVIModule` passes over empty
-    ones.
+    have a row less than the others, or none. :class:`~pyro_diffusion.training.lightning_module.SVIModule`
+    skips empty batches.
 
     Args:
         data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
             (``{"x_0": …, "mask": …}``).
-        batch_size: Rows in a batch, at most, on each rank.
+        batch_size: Largest number of rows in a batch, on each rank.
 
     Raises:
         ValueError: Arrays of different lengths.
@@ -258,7 +259,7 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     Args:
         places: Places in the order, whole numbers in {0 … N − 1}.
         size: :math:`N`.
-        key: What determines the order: whole numbers, not negative.
+        key: Whole numbers, not negative, that determine the order.
 
     Returns:
         Row numbers, of the shape of ``places``.
@@ -272,7 +273,7 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, bits: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers of twice as many bits."""
+    """A permutation of the numbers with ``2 * bits`` bits."""
     mask = (np.uint64(1) << bits) - np.uint64(1)
     left, right = x >> bits, x & mask
     for key in keys:
@@ -288,7 +289,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 
 def rows_of(array: Any, rows: np.ndarray | slice) -> Tensor:
-    """Rows as a tensor in memory of its own."""
+    """Rows as a tensor; for other arrays than tensors, a copy."""
     if isinstance(array, Tensor):
         return array[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
     return torch.from_numpy(np.array(array[rows]))

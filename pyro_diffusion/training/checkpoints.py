@@ -1,9 +1,9 @@
-"""Checkpoints of a Lightning run: files that are written whole, and the newest one to continue from.
+"""Checkpoints of a Lightning run: files that are complete, and the newest one to continue from.
 
-A run that is killed leaves a file cut short, if it was writing one. :class:`CheckpointFiles` writes a file
-under another name and renames it when it is whole, so that an older checkpoint is never lost to a newer one.
+A run that is killed while it writes a checkpoint leaves an incomplete file. :class:`CheckpointFiles` writes a
+file under another name and renames it when it is complete, so that no older checkpoint is destroyed.
 :func:`latest_checkpoint` reads the files of a folder, from the newest to the oldest, and returns the first
-that is whole and of the model that is going to be trained.
+that is complete and belongs to the model that is going to be trained.
 """
 
 import os
@@ -22,20 +22,20 @@ from pyro_diffusion.training.lightning_module import SVIModule
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoint files, written under another name and renamed when they are whole.
+    """Lightning's checkpoint files, written under another name and renamed when they are complete.
 
     Use it as ``Trainer(plugins=[CheckpointFiles()])``. Without it a checkpoint is first written in the
-    system's temporary folder. Where that is another file system, it is then copied over the older checkpoint,
-    and a process that is killed meanwhile leaves neither.
+    system's temporary folder. If that is another file system, the file is then copied over the older
+    checkpoint. A process that is killed during the copy leaves neither of them.
 
     Raises:
-        ValueError: From reading, a file that is cut short or no checkpoint.
+        ValueError: From reading, a file that is incomplete or is not a checkpoint.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint. An older one of that name stays until this one is whole."""
+        """Write a checkpoint. An older one of that name is kept until the new one is complete."""
         path = Path(path)
         aside = path.with_name(f".{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,41 +46,41 @@ class CheckpointFiles(TorchCheckpointIO):
             torch.load(aside, weights_only=True, mmap=True, map_location="cpu")
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"checkpoint {str(path)!r}: got something that weights_only=True would not read again "
-                f"({str(error).splitlines()[0]}); expected tensors, Python's numbers and strings. Look for "
-                "NumPy's numbers among the optimiser's arguments, or objects in a callback's state."
+                f"checkpoint {str(path)!r}: got an object that weights_only=True cannot read again "
+                f"({str(error).splitlines()[0]}); expected tensors, Python numbers and strings. Look for "
+                "NumPy numbers among the optimiser's arguments, or objects in a callback's state."
             ) from error
         os.replace(aside, path)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint, or say why it cannot be read."""
+        """Read a checkpoint, or raise a ``ValueError`` with the reason why it cannot be read."""
         try:
             return super().load_checkpoint(path, *args, **kwargs)
         except FileNotFoundError:
             raise
-        except Exception as error:  # torch has one for each way in which a file can be broken
+        except Exception as error:  # torch raises many kinds for broken files
             raise ValueError(
                 f"checkpoint {str(path)!r}: got a file that cannot be read ({type(error).__name__}); "
-                "expected a whole checkpoint of Lightning's. It was cut short, or is something else: "
-                "resume from latest_checkpoint(folder, module), which passes over such files."
+                "expected a complete checkpoint of Lightning. The file was cut short, or is not a "
+                "checkpoint: resume from latest_checkpoint(folder, module), which skips such files."
             ) from error
 
 
 def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path | None:
-    """The newest whole checkpoint of this very model, for ``trainer.fit(…, ckpt_path=…)``.
+    """The newest complete checkpoint of this model, for ``trainer.fit(…, ckpt_path=…)``.
 
-    It looks at files from the newest to the oldest, and reads them with ``weights_only=True``. It passes over
-    a file that is cut short, damaged or of another model, with a warning that says why.
+    Files are read from the newest to the oldest, with ``weights_only=True``. A file that is incomplete,
+    damaged or of another model is skipped, with a warning that gives the reason.
 
     Args:
-        folder: Where checkpoints (``*.ckpt``) are, or are going to be.
+        folder: The folder of the checkpoints (``*.ckpt``); it may still be empty.
         module: The module that is going to be trained. It is not changed.
 
     Returns:
-        The file, or ``None`` where there is no checkpoint at all and the run begins.
+        The file; ``None`` if there is no checkpoint at all, and a new run begins.
 
     Raises:
-        ValueError: There are checkpoints, but none is whole and of this model. A new run would write over
+        ValueError: There are checkpoints, but none is complete and of this model. A new run would overwrite
             them.
     """
     require(
@@ -90,7 +90,7 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
         "the folder where checkpoints are",
         "Pass a file to trainer.fit(…, ckpt_path=…) itself.",
     )
-    # Each file once: last.ckpt is often a link, and for a moment a link to nothing.
+    # Each file once: last.ckpt is often a link, and its target may not exist for a moment.
     files = {path.resolve() for path in Path(folder).glob("*.ckpt") if path.is_file()}
     wrong = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
@@ -100,23 +100,23 @@ def latest_checkpoint(folder: str | os.PathLike[str], module: SVIModule) -> Path
             wrong.append(f"{path.name}: {error}")
         else:
             for reason in wrong:
-                warnings.warn(f"passed over {reason}", stacklevel=2)
+                warnings.warn(f"skipped {reason}", stacklevel=2)
             return path
     require(
         not wrong,
         "argument 'folder'",
         f"{str(folder)!r}, where no checkpoint can be used ({'; '.join(wrong)})",
-        "a whole one of this model, or none",
+        "a complete one of this model, or none",
         (
-            "Put another copy there, build the model with the arguments that it was saved with, or "
-            "train in another folder."
+            "Put another copy of a checkpoint there, build the model with the arguments of the saved "
+            "one, or train in another folder."
         ),
     )
     return None
 
 
 def _check_checkpoint(path: Path, module: SVIModule) -> None:
-    """Raise a ``ValueError`` if a file is not a whole checkpoint of a model like this one."""
+    """Raise a ``ValueError`` if a file is not a complete checkpoint of a model like this one."""
     checkpoint = CheckpointFiles().load_checkpoint(path, weights_only=True)
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
@@ -124,7 +124,7 @@ def _check_checkpoint(path: Path, module: SVIModule) -> None:
         damaged is None,
         f"checkpoint {str(path)!r}",
         f"a file whose part {damaged!r} is damaged",
-        "a whole one",
+        "a complete one",
         "Use another copy.",
     )
     require(
@@ -132,7 +132,7 @@ def _check_checkpoint(path: Path, module: SVIModule) -> None:
         f"checkpoint {str(path)!r}",
         "a file without the state of a run",
         "one that Lightning wrote",
-        "Numbers of a model alone are loaded with model.load(path).",
+        "To load the weights of a model alone, call model.load(path).",
     )
     state = checkpoint["state_dict"]
     check_state_dict(module, state)

@@ -1,14 +1,14 @@
-r"""Stock Pyro programs as one compiled graph: the loss and its gradients, random draws inside.
+r"""Pyro programs as one compiled graph: the loss and its gradients, with the random draws inside.
 
 A step of ``SVI`` runs two Python programs, site by site. Most of them have a static structure: they run the
-same tensor operations at every step. Traced once, forward and backward together, such programs are a graph
+same tensor operations at every step. Traced once, with the backward pass, such programs become a graph
 
 .. math::
     x_0 \;\mapsto\; \big(\widehat{\mathcal L},\; \nabla_{\theta, \phi}\, \widehat{\mathcal L}\big), \qquad
     \widehat{\mathcal L} = -\widehat{\mathrm{ELBO}},
 
 of a few hundred operations, which ``torch.compile`` turns into machine code.
-:mod:`~pyro_diffusion.training.graphs` makes the trace, and checks it against the programs.
+:mod:`~pyro_diffusion.training.graphs` makes the trace, and compares it with the programs.
 
 References:
     PyTorch 2: Faster Machine Learning Through Dynamic Python Bytecode Transformation and Graph
@@ -51,7 +51,7 @@ def compile_elbo(
 ) -> "CompiledELBO":
     r"""``elbo(model, guide)``, traced into one graph and compiled.
 
-    Model and guide may be any static pair, of this package or not::
+    Model and guide may be any static pair, of this package or your own::
 
         loss = compile_elbo(pair.model, pair.guide, TraceMeanField_ELBO())
         optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
@@ -67,27 +67,27 @@ def compile_elbo(
     leaves out draws that the loss does not depend on, such as those of sites with an analytic KL; otherwise
     the same seed gives the programs' draws.
 
-    A change of shape, dtype, device or training mode makes another graph, and so does another tensor in
-    place of a parameter or buffer. Drop the last batch if it is smaller. Parameters and buffers are the
-    modules' own, so whatever trains or loads them in place reaches the graph. Everything else stays as it
-    was at the first call: attributes and Python's numbers. Values, such as NaN in the data, are checked at
-    the first call only.
+    A new shape, dtype, device or training mode makes a new graph, and so does another tensor in place of a
+    parameter or buffer. Drop the last batch if it is smaller. The graph reads the modules' own parameters
+    and buffers, so that it uses new values if they are trained or loaded in place. Everything else
+    (attributes and Python numbers) keeps the value of the first call. Values, such as NaN in the data, are
+    checked at the first call only.
 
     Args:
         model: Program for :math:`p`.
         guide: Program for :math:`q`.
         elbo: ``Trace_ELBO(…)`` or a loss derived from it, such as ``TraceMeanField_ELBO(…)``.
-        backend: Of ``torch.compile``. ``None`` runs the graph's operations one by one. This is about as
-            fast as the programs without Pyro, and needs neither seconds nor a C++ compiler.
+        backend: Backend of ``torch.compile``. ``None`` runs the graph's operations one by one. This is
+            about as fast as the programs without Pyro, and needs neither time to compile nor a C++ compiler.
 
     Returns:
         A module that is called with the programs' arguments and returns the loss, minus the ELBO, in nats.
 
     Raises:
-        ValueError: A loss that enumerates, or has steps of its own. From a call: programs whose control flow
-            depends on values, whose draws are enumerated, that have nothing to train or put other tensors in
-            place of buffers; a first loss that is not finite; arguments that want gradients, or that are
-            neither tensors nor numbers or words; handlers around the call.
+        ValueError: A loss that enumerates, or that defines its own steps. From a call: programs whose control
+            flow depends on values, whose draws are enumerated, that have no parameters, or that put other
+            tensors in place of buffers; a first loss that is not finite; arguments that require gradients,
+            or that are neither tensors, numbers nor strings; handlers around the call.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -99,7 +99,7 @@ def compile_elbo(
 
 
 class CompiledELBO(nn.Module):
-    """The module that :func:`compile_elbo` makes."""
+    """The module that :func:`compile_elbo` returns."""
 
     __call__: Callable[..., Tensor]  # of forward
 
@@ -118,7 +118,7 @@ class CompiledELBO(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of model and guide; after a first call also what their param statements name."""
+        """Parameters of model and guide; after a first call also those of their param statements."""
         own = list(super().named_parameters(prefix, recurse, remove_duplicate))
         known = {id(parameter) for _, parameter in own}
         yield from own
@@ -132,19 +132,19 @@ class CompiledELBO(nn.Module):
         graph = self._graphs.get(self._key(values, spec))
         if graph is None:
             graph = self._compile(values, spec)
-            self._graphs[self._key(values, spec)] = graph  # the call has found more parameters
+            self._graphs[self._key(values, spec)] = graph  # a new key: the call may add parameters
         if torch.is_grad_enabled():
             return GraphLoss.apply(graph, tensors, *graph.leaves)
         return graph.run(*tensors)[0].clone()
 
     def _key(self, values: list[Any], spec: pytree.TreeSpec) -> Any:
-        """What a graph is good for: kinds of arguments and parameters, modes of modules, precision."""
+        """What a graph is valid for: kinds of arguments and parameters, modes of modules, precision."""
         read = (*self._leaves, *self._tensors_read())
         kinds = {id(tensor): tensor for tensor in read}
         return (
             spec,
             tuple(map(_kind, values)),
-            tuple(map(id, read)),  # in their places: one tensor may be in two
+            tuple(map(id, read)),  # by place: one tensor may be in two places
             tuple(map(_kind, kinds.values())),
             tuple([module.training for module in self._modes]),
             tuple(_PYRO_STACK),
@@ -160,7 +160,7 @@ class CompiledELBO(nn.Module):
         """Run the programs, trace them, and compile. The generators' states stay as they were."""
         devices = {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-            # A tensor that is given twice becomes two objects: one would be one input of the graph.
+            # A tensor that is passed twice becomes two objects, because one object would be a single input.
             values = [_own(value) if isinstance(value, Tensor) else value for value in values]
             with modules_called() as called:
                 leaves = self._find_leaves(values, spec)
@@ -203,9 +203,9 @@ class CompiledELBO(nn.Module):
         require(
             len(leaves) > 0,
             "arguments 'model' and 'guide'",
-            "programs without parameters that want gradients",
-            "some to train",
-            "Read a bound with elbo_terms.",
+            "programs without parameters that require gradients",
+            "parameters to train",
+            "Compute a bound without training by elbo_terms.",
         )
         self._leaves = list({id(leaf): leaf for leaf in (*self.parameters(), *leaves)}.values())
         return leaves
@@ -233,11 +233,11 @@ class CompiledELBO(nn.Module):
         return loss, surrogate
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_graphs": {}, "_stated": {}}  # they belong to the original
+        return self.__dict__ | {"_graphs": {}, "_stated": {}}  # a copy makes its own
 
 
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """The values among the arguments, and where they stand."""
+    """The values among the arguments, and their places."""
     if not kwargs and all(isinstance(value, Tensor) for value in args):
         return list(args), _of_tensors(len(args))
     return pytree.tree_flatten((args, kwargs))
@@ -245,7 +245,7 @@ def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any]
 
 @cache
 def _of_tensors(count: int) -> pytree.TreeSpec:
-    """Where the values stand if all arguments are tensors, which most calls have."""
+    """The places of the values if all arguments are tensors, as in most calls."""
     return pytree.tree_flatten(((0,) * count, {}))[1]
 
 
@@ -258,14 +258,14 @@ def _kind(value: Any) -> Any:
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if not isinstance(value, Hashable):
         raise ValueError(
-            f"arguments of a compiled ELBO: got a {type(value).__name__}; expected tensors, and numbers or "
-            "words that stay in the graph. Convert arrays with torch.as_tensor."
+            f"arguments of a compiled ELBO: got a {type(value).__name__}; expected tensors, or numbers and "
+            "strings that are constants of the graph. Convert arrays with torch.as_tensor."
         )
     return type(value), value  # True is not 1
 
 
 def _autocast(values: list[Any]) -> tuple[str, torch.dtype] | None:
-    """Mixed precision that the call is under."""
+    """The mixed precision of the call, or ``None``."""
     kind = next((value.device.type for value in values if isinstance(value, Tensor)), "cpu")
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
@@ -279,8 +279,8 @@ def _check_elbo(elbo: ELBO) -> Trace_ELBO:
         got = f"the class {elbo.__name__}" if isinstance(elbo, type) else type(elbo).__name__
         raise ValueError(
             f"argument 'elbo': got {got}; expected Trace_ELBO(), TraceMeanField_ELBO() or a loss that "
-            "changes their terms only. One that enumerates, traces or differentiates on its own is taken "
-            "as it is: elbo(model, guide)."
+            "changes their terms only. Use a loss that enumerates, traces or differentiates on its own "
+            "without compile_elbo: elbo(model, guide)."
         )
     return elbo
 
@@ -289,14 +289,15 @@ def _check_call(values: list[Any]) -> None:
     outside = [h for h in _PYRO_STACK if not getattr(h, "in_place", False)]
     if outside:
         raise ValueError(
-            f"handlers around a compiled ELBO: got {type(outside[0]).__name__}, which would not reach the "
-            "graph, or stay in it; expected none. Put it inside the programs, which are traced with it, or "
-            "take the ELBO as it is."
+            f"handlers around a compiled ELBO: got {type(outside[0]).__name__}, which would have no effect "
+            "on later calls, or a permanent one; expected none. Put it inside the programs, which are traced "
+            "with it, or use the ELBO without compile_elbo."
         )
     if any(isinstance(value, Tensor) and value.requires_grad for value in values):
         raise ValueError(
-            "arguments of a compiled ELBO: got a tensor that wants a gradient; expected data, for "
-            "gradients are those of the programs' parameters. Put what made the tensor into the programs."
+            "arguments of a compiled ELBO: got a tensor that requires a gradient; expected data, because "
+            "only the programs' parameters have gradients. Move the code that makes the tensor into the "
+            "programs."
         )
 
 
@@ -306,6 +307,6 @@ def _check_sites(*traces: poutine.Trace) -> None:
             site["type"] != "sample" or not site["infer"].get("enumerate"),
             f"site {site['name']!r}",
             "a site that is enumerated",
-            "draws, of which a compiled ELBO is made",
-            "Take TraceEnum_ELBO()(model, guide) as it is.",
+            "a site that is drawn, because a compiled ELBO cannot enumerate",
+            "Use TraceEnum_ELBO()(model, guide) without compile_elbo.",
         )

@@ -1,11 +1,12 @@
-r"""A step of training as a graph: the operations that a function runs, recorded once and compared with it.
+r"""A step of training as a graph: the operations of a function, recorded once and compared with it.
 
 A step is a function of tensors, :math:`x_0 \mapsto (\widehat{\mathcal L}, \nabla \widehat{\mathcal L})`. A
 trace runs it once and records every tensor operation, the random draws included. Three things can go wrong:
 
 - Python's control flow depends on a tensor's values. The recording stops with an error that says so.
-- A value leaves the tensors in silence, through ``tolist()`` or NumPy. These calls are refused.
-- The step does something else at every call. The graph and the step are therefore run once more from the
+- A value is copied out of the tensors, by ``tolist()`` or NumPy, and would become a constant of the graph.
+  These calls raise an error.
+- The step runs other operations at every call. The graph and the step are therefore run once more from the
   same seed, and their losses and gradients must agree.
 
 References:
@@ -28,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_diffusion.checks import require, unchecked
 
-#: The loss of some tensors, and behind it the gradients.
+#: Returns the loss of some tensors, followed by the gradients.
 Step = Callable[..., tuple[Tensor, ...]]
 Buffers = dict[nn.Module, dict[str, tuple[Tensor, Tensor]]]
 
@@ -41,11 +42,11 @@ def trace_step(step: Step, tensors: list[Tensor]) -> GraphModule:
 
     Args:
         step: Called as ``step(*tensors)``.
-        tensors: Arguments of the step. The graph is good for others of the same shapes and dtypes.
+        tensors: Arguments of the step. The graph is valid for others of the same shapes and dtypes.
 
     Raises:
-        ValueError: Control flow or shapes that depend on values, values that leave the tensors, a result
-            that is not finite, or a graph that gives other numbers than the step.
+        ValueError: Control flow or shapes that depend on values, values that are copied out of tensors, a
+            result that is not finite, or a graph that gives other numbers than the step.
     """
     graph = _recorded(step, tensors)
     _check_shapes(graph)
@@ -61,7 +62,7 @@ def leaves_of(loss: Any) -> list[Tensor]:
         node = nodes.pop()
         if hasattr(node, "variable"):
             leaves.append(node.variable)
-        # One operation can take a tensor twice, as w * w does: each parent once.
+        # Count each parent once: one operation can use a tensor twice, as w * w does.
         new = dict.fromkeys(p for p, _ in node.next_functions if p is not None and p not in seen)
         seen.update(new)
         nodes.extend(new)
@@ -69,10 +70,10 @@ def leaves_of(loss: Any) -> list[Tensor]:
 
 
 def without_dead_draws(graph: GraphModule) -> GraphModule:
-    """The graph without what nothing uses, draws included, such as those of sites whose KL has a formula.
+    """The graph without unused operations, including unused draws (at sites whose KL has a formula).
 
-    An optimising compiler removes dead operations by itself, but keeps draws, because they move the
-    generator.
+    An optimising compiler removes unused operations by itself, but it keeps draws, because they change the
+    state of the generator.
     """
     for node in reversed(graph.graph.nodes):
         if node.op == "call_function" and not node.users and _is_removable(node):
@@ -82,13 +83,13 @@ def without_dead_draws(graph: GraphModule) -> GraphModule:
 
 
 def _is_removable(node: torch.fx.Node) -> bool:
-    """Whether an operation has no other effect than its result, which nothing uses."""
+    """Whether an operation has no effect besides its result, which is not used."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.name.startswith("aten::") or "assert" in schema.name:
         return False
     if not schema.is_mutable:
         return True
-    # A draw in place, of which the graph has most, into a new tensor that nothing else reads.
+    # A draw in place (as most draws in a graph are) into a new tensor that no other operation reads.
     return torch.Tag.nondeterministic_seeded in cast(Any, node.target).tags and all(
         not maker.all_input_nodes and list(maker.users) == [node] for maker in node.all_input_nodes
     )
@@ -97,8 +98,8 @@ def _is_removable(node: torch.fx.Node) -> bool:
 def machine_code(graph: GraphModule, tensors: list[Tensor]) -> Step:
     """The graph, compiled by inductor as it is.
 
-    ``torch.compile`` would trace it once more, and check at every call what may have changed. The graph is a
-    trace already, and its owner's key says what it is good for.
+    ``torch.compile`` would trace it once more, and check at every call whether anything has changed. Neither
+    is needed: the graph is a trace already, and :class:`CompiledELBO` has a key for each valid graph.
     """
     from torch._inductor import (
         compile as compiled,
@@ -114,7 +115,7 @@ def modules_called() -> Iterator[Buffers]:
     called: Buffers = {}
 
     def note(module: nn.Module, args: Any) -> None:
-        """Look at a module before it runs for the first time."""
+        """Copy a module's buffers before it runs for the first time."""
         if module not in called:
             buffers = module.named_buffers(recurse=False)
             called[module] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
@@ -127,7 +128,7 @@ def modules_called() -> Iterator[Buffers]:
 
 
 def restore_buffers(called: Buffers) -> None:
-    """Put back what was in the buffers, such as running means, before the modules were called.
+    """Restore the buffers, such as running means, to their values before the modules were called.
 
     Raises:
         ValueError: A module that put another tensor in a buffer's place.
@@ -136,25 +137,25 @@ def restore_buffers(called: Buffers) -> None:
         for name, (buffer, before) in buffers.items():
             if getattr(module, name) is not buffer:
                 raise ValueError(
-                    f"buffer {name!r} of a {type(module).__name__}: got another tensor in a call; expected "
-                    "it to be changed in place, which a graph can do. Write self.x.copy_(…), not self.x = …"
+                    f"buffer {name!r} of a {type(module).__name__}: got a new tensor in a call; expected a "
+                    "change in place, which a graph can record. Write self.x.copy_(…), not self.x = …"
                 )
             with torch.no_grad():
                 buffer.copy_(before)
 
 
 def without_casts(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    """Mixed precision switched off, where it is on: a graph contains its casts."""
+    """Switch mixed precision off, because a graph contains its casts already."""
     return torch.autocast(autocast[0], enabled=False) if autocast else nullcontext()
 
 
 class CompiledGraph(NamedTuple):
-    """A compiled loss: ``compiled(*tensors)`` gives it, and its gradients by ``leaves``."""
+    """A compiled loss: ``compiled(*tensors)`` returns it with its gradients by ``leaves``."""
 
     compiled: Step
     leaves: Sequence[Tensor]
     autocast: tuple[str, torch.dtype] | None
-    held: list[Tensor]  # the key has their ids: while they live, no other object takes one of these
+    held: list[Tensor]  # kept alive, so that no other object can have one of the ids in the key
     fresh: bool = False  #: whether each gradient is in memory that nothing else uses
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -165,7 +166,7 @@ class CompiledGraph(NamedTuple):
     def tried(self, tensors: list[Tensor]) -> "CompiledGraph":
         """The same, after a first run that shows whether the gradients share memory with other tensors.
 
-        A graph always places its results alike. On a GPU it may write to the same memory at every run.
+        A graph always places its results in the same way. On a GPU it may reuse the same memory at every run.
         """
         loss, *grads = self.run(*tensors)
         if any(x.is_cuda for x in (loss, *grads)):
@@ -191,7 +192,7 @@ class GraphLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """The gradients that were kept, times that of the loss; as they are where that is one."""
+        """The gradients that were kept, times the gradient of the loss, unless that is one."""
         grads = ctx.saved_tensors
         if ctx.fresh and grad.item() == 1:
             return None, None, *grads
@@ -199,7 +200,7 @@ class GraphLoss(torch.autograd.Function):
 
 
 class _Recording(TorchFunctionMode):
-    """Keep the numbers of ``item()`` as tensors; refuse calls that would copy values out of the trace."""
+    """Keep the numbers of ``item()`` as tensors; raise an error for calls that copy values out of a trace."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -222,7 +223,7 @@ def _recorded(step: Step, tensors: list[Tensor]) -> GraphModule:
 
 
 def _check_shapes(graph: GraphModule) -> None:
-    """Refuse operations whose result has a shape that depends on values. Indexing by numbers is allowed."""
+    """Raise an error for shapes that depend on values. Indexing by numbers is allowed."""
     for node in graph.graph.nodes:
         if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) and (
             node.target is not torch.ops.aten.index.Tensor or _has_mask(node, graph)
@@ -231,7 +232,7 @@ def _check_shapes(graph: GraphModule) -> None:
 
 
 def _has_mask(index: torch.fx.Node, graph: GraphModule) -> bool:
-    """Whether a tensor is indexed by booleans, in which case their values say how many entries there are."""
+    """Whether a tensor is indexed by booleans, whose values determine the shape of the result."""
     values = (
         getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("tensor_meta")
         for node in cast(Any, index.args[1])
@@ -241,7 +242,7 @@ def _has_mask(index: torch.fx.Node, graph: GraphModule) -> bool:
 
 
 def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> None:
-    """Compare the graph with the step at new noise: gradients closely, sums of float32 less so."""
+    """Compare graph and step at new noise: gradients closely, the loss, a sum in float32, less closely."""
     results = []
     for run in (step, graph):
         torch.manual_seed(0)
@@ -252,7 +253,7 @@ def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> N
         math.isfinite(ours) and bool(our_grads.isfinite().all()),
         "first call of a compiled ELBO",
         f"a loss of {ours:g}, or gradients that are not finite",
-        "finite numbers, by which the graph is checked",
+        "finite numbers, because the graph is compared with the programs by them",
         "Check data and parameters.",
     )
     atol = 1e-5 * our_grads.abs().max().item()
@@ -263,6 +264,7 @@ def _check_agreement(step: Step, graph: GraphModule, tensors: list[Tensor]) -> N
 
 def _refusal(got: str) -> str:
     return (
-        f"arguments 'model' and 'guide': got {got}; expected programs of the same operations at every call, "
-        "which can be traced once. Write choices as torch.where, or take the ELBO as it is."
+        f"arguments 'model' and 'guide': got {got}; expected programs that run the same operations at every "
+        "call, so that they can be traced once. Write choices as torch.where, or use the ELBO without "
+        "compile_elbo."
     )

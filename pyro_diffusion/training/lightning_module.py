@@ -1,6 +1,6 @@
 r"""A Lightning module around ``ELBO()(model, guide)``, for training with Lightning's ``Trainer``.
 
-Everything that is not the bound is Lightning's own: progress bar, checkpoints and resuming, weight
+The module computes the bound. Lightning does the rest: progress bar, checkpoints and resuming, weight
 averaging (``EMAWeightAveraging``), gradient clipping, precision, devices and loggers are arguments of
 its ``Trainer``. Plain ``SVI`` in a script needs none of this.
 
@@ -8,7 +8,7 @@ Lightning also starts the processes (``Trainer(strategy="ddp", devices=…, num_
 the module adds four things. Each rank draws noise of its own. The timesteps of all ranks together are
 stratified (:class:`~pyro_diffusion.chains.JointStrata`). Validation counts each datum once. A checkpoint
 holds the state of every rank's generators, so that a run that was killed and is resumed on as many processes
-takes the same steps as one that was not.
+takes the same steps as a run without interruption.
 
 The loss is :math:`-\widehat{\mathrm{ELBO}} / N` over a batch of :math:`N`, in nats per datum. The meaning of
 a clipping threshold or a learning rate therefore does not depend on the batch size.
@@ -30,8 +30,8 @@ from pyro_diffusion.scoring import replayed
 from pyro_diffusion.training.batches import ShuffledBatches, check_shares, split_batch
 from pyro_diffusion.training.parallel import agreed_seed, gather, rank_and_size
 
-_NUM_BLOCKS = 5  # of timesteps, whose terms are logged together
-_MANY_BATCHES = 2**20  # more than a rank validates on: no two ranks' noise is seeded alike
+_NUM_BLOCKS = 5  # blocks of timesteps; the sum of the terms in a block is logged
+_MANY_BATCHES = 2**20  # more than a rank validates on, so that no two ranks have the same seeds
 
 
 class SVIModule(lightning.LightningModule):
@@ -40,32 +40,32 @@ class SVIModule(lightning.LightningModule):
     A batch is data of shape ``(N,) + event_shape``, alone, as the only tensor of a ``TensorDataset``, or
     in a dictionary of the programs' arguments (``{"x_0": …, "mask": …}``).
 
-    Training logs ``train_loss``, in nats per datum. Validation reads the bound with every timestep. It logs
-    ``val_bits_per_dim``, ``val_elbo`` with ``val_elbo_error`` (one standard error of the mean, particles and
-    data together), and the terms: ``val_x_0`` (reconstruction), ``val_x_T``, and blocks of timesteps between.
-    ``Trainer.test`` logs the same as ``test_…``. Every validation draws the same noise, so that only the
-    model changes between two of them.
+    Training logs ``train_loss``, in nats per datum. Validation computes the bound with every timestep. It
+    logs ``val_bits_per_dim``, ``val_elbo`` with ``val_elbo_error`` (one standard error of the mean, particles
+    and data together), and the terms: ``val_x_0`` (reconstruction), ``val_x_T``, and blocks of timesteps
+    between. ``Trainer.test`` logs the same as ``test_…``. Every validation draws the same noise, so that only
+    the model changes between two of them.
 
     On several ranks each reads its own data. Use :class:`~pyro_diffusion.training.batches.ShuffledBatches`
     for training, and :class:`~pyro_diffusion.training.batches.OrderedBatches` for validation: it reads each
     datum exactly once. When training begins, a rank's noise is seeded by a number from rank 0's generator
-    plus the rank. A single process draws what it would draw without Lightning. Checkpoints hold the states of
+    plus the rank. A single process has the same draws as without Lightning. Checkpoints hold the states of
     all generators, and ``trainer.fit(…, ckpt_path=…)`` continues from them.
 
     Args:
         model: Program for :math:`p`; a module, like all of this package's.
         guide: Program for :math:`q`.
         elbo: Loss, such as ``TraceMeanField_ELBO()``.
-        optimizer: ``optimizer(parameters)`` gives a torch optimiser, or whatever else Lightning's
+        optimizer: ``optimizer(parameters)`` returns a torch optimiser, or anything else that Lightning's
             ``configure_optimizers`` may return. An example is ``partial(torch.optim.Adam, lr=1e-3)``.
-        validation: The (model, guide) pair whose bound is read on validation data. By default these are the
-            programs themselves; for a subsampled ``model`` they are the whole chain that it is subsampled
-            from, with its ``posterior_guide``.
+        validation: The (model, guide) pair whose bound is computed on validation data. By default these are
+            the programs themselves; for a subsampled ``model`` they are the whole chain that it is
+            subsampled from, with its ``posterior_guide``.
         num_particles: Trajectories for each validation datum.
 
     Attributes:
-        history: Mean terms by timestep, ``(T + 1,)``, by the step at which validation data were read. Row t
-            is the term at ``x_t``, and row 0 the reconstruction.
+        history: Mean terms by timestep, ``(T + 1,)``, under the step of the validation. Row t is the term
+            at ``x_t``, and row 0 the reconstruction.
             :func:`~pyro_diffusion.plots.plot_training` draws it. It is part of checkpoints.
 
     Raises:
@@ -112,7 +112,7 @@ class SVIModule(lightning.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """The optimiser that was asked for, over all parameters of model and guide."""
+        """The optimiser that the user passed, over all parameters of model and guide."""
         return self.optimizer(self.parameters())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -132,7 +132,7 @@ class SVIModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Read the bound of a batch, with every timestep."""
+        """Compute the bound of a batch, with every timestep."""
         x_0, given = split_batch(batch)
         if not len(x_0):  # the end of a share that is shorter than another rank's
             return
@@ -147,7 +147,7 @@ class SVIModule(lightning.LightningModule):
     test_step = validation_step
 
     def on_fit_start(self) -> None:
-        """Give each rank noise of its own, or the generators' states that a checkpoint has for it."""
+        """Give each rank its own noise, or the generators' states for it in a checkpoint."""
         rank, world_size = rank_and_size()
         self._strata = None
         self._restore_generators()
@@ -158,7 +158,7 @@ class SVIModule(lightning.LightningModule):
                 "argument 'ckpt_path'",
                 f"checkpoints of the steps {steps} on ranks 0 … {len(steps) - 1}",
                 "the same one on all",
-                "Keep checkpoints in a folder that every node sees.",
+                "Keep checkpoints in a folder that every node can read.",
             )
             seed = agreed_seed()
             self._strata = JointStrata(rank, world_size, seed, self.device)
@@ -188,14 +188,14 @@ class SVIModule(lightning.LightningModule):
         return states
 
     def on_train_start(self) -> None:
-        """Begin a new run with the first batch, wherever an earlier run left its loader."""
+        """Begin a new run with the first batch, also if an earlier run has used the loader."""
         if self.trainer.global_step == 0 and isinstance(
             self.trainer.train_dataloader, ShuffledBatches
         ):
             self.trainer.train_dataloader.rewind()
 
     def on_validation_start(self) -> None:
-        """Refuse loaders that repeat data, and forget a validation that was broken off."""
+        """Raise an error for loaders that repeat data; discard the sums of an interrupted validation."""
         self._sums.clear()
         check_shares("validation", self.trainer.val_dataloaders)
 
@@ -284,7 +284,7 @@ def _sums(terms: ELBOTerms) -> Tensor:
 
 
 def _first_that_is_not_finite(elbo: Any, x_0: Tensor, given: dict[str, Any]) -> str:
-    """Name the site whose log-probability spoils the loss, on a fresh draw."""
+    """Describe the first site whose log-probability is not finite, on a new draw."""
     for trace in replayed(elbo.model, elbo.guide, x_0, **given):
         trace.compute_log_prob()
         for name, site in trace.nodes.items():

@@ -1,8 +1,8 @@
-r"""What to train on besides the bound itself: KL warm-up, free bits, and the bound's own variance.
+r"""Objectives besides the bound: KL warm-up, free bits, and the variance of the bound's estimate.
 
 The upper levels of a hierarchy often become inactive early in training: their KL falls to zero and stays
 there. Two usual remedies, KL warm-up and free bits, change the *objective*. They never change the bound that
-is reported, because :func:`~pyro_diffusion.bounds.elbo_terms` is unscaled whatever handlers do.
+is reported, because :func:`~pyro_diffusion.bounds.elbo_terms` ignores the scales of handlers.
 
 The bound of a long chain does not depend on the interior of a learned schedule. The interior is therefore
 trained to reduce the variance of the bound's estimate.
@@ -49,8 +49,9 @@ class KLWarmup(Messenger):
             keeps its own scale. A zero leaves the term out.
 
     Raises:
-        ValueError: A scale that is negative or not a number, or the name of a site that is not there. Also a
-            program that is traced once for all steps, as by a ``Jit…ELBO``: the scale would stay in it.
+        ValueError: A scale that is negative or not a number, or the name of a site that does not exist. Also
+            a program that is traced once for all steps, as by a ``Jit…ELBO``, because the scale would become
+            a constant of the trace.
     """
 
     def __init__(self, scale: float | Mapping[str, float]) -> None:
@@ -68,8 +69,8 @@ class KLWarmup(Messenger):
         if torch._C._get_tracing_state():
             raise ValueError(
                 f"site {msg['name']!r}: got a KLWarmup inside a program that is being traced; expected an "
-                "ELBO that runs it anew, or this scale would hold for ever. Use Trace_ELBO or "
-                "TraceMeanField_ELBO."
+                "ELBO that runs the program at every step, because a trace keeps this scale for all steps. "
+                "Use Trace_ELBO or TraceMeanField_ELBO."
             )
         self._seen.add(msg["name"])
         msg["scale"] = msg["scale"] * (
@@ -82,7 +83,7 @@ class KLWarmup(Messenger):
         if unknown and exception[0] is None:
             raise ValueError(
                 f"argument 'scale': got the site {min(unknown)!r}; expected latent sites of the programs, "
-                f"{', '.join(sorted(self._seen)) or 'of which none ran'}. Take names from "
+                f"{', '.join(sorted(self._seen)) or 'but none was run'}. Take names from "
                 "model.site_names."
             )
 
@@ -110,13 +111,12 @@ class FreeBitsELBO(TraceMeanField_ELBO):
             \frac1N \sum_{n=1}^N \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big)\Big),
 
     where the mean is over the batch. Vectorised particles are part of the mean; particles that are drawn one
-    after another each have a floor of their own. A level whose KL is below :math:`\lambda` is not pushed
-    further down. A site in a plate of its own, inside the data plate, has :math:`\lambda` for each entry of
-    that plate.
+    after another each have their own floor. The KL of a level below :math:`\lambda` is not reduced further.
+    A site in a plate of its own, inside the data plate, has :math:`\lambda` for each entry of that plate.
 
     Args:
         free_nats: :math:`\lambda`, nats for each level and datum.
-        arguments: Of ``TraceMeanField_ELBO``.
+        arguments: Arguments of ``TraceMeanField_ELBO``.
 
     Raises:
         ValueError: A negative :math:`\lambda`. From a step: a site without an analytic KL. The sites of a
@@ -128,7 +128,7 @@ class FreeBitsELBO(TraceMeanField_ELBO):
         self.free_nats = _at_least_zero(
             "free_nats",
             free_nats,
-            "It is the KL in nats that each level has without a cost: multiply bits by ln 2.",
+            "It is the KL in nats that costs nothing at each level: multiply bits by ln 2.",
         )
 
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
@@ -164,8 +164,8 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
     where :math:`\hat L_n` is one draw of the bound of a datum. The bound of a long chain does not depend on
     the interior :math:`\eta` of its schedule, so the mean of the squares falls when the variance falls. This
     is exact for a continuous pair and a good approximation for a long chain. It does not hold for a short
-    chain, whose bound depends on :math:`\eta`. The logarithm is there for optimisers that depend on the scale
-    of a gradient.
+    chain, whose bound depends on :math:`\eta`. The logarithm makes the gradient independent of the scale of
+    the bound, for optimisers that depend on it.
 
     The variance is smallest where :math:`-d\lambda/du \propto (E\, \ell^2)^{-1/2}`, with :math:`\ell` the
     bound's rate in the log-SNR. A step takes one more backward pass::
@@ -176,7 +176,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
     Args:
         parameters: :math:`\eta`, parameters of the programs, such as a
             :class:`~pyro_diffusion.schedules.MonotoneSchedule`'s ``interior``.
-        arguments: Of ``TraceMeanField_ELBO``.
+        arguments: Arguments of ``TraceMeanField_ELBO``.
 
     Raises:
         ValueError: No parameters. From a step: sites outside a data plate at dim −1, a parameter that the
@@ -185,7 +185,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
     def __init__(self, parameters: Iterable[Tensor], **arguments: Any) -> None:
         super().__init__(**arguments)
-        # A tensor is an iterable too: of its rows.
+        # A tensor is iterable as well, by rows.
         self.parameters = (
             list(parameters)
             if isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
@@ -200,7 +200,7 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
             )
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The loss, minus the bound. Adds its gradients, and those of the squares, to the parameters'."""
+        """Minus the bound. Adds its gradients, and those of the squares, to the gradients of parameters."""
         loss = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             _check_reparameterised(guide_trace)
@@ -218,8 +218,8 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
                 if square is None:
                     raise ValueError(
                         f"argument 'parameters': got one of shape {tuple(parameter.shape)} that the bound "
-                        "does not depend on; expected parameters of the programs. Pass those of this model's "
-                        "schedule."
+                        "does not depend on; expected parameters of the programs. Pass the parameters of "
+                        "this model's schedule."
                     )
                 parameter.grad = square if grad is None else grad + square
         return loss
@@ -230,8 +230,8 @@ def _check_reparameterised(guide_trace: Any) -> None:
         if _is_latent(site) and not site["fn"].has_rsample:
             raise ValueError(
                 f"site {name!r}: got draws of a {type(site['fn']).__name__}, which are not reparameterised; "
-                "expected draws that have a gradient, of which that of the variance is made. Use a schedule "
-                "that is fixed."
+                "expected draws that have a gradient, because the gradient of the variance needs it. Use a "
+                "fixed schedule."
             )
 
 
@@ -250,14 +250,14 @@ def bound_by_datum(
 
 
 def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any) -> Tensor:  # type: ignore[misc]
-    r"""One draw of the bound of every datum, :math:`\hat L_n`: what ``TraceMeanField_ELBO`` adds up.
+    r"""One draw of the bound of every datum, :math:`\hat L_n`; ``TraceMeanField_ELBO`` is minus their sum.
 
-    It takes any pair, a subsampled one included. KLs are analytic where they have a formula. It has
-    gradients by the data and by the parameters, and may stand in a ``pyro.factor`` of another program: no
-    handler outside sees its sites, and ``SVI`` finds its parameters.
+    It takes any pair, including a subsampled one. KLs are analytic where they have a formula. The result has
+    gradients by the data and by the parameters, and can be used in a ``pyro.factor`` of another program. Its
+    sites are hidden from handlers outside, but ``SVI`` trains its parameters.
 
     Args:
-        model: Program for :math:`p`, called as ``model(x_0)``; or a family, whose own programs are read.
+        model: Program for :math:`p`, called as ``model(x_0)``; or a family, which has both programs.
         guide: Program for :math:`q`, called as ``guide(x_0)``, in the model's order; left out for a family.
         x_0: Data, shape ``(N,)`` + the shape of one datum.
         given: Other arguments of both programs.
@@ -266,7 +266,7 @@ def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any)
         Float64 nats, ``(N,)``. Their standard deviation over :math:`\sqrt N` is the error of their mean.
 
     Raises:
-        ValueError: A site outside of a data plate at dim −1.
+        ValueError: A site outside a data plate at dim −1.
     """
     model, guide, x_0 = unpacked(model, guide, x_0)
     check_program("model", model)
@@ -290,7 +290,7 @@ def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
         if not any(plate.vectorized and plate.dim == -1 for plate in p["cond_indep_stack"]):
             raise ValueError(
                 f"site {name!r}: got a site outside of every plate; expected all sites in the data "
-                "plate, because the variance is that of a datum's bound. Put it into the plate."
+                "plate, because the bound is computed by datum. Put it into the plate."
             )
         term = term.expand(torch.broadcast_shapes(term.shape, p["fn"].batch_shape))
         total = total + term.reshape(-1, term.shape[-1]).sum(0)

@@ -1,4 +1,4 @@
-r"""Work shared out among processes: each rank has a share of the data, and all ranks get the whole result.
+r"""Work divided among processes: each rank has a share of the data, and all ranks get the whole result.
 
 Of :math:`N` data and :math:`W` ranks, rank :math:`r` works on the rows
 
@@ -6,9 +6,9 @@ Of :math:`N` data and :math:`W` ranks, rank :math:`r` works on the rows
     \lfloor r N / W \rfloor, …, \lfloor (r + 1) N / W \rfloor - 1,
 
 and the results are joined in the order of ranks, which is the order of the data. Every datum counts once,
-whether or not :math:`W` divides :math:`N`. The processes are those of ``torch.distributed``, whatever
-started them (``torchrun``, Lightning's Trainer). Where it was not initialised there is one process, which is
-rank 0 of one and has all the data.
+whether or not :math:`W` divides :math:`N`. The processes are those of ``torch.distributed``, started by
+``torchrun``, by Lightning's Trainer or in another way. If it is not initialised, there is a single process,
+rank 0, with all the data.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,22 +24,22 @@ _Result = TypeVar("_Result")  # of a function of data
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank, and how many processes there are; ``(0, 1)`` for one that stands alone."""
+    """This process's rank, and the number of processes; ``(0, 1)`` for a single process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def share(count: int) -> slice:
-    """The rows of ``count`` that are this rank's; possibly none."""
+    """This rank's part of ``count`` rows; possibly empty."""
     rank, size = rank_and_size()
     return slice(rank * count // size, (rank + 1) * count // size)
 
 
 def gather(thing: Any) -> list[Any]:
-    """The things of all ranks, in the order of ranks. Every rank must call it, and gets the same list.
+    """The objects of all ranks, in the order of ranks. Every rank must call it, and gets the same list.
 
-    Tensors travel through CPU memory, whatever the backend, and stay there.
+    Tensors are sent through CPU memory with any backend, and are returned there.
     """
     size = rank_and_size()[1]
     if size == 1:
@@ -74,19 +74,19 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
     generator. Afterwards the generators continue from where they were.
 
     Args:
-        function: Called with this rank's rows of each, or with its part of a count. It returns a tensor
-            with one row for each datum, or a named tuple whose tensors have the data in their last
+        function: Called with this rank's rows of each tensor, or with its part of a count. It returns a
+            tensor with one row for each datum, or a named tuple whose tensors have the data in their last
             dimension, such as :class:`~pyro_diffusion.bounds.ELBOTerms` and
             :class:`~pyro_diffusion.evidence.Evidence`.
         data: Tensors or arrays (also on disk) of ``N`` rows each, or the number ``N`` of data to draw.
 
     Returns:
-        What ``function`` returns, for all ``N``, on this rank's device and in the order of the data. Under
-        a mask ``event_size`` is averaged over data.
+        The result of ``function`` for all ``N`` data, on this rank's device and in the order of the data.
+        Under a mask ``event_size`` is averaged over data.
 
     Raises:
-        ValueError: Tensors of different lengths, or results that cannot be joined. An error on one rank
-            is raised there, and on the others with the rank's number, so that none waits for it.
+        ValueError: Tensors of different lengths, or results that cannot be joined. An error on one rank is
+            raised on that rank, and on the others with the rank's number, so that no rank waits for ever.
 
     Example:
         >>> denoiser = GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5))
@@ -97,7 +97,7 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
         >>> over_ranks(diffusion.sample, 16).shape
         torch.Size([16, 2])
     """
-    remedy = "Pass tensors with the data in front, or how many data to draw."
+    remedy = "Pass tensors with the data in front, or the number of data to draw."
     count = common_length([x if isinstance(x, int) else len(x) for x in data], remedy)
     if rank_and_size()[1] == 1:
         return function(*data)
@@ -129,7 +129,7 @@ def _device_type(value: Any) -> str:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy to be sent. Of a view it has the rows only, and not the whole storage."""
+    """A copy to be sent. The copy of a view has its rows only, and not the whole storage."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return type(value)(*map(_on_cpu, value)) if hasattr(value, "_fields") else value
@@ -144,8 +144,8 @@ def _joined(values: Sequence[Any], sizes: Sequence[int], device: str) -> Any:
         shape = f" of shape {tuple(first.shape)}" if isinstance(first, Tensor) else ""
         raise ValueError(
             f"argument 'function': got one that returns a {type(first).__name__}{shape} for {sizes[0]} data; "
-            "expected a tensor with a row for each datum, or a named tuple such as ELBOTerms. Return what is "
-            "known of each datum, and take means of the joined result."
+            "expected a tensor with a row for each datum, or a named tuple such as ELBOTerms. Return values "
+            "for each datum, and take means of the joined result."
         )
     return type(first)(
         *(
@@ -168,9 +168,9 @@ def _joined_field(name: str, parts: Sequence[Any], sizes: Sequence[int], device:
     elif name == "event_size":
         return sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
     raise ValueError(
-        f"argument 'function': got results whose field {name!r} is no property of single data; expected "
-        "tensors with the data in the last dimension and numbers that all ranks agree on, as in ELBOTerms "
-        "and Evidence. Share out elbo_terms or importance_evidence, or average such results yourself."
+        f"argument 'function': got results whose field {name!r} is not given by datum; expected "
+        "tensors with the data in the last dimension and numbers that are equal on all ranks, as in "
+        "ELBOTerms and Evidence. Pass elbo_terms or importance_evidence, or join the results yourself."
     )
 
 
