@@ -223,7 +223,9 @@ def test_the_site_needs_no_network(site):
 def test_links_inside_the_site_resolve(site):
     """Every relative link leads to a file, and to an id in it."""
     ids, broken = {}, []
-    pages = [page for page in site.rglob("*.html") if "_modules" not in page.parts]  # of source code
+    pages = [
+        page for page in site.rglob("*.html") if "_modules" not in page.parts
+    ]  # of source code
     for page in pages:
         for target in set(re.findall(r'<a\b[^>]*?href="([^"]+)"', page.read_text())):
             if "://" in target or target.startswith("mailto:"):
