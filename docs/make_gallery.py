@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ RUNS = {
     "scale_out": ("", None),
     "two_moons": ("", "two_moons.png"),
 }
+BAR = re.compile(r"\|.*\| *\d+/\S+ \[|\x1b\[A")
 WIDTH, LARGEST = 1000, 140_000  # of a picture, in pixels and in bytes
 
 
@@ -67,8 +69,7 @@ def run(name, note):
         seconds = time.perf_counter() - start
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-        text = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
-        (GALLERY / f"{name}.txt").write_text(text + "\n")
+        (GALLERY / f"{name}.txt").write_text(printed(done.stdout))
         if picture:
             keep(next(Path(folder).rglob(picture)), GALLERY / f"{name}.png")
     threads = torch.get_num_threads()
@@ -79,6 +80,12 @@ def run(name, note):
         "machine": f"{machine}, {note}" if note else machine,
         "picture": picture and f"{name}.png",
     }
+
+
+def printed(text):
+    """What an example printed, without the progress bars that Lightning prints as well."""
+    lines = [line.rstrip() for line in text.splitlines() if not BAR.search(line)]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 def keep(source, target):

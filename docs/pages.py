@@ -84,7 +84,9 @@ def _section(path, run):
         parts.append(f"```{{image}} gallery/{run['picture']}\n:alt: What {path.name} draws\n```")
     if run:
         parts.append(f"```console\n$ {run['command']}\n```")
-        parts.append(f"{run['seconds']:.0f} seconds on {run['machine']}.")
+        short = " A short run: without these options it takes longer and reaches more."
+        given = short if run["command"].split()[2:] else ""
+        parts.append(f"{run['seconds']:.0f} seconds on {run['machine']}.{given}")
         parts.append(_dropdown("Output", f"gallery/{path.stem}.txt", "text"))
     parts.append(_dropdown("Source", f"../examples/{path.name}", "python"))
     return "\n\n".join(parts) + "\n"

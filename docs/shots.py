@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 SITE = HERE / "_build/html"
 SHOTS = HERE / "_build/shots"
 PAGES = (
-    "index.html", "guides/index.html", "guides/evidence.html", "guides/missing_data.html", "tutorial/1_vae.html", "gallery.html",
+    "index.html", "guides/index.html", "guides/evidence.html", "guides/missing_data.html",
+    "tutorial/1_vae.html", "gallery.html",
     "api/processes.html", "equations.html", "glossary.html", "benchmarks.html", "search.html?q=likelihood",
 )  # fmt: skip
 SIZES = {1280: 1500, 400: 1500}
