@@ -61,11 +61,17 @@ def gallery():
 
 
 def _story(path):
-    """The first line and the second paragraph of an example's docstring, as Markdown."""
-    paragraphs = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")
-    first, *others = (re.sub(r":math:`([^`]+)`", r"$\1$", text) for text in paragraphs)
-    story = (others or [""])[0].replace("``", "`")
-    return first.rstrip("."), f"{story[:-1]}." if story.endswith(":") else story
+    """The first line of an example's docstring, and what follows up to its commands, as Markdown."""
+    title, *others = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")
+    story = []
+    for text in others:
+        if text.startswith("    python "):
+            break
+        if text.startswith("    "):
+            story.append(f"```text\n{text}\n```")
+        else:
+            story.append(re.sub(r":math:`([^`]+)`", r"$\1$", text).replace("``", "`"))
+    return title.rstrip("."), "\n\n".join(story)
 
 
 def _card(path, run):
@@ -87,13 +93,15 @@ def _section(path, run):
         short = " A short run: without these options it takes longer and reaches more."
         given = short if run["command"].split()[2:] else ""
         parts.append(f"{run['seconds']:.0f} seconds on {run['machine']}.{given}")
-        parts.append(_dropdown("Output", f"gallery/{path.stem}.txt", "text"))
+        shown = ":open:\n" * (not run["picture"])  # where there is nothing else to look at
+        parts.append(_dropdown("Output", f"gallery/{path.stem}.txt", "text", shown))
     parts.append(_dropdown("Source", f"../examples/{path.name}", "python"))
     return "\n\n".join(parts) + "\n"
 
 
-def _dropdown(title, file, language):
+def _dropdown(title, file, language, options=""):
     return f"""::::{{dropdown}} {title}
+{options}
 ```{{literalinclude}} {file}
 :language: {language}
 ```
