@@ -34,7 +34,7 @@ extensions = [
     "sphinx_design",
     "myst_nb",
 ]
-exclude_patterns = ["_build", "gallery/*.txt", "reading.md"]  # reading.md: now a guide
+exclude_patterns = ["_build", "gallery/*.txt"]
 
 html_theme = "furo"
 html_title = "pyro_diffusion"
@@ -88,8 +88,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!pyro_diffusion\.)\w+(\.\w+)+"),
     (r"py:.*", r"pyro_diffusion\.(\w+\.)*_\w+"),
-    (r"py:.*", r"pyro_diffusion\.(\w+\.)*(Axes|Batches|Embedding|ModuleT|Sizes)"),  # names of types
-    (r"py:class", r"Axes|ExpandedDistribution|Tensor"),
+    (r"py:.*", r"pyro_diffusion\.(\w+\.)*(Axes|Batches|Columns|Embedding|ModuleT|P|R|Sizes)"),  # names of types
+    (r"py:class", r"Axes|ExpandedDistribution|P|Tensor"),
 ]
 
 #: Pages that are made from other files, and how.
