@@ -88,7 +88,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!pyro_diffusion\.)\w+(\.\w+)+"),
     (r"py:.*", r"pyro_diffusion\.(\w+\.)*_\w+"),
-    (r"py:.*", r"pyro_diffusion\.(\w+\.)*(Axes|Batches|Columns|Embedding|ModuleT|P|R|Sizes)"),  # names of types
+    # Names of types
+    (r"py:.*", r"pyro_diffusion\.(\w+\.)*(Axes|Batches|Columns|Embedding|ModuleT|P|R|Sizes)"),
     (r"py:class", r"Axes|ExpandedDistribution|P|Tensor"),
 ]
 

@@ -84,8 +84,9 @@ def fit(
     the end, also after an error or an interrupt. A run ends early when the best has been ahead of the last by
     two standard errors of their paired difference three times in a row, but not in its first quarter.
 
-    A diffusion model is trained at random timesteps (:meth:`~pyro_diffusion.diffusion.DiffusionModel.subsampled`), a
-    hierarchical VAE by its own programs. In runs of 300 steps and more the step is traced into one graph
+    A diffusion model is trained at random timesteps
+    (:meth:`~pyro_diffusion.diffusion.DiffusionModel.subsampled`), a hierarchical VAE by its own programs. In
+    runs of 300 steps and more the step is traced into one graph
     (:func:`~pyro_diffusion.training.compile_elbo`) where the programs are static. Lightning runs it, on the
     device that the model is on.
 
