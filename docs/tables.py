@@ -251,6 +251,36 @@ def parity(found):
     )
 
 
+def fit(found):
+    speed = found["speed"]
+    low, high = speed["range"]
+    parts = [
+        f"A step of `fit` takes {speed['ratio']:.2f} ({low:.2f} to {high:.2f}) times as long as a step by "
+        f"hand (aim: ≤ {speed['target']:.1f}), {speed['milliseconds']:.2f} ms.\n",
+        table(
+            ["data", "`fit` ahead of the loop by hand, nats per datum"],
+            [
+                [r["data"], f"{r['ahead']['value']:.3f} ± {r['ahead']['error']:.3f}"]
+                for r in found["hand"]
+            ],
+        ),
+        table(
+            ["data", "defaults, nats", "best by hand", "behind, nats per dimension", "within the aim"],
+            [
+                [r["data"], _pair(r["bounds"]["defaults"]),
+                 f"{_pair(r['bounds'][r['best_by_hand']])}, {r['best_by_hand']}",
+                 f"{r['behind_per_dim']:.4f} ± {r['error_per_dim']:.4f}", "yes" if r["within"] else "no"]
+                for r in found["defaults"]
+            ],
+        ),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _pair(mean):
+    return f"{mean['value']:.3f} ± {mean['error']:.3f}"
+
+
 #: The sections of the page, the benchmarks in each, and how their numbers become a table.
 TABLES = {
     "Speed and memory": [speed, evidence, memory_map, paired],
@@ -258,6 +288,7 @@ TABLES = {
     "Bounds and schedules": [lengths, variance],
     "Densities that are known": [toys, heartbeat, ising],
     "Samples": [samplers],
+    "Training": [fit],
     "Robustness": [stress, parity],
 }
 
