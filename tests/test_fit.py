@@ -137,10 +137,12 @@ def ladder():
 
 
 def bits():
+    torch.manual_seed(0)
     return DiffusionModel(NeuralBernoulliDenoiser(MLP((4,)), LogSNRSchedule(10), (4,)))
 
 
 def categories():
+    torch.manual_seed(0)
     network = MLP((4, 3), hidden_size=16)
     return DiffusionModel(
         NeuralCategoricalDenoiser(network, LogSNRSchedule(10), (4,), num_categories=3)
@@ -152,8 +154,8 @@ MODELS = {
     "one step": (lambda: build(1), data()),
     "hierarchical VAE": (vae, data()),
     "ladder": (ladder, data()),
-    "bits": (bits, torch.rand(120, 4).round()),
-    "categories": (categories, torch.randint(3, (120, 4))),
+    "bits": (bits, (data(240).reshape(120, 4) > 0).float()),
+    "categories": (categories, (data(240).reshape(120, 4) + 1).clamp(0, 2).long()),
 }
 
 
