@@ -228,8 +228,8 @@ def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
     if not tail.any():
         raise ValueError(
             "argument 'evidence': got no datum with a Pareto k; expected weights with a tail to plot. "
-            "Draw at least 25 particles. If all weights are constant (k = −∞), the evidence is exact, and there is "
-            "nothing to plot."
+            "Draw at least 25 particles. If all weights are constant (k = −∞), the evidence is exact, and "
+            "there is nothing to plot."
         )
     if _is_new(arviz):
         zeros = np.zeros(int(tail.sum()))

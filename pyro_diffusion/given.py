@@ -66,7 +66,7 @@ class Given(NamedTuple):
         require(
             not unknown,
             f"argument {min(unknown, default='')!r}",
-            "an argument that programs and readers do not have",
+            "a name that is no argument of programs and readers",
             "mask=, context= or null=",
             "Check the spelling.",
         )
