@@ -138,7 +138,7 @@ def as_real(x_0: Tensor | None) -> Tensor | None:
 
 
 def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
-    """The state as a kernel of the model sees it: ``gap`` in place of each unobserved entry."""
+    """The state as a kernel of the model gets it: ``gap`` in place of each unobserved entry."""
     if mask is None:
         return x_t
     if gap is None:

@@ -30,7 +30,7 @@ __all__ = [
     "rows_within",
 ]
 
-#: Bytes of tensors that a reader holds at a time, beside the model, the data and the results.
+#: Bytes of tensors that a reader holds at a time, besides the model, the data and the results.
 BUDGET = 2**28
 
 #: Rows of the second measurement: enough to separate the memory of a row from what all rows share.

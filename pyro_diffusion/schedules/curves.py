@@ -80,7 +80,7 @@ class AlphaSchedule(InterpolatedSchedule):
         super().__init__(alpha, len(alpha))
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
-        r"""A copy on the same grid. There is no other grid.
+        r"""A copy on the same grid, which is the only one.
 
         Raises:
             ValueError: ``num_timesteps`` is not :math:`T`.

@@ -155,7 +155,7 @@ class StridedSchedule(ScheduleView):
         return self.schedule.scales(log_snr)
 
     def with_num_timesteps(self, num_timesteps: int) -> "StridedSchedule":
-        """A copy with the same timesteps, of which there is no other number.
+        """A copy with the same timesteps. Their number cannot change.
 
         Raises:
             ValueError: ``num_timesteps`` is not the number of its timesteps.
@@ -180,7 +180,7 @@ class StridedSchedule(ScheduleView):
 
 
 def _check_increasing(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
-    remedy = f"Pass [1, {last}], say; the chain starts at the last of them."
+    remedy = f"Pass [1, {last}], for example; the chain starts at the last of them."
     steps = check_timesteps(timesteps, 1, last, remedy)
     got, expected = f"{timesteps!r:.80}", f"increasing whole numbers in 1 … {last}"
     require(all(a < b for a, b in pairwise(steps)), "argument 'timesteps'", got, expected, remedy)
