@@ -125,7 +125,7 @@ class DiffusionModel(Family):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be the same in a ``state_dict``, except for the network."""
+        """What a ``state_dict`` must have in common with the model, except for the network."""
         return super().description | {
             "schedule": describe_part(self.schedule),
             "denoiser": describe_part(self.denoiser),
@@ -208,8 +208,8 @@ class DiffusionModel(Family):
                 - \mathrm{KL}\big(q(x_{\lambda(1)} \mid x_0) \,\|\, p\big)
                 + \tfrac12 \int_0^1 \tfrac{d\,\mathrm{SNR}}{du}\, E \lVert x_0 - \hat x_0(x_u) \rVert^2\, du .
 
-        It depends only on the ends of the schedule's curve, and only on the means of the reverse kernels,
-        because all variances have the same limit (Kingma et al., 2021, section 4.2). The
+        Of the schedule, the bound depends only on the ends of the curve. Of the reverse kernels, it depends
+        only on the means, because all variances have the same limit (Kingma et al., 2021, section 4.2). The
         pair takes the arguments of :meth:`subsampled` and is used like it, for training or for evaluation.
 
         Raises:
@@ -224,7 +224,7 @@ class DiffusionModel(Family):
         )
 
     def with_both_ends(self) -> Self:
-        r"""The model; but two steps in place of one, whose only state is at :math:`\lambda(1)`."""
+        r"""The model; with two steps instead if it has one, whose only state is at :math:`\lambda(1)`."""
         return self if self.schedule.num_timesteps > 1 else self.with_num_timesteps(2)
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
@@ -242,8 +242,8 @@ class DiffusionModel(Family):
         calls, and have a bound of their own.
 
         Args:
-            timesteps: Increasing whole numbers in ``1 … T``; or their number, to space them evenly from the
-                first to the last (a single one is ``T``).
+            timesteps: Increasing whole numbers in ``1 … T``; or the number of timesteps, which are then
+                evenly spaced from the first to the last (a single one is ``T``).
 
         Raises:
             ValueError: Timesteps outside that range, out of order, or more than there are.
@@ -283,7 +283,7 @@ class DiffusionModel(Family):
         return self.embed_mask(mask)
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap if unobserved.
+        """Data as states, ``(N,) + event_shape``, in the chain's dtype; unobserved entries are the gap.
 
         The first data of a model with a network are compared with the chain's noise, with a warning if their
         scale does not fit. An exact denoiser has the scale of its data among its arguments.

@@ -157,7 +157,7 @@ class Family(ParamScope, metaclass=Listing):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be the same in a ``state_dict``, except for the networks."""
+        """What a ``state_dict`` must have in common with the model, except for the networks."""
         return super().description | {
             "likelihood": describe_part(self.likelihood),
             "transform": describe(self.transform),
@@ -175,7 +175,7 @@ class Family(ParamScope, metaclass=Listing):
         return self.likelihood
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap if unobserved."""
+        """Data as states, ``(N,) + event_shape``, in the chain's dtype; unobserved entries are the gap."""
         if x_0.device != self.device:
             raise ValueError(
                 f"argument 'x_0': got data on {x_0.device}; expected {self.device}, where "

@@ -155,7 +155,7 @@ class HierarchicalVAE(Family):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be the same in a ``state_dict``, except for the layers."""
+        """What a ``state_dict`` must have in common with the model, except for the layers."""
         return super().description | {
             "latent_sizes": str([tuple(shape) for shape in self.latent_shapes]),
             "encoder": describe_part(self.encoder),

@@ -235,7 +235,7 @@ class ParamScope(nn.Module):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be the same in a ``state_dict``, besides the names and shapes of its tensors."""
+        """What a ``state_dict`` must have in common with the model, besides names and shapes of tensors."""
         return {"model": type(self).__name__}
 
     def get_extra_state(self) -> Tensor:

@@ -235,7 +235,7 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
         ) from error
     if inside and holds(y.isfinite()) and not isinstance(transform, nn.Module):
-        # There and back, a bijection moves a datum by rounding, a clamped or saturated one by its own size.
+        # A round trip moves a datum by rounding; in a clamped or saturated transform, by about its own size.
         eps, size = torch.finfo(y.dtype).eps, x_0.abs()
         tolerance = eps**0.5 * size.amax(0) + eps * size.amax()
         inside = holds((transform.inv(y) - x_0).abs() <= tolerance)

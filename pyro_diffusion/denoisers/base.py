@@ -282,7 +282,7 @@ def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
 
 
 def _misfit(network: nn.Module, arguments: tuple[str, ...]) -> TypeError | None:
-    """Why a network cannot be called with these arguments; ``None`` if it can, or is of unknown signature."""
+    """Why a network cannot be called with these arguments; ``None`` if it can, or if this is unknown."""
     try:
         signature = inspect.signature(network.forward)
     except ValueError:  # of a compiled extension
