@@ -283,7 +283,7 @@ def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
     if not all(isinstance(normal, Normal) for normal in normals):
         raise ValueError(
             f"argument 'encoder': got layers that return {' and '.join(type(k).__name__ for k in normals)}; "
-            "expected Normals from the head and from the decoder, which a ladder merges by their precisions. "
+            "expected Normals from the head and from the decoder, because a ladder merges them by precision. "
             "Subclass TopDownEncoder for other kernels."
         )
     return normals
