@@ -2,7 +2,7 @@ r"""Diffusion models: the chains of :mod:`~pyro_diffusion.chains` with linear-Ga
 
 A diffusion model is a Markovian hierarchical VAE with three restrictions: latents of the data's
 size, the fixed encoder :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t} x_{t-1}, (1 - \alpha_t) I)`, and
-a standard normal end. What is learned is the reverse chain,
+a standard normal distribution at the end. What is learned is the reverse chain,
 :math:`p_\theta(x_{0:T}) = p(x_T) \prod_t p_\theta(x_{t-1} \mid x_t)`.
 
 References:

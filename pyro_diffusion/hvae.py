@@ -6,8 +6,8 @@ r"""Hierarchical VAEs: the chains of :mod:`~pyro_diffusion.chains` with learned 
 with an encoder of :mod:`~pyro_diffusion.encoders`, bottom-up or top-down.
 
 A diffusion model is a hierarchical VAE with three restrictions: latents of the data's size, a fixed
-encoder, and a standard normal end. With the kernels of a diffusion model as its layers, the programs below
-have the same bound, term by term (``tests/test_hvae.py``).
+encoder, and a standard normal distribution at the end. With the kernels of a diffusion model as its layers,
+the programs below have the same bound, term by term (``tests/test_hvae.py``).
 
 The latent :math:`h_t` is at site ``x_t``, as in every chain. The order of the encoder decides the form
 of the bound's terms. With a top-down encoder every term is a KL. With a bottom-up encoder only the term at
