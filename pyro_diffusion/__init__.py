@@ -5,8 +5,8 @@ denoiser sites, and Pyro's own ``SVI`` and ``Trace_ELBO`` compute the hierarchic
 timestep. Start at :class:`DiffusionModel`. The equations of the forward process are in
 :mod:`~pyro_diffusion.processes`, the programs in :mod:`~pyro_diffusion.chains`.
 
-The names here are those that a user types. What an extension needs (abstract classes, programs, laws) is in
-its room, such as :mod:`pyro_diffusion.denoisers`.
+The names here are those that a user needs. What an extension needs (abstract classes, programs, laws) is in
+the subpackages, such as :mod:`pyro_diffusion.denoisers`.
 """
 
 from pyro_diffusion.bounds import ELBOTerms, Estimate, elbo_terms, evaluate_bound, snr_weight

@@ -2,7 +2,7 @@ r"""What is installed, and whether it works: ``python -m pyro_diffusion``.
 
 It prints versions, devices and the extras that are found. Then it runs a check of about ten seconds; the
 first time, the C++ compiler takes some twenty more. Each part of the check compares the package with an
-oracle, a number that is known without it:
+oracle, a number that is computed without it:
 
 - With the exact reverse chain of Gaussian data, or of a mixture, every draw of the bound is
   :math:`\log p(x_0)`.
@@ -10,8 +10,8 @@ oracle, a number that is known without it:
 - ``evaluate_bound`` agrees with :math:`\log p(x_0)` within its own error.
 - A loss of ``compile_elbo`` is Pyro's loss under the same seed, if there is a C++ compiler.
 
-The last line says in words whether the check passed, and the exit status is 0 or 1. ``--no-check`` leaves the
-check out.
+The last line states whether the check passed, and the exit status is 0 or 1. ``--no-check`` leaves the check
+out.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def _run(name: str, part: Callable[[], Found]) -> bool:
     start = time.perf_counter()
     try:
         found = part()
-    except Exception as error:  # whatever it is: the report says it, and goes on
+    except Exception as error:  # any error is reported, and the next part runs
         found = Found(False, f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
     print(
@@ -150,7 +150,7 @@ _STD = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
 
 
 def _steps(num_timesteps: int = 10) -> AlphaSchedule:
-    """A chain that forgets its datum at the end, up to rounding, as the identity needs it."""
+    """A chain whose last state does not depend on the datum, up to rounding, as the identity requires."""
     alpha = torch.linspace(0.99, 0.7, num_timesteps, dtype=torch.float64)
     alpha[-1] = 1e-24
     return AlphaSchedule(alpha)

@@ -1,4 +1,4 @@
-r"""Arrays to ArviZ and back: the one module that knows the versions of ArviZ.
+r"""Arrays to ArviZ and back: the only module that depends on the version of ArviZ.
 
 ArviZ 0.23 is the last version for Python 3.11. From 1.0 on ArviZ is several packages. There PSIS takes the
 negative logarithm of the weights, the container is an ``xarray.DataTree``, and scores have other classes.
@@ -33,7 +33,7 @@ __all__ = [
 
 MIN_DRAWS = 25  #: fewer weights have no tail to fit
 
-# Spread of log-weights, in nats, that float32 leaves of one number at T = 1000, D = 784.
+# Spread, in nats, that rounding in float32 gives to equal log-weights at T = 1000, D = 784.
 _CONSTANT = 1e-3
 
 
@@ -64,8 +64,8 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     if log_weights.ndim == 0 or log_weights.shape[-1] < MIN_DRAWS:
         got = log_weights.shape[-1] if log_weights.ndim else 1
         raise ValueError(
-            f"argument 'log_weights': got {got} draws; expected at least {MIN_DRAWS}, for Pareto k is read "
-            "off the tail of the weights. Draw more particles."
+            f"argument 'log_weights': got {got} draws; expected at least {MIN_DRAWS}, because Pareto k is "
+            "fitted to the tail of the weights. Draw more particles."
         )
     if not np.isfinite(log_weights).all():
         raise ValueError(
@@ -207,7 +207,7 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
     if observed.ndim != 1 or draws.ndim != 2 or draws.shape[1:] != observed.shape or not len(draws):
         raise ValueError(
             f"argument 'draws': got shape {draws.shape} for observations of shape {observed.shape}; expected "
-            "(S, N) and (N,), draws of their own for each observation. Reduce each to one number first."
+            "(S, N) and (N,), separate draws for each observation. Reduce each to one number first."
         )
     if np.isnan(observed).any() or np.isnan(draws).any():
         raise ValueError(
@@ -227,9 +227,9 @@ def plot_khat(k: np.ndarray, num_draws: int, ax: Any = None) -> Any:
     tail = np.isfinite(k)
     if not tail.any():
         raise ValueError(
-            "argument 'evidence': got no datum with a Pareto k; expected weights with a tail to draw. "
-            "Constant weights (k = −∞) are exact, and fewer than 25 particles have none: there is nothing "
-            "to see."
+            "argument 'evidence': got no datum with a Pareto k; expected weights with a tail to plot. "
+            "Draw at least 25 particles. If all weights are constant (k = −∞), the evidence is exact, and "
+            "there is nothing to plot."
         )
     if _is_new(arviz):
         zeros = np.zeros(int(tail.sum()))

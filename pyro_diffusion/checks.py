@@ -61,12 +61,12 @@ def holds(condition: Tensor) -> bool:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: by their sum, and one by one only if that is not finite."""
+    """Whether no value is NaN or infinite. Single values are checked only if their sum is not finite."""
     return not looking() or cmath.isfinite(values.sum().item()) or holds(values.isfinite())
 
 
 def looking() -> bool:
-    """Whether values are checked, which is so outside of :func:`unchecked`."""
+    """Whether values are checked. They are, except inside :func:`unchecked`."""
     return _looking.get()
 
 
@@ -128,7 +128,7 @@ def check_argument(name: str, value: Any, kind: type | UnionType, example: str) 
 def as_numbers(
     argument: str, values: Any, like: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Real numbers of an argument as a tensor: from a tensor, an array, a sequence or a number.
+    """The real numbers of an argument, a tensor, an array, a sequence or a number, as a tensor.
 
     Args:
         argument: Name of the argument.
@@ -154,7 +154,7 @@ def as_numbers(
 
 
 def check_count(argument: str, number: Any, least: int, remedy: str, meaning: str = "") -> int:
-    """``number`` as an int, if it is a whole number of at least ``least``; NumPy's numbers are taken too."""
+    """``number`` as an int, if it is a whole number of at least ``least``. NumPy integers are accepted."""
     if not isinstance(number, Integral) or isinstance(number, bool) or int(number) < least:
         meaning = f", {meaning}" if meaning else ""
         raise ValueError(
@@ -234,11 +234,11 @@ def check_timesteps(timesteps: Sequence[int], first: int, last: int, remedy: str
 
 
 def check_unused(settings: Mapping[str, Any], beside: str) -> None:
-    """Raise a ``ValueError`` if settings of default layers come with layers that are given."""
+    """Raise a ``ValueError`` if there are settings of default layers, but the layers are the user's own."""
     if settings:
         raise ValueError(
-            f"argument {next(iter(settings))!r}: got it beside {beside}; expected it for default layers "
-            "only. Give it to the layers themselves."
+            f"argument {next(iter(settings))!r}: got it together with {beside}; expected it for default "
+            "layers only. Pass it to your layers when you make them."
         )
 
 
@@ -268,11 +268,11 @@ def check_values(what: str, values: Tensor, valid: Tensor, expected: str, remedy
 def check_data(x_0: Any, mask: Tensor | None = None) -> Tensor:
     """``x_0``, if it is a tensor of at least one datum, all of it finite where it is observed.
 
-    Data of less than 32 bits become float32, and unsigned integers that torch computes little with become
-    int64. Unobserved entries may be NaN. Each is replaced by the first observed value of the same entry (or
-    of any entry, if this one was never observed). The likelihood and the transform can take this value, and
-    no term depends on it. The tensor is a new object, because transforms recognise the last tensor by its
-    identity.
+    Floating-point data of less than 32 bits become float32. Unsigned integers of more than 8 bits become
+    int64, because torch has few operations for them. Unobserved entries may be NaN. Each is replaced by the
+    first observed value of the same entry (or of any entry, if this one was never observed). The likelihood
+    and the transform accept this value, and no term depends on it. The result is a new tensor object,
+    because a transform recognises its last argument by identity.
     """
     if not isinstance(x_0, Tensor) or x_0.dim() == 0 or len(x_0) == 0:
         got = f"shape {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else f"a {type(x_0).__name__}"
@@ -311,15 +311,13 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def _remedy_for(x_0: Any) -> str:
-    """What to do about data that are no tensor of rows."""
+    """What to do about data that are not a tensor of rows."""
     if isinstance(x_0, Tensor):
         return "Pass x_0[None] for a single number." if x_0.dim() == 0 else "Skip empty batches."
-    if hasattr(x_0, "to_numpy"):  # of pandas, and of its relatives
+    if hasattr(x_0, "to_numpy"):  # pandas and similar libraries
         return "Pass torch.tensor(x_0.to_numpy(dtype=float))."
     if hasattr(x_0, "__array__"):
-        return (
-            "Convert it with torch.as_tensor; an array of objects, with x_0.astype(float) before."
-        )
+        return "Convert it with torch.as_tensor. For an array of objects, call x_0.astype(float) first."
     if isinstance(x_0, Sequence | Mapping) and not isinstance(x_0, str):
         return "Unpack the batch of a DataLoader, (x_0,) = batch; convert numbers with torch.as_tensor."
     return "Pass the data, and give the guide the data that the model observes."
@@ -331,7 +329,7 @@ def _check_observed_finite(x_0: Tensor, mask: Tensor) -> None:
     if not holds(finite | ~mask):
         inverted = bool((finite != mask).all())
         raise ValueError(
-            f"argument 'mask': got {int((mask & ~finite).sum())} NaN or infinite values that it calls "
+            f"argument 'mask': got {int((mask & ~finite).sum())} NaN or infinite values that it marks as "
             "observed; expected true where an entry was observed, and a finite number there. "
             + ("Pass ~mask: it is inverted." if inverted else "Pass mask & x_0.isfinite().")
         )
@@ -382,7 +380,7 @@ def _check_rows(mask: Tensor) -> Tensor:
         raise ValueError(
             f"argument 'mask': got {int((~observed).sum())} of {len(mask)} data without any observed "
             f"entry, the first at row {int((~observed).nonzero()[0])}; expected at least one for each. "
-            "Drop those rows: they say nothing."
+            "Drop those rows: they contain no information."
         )
     return mask
 

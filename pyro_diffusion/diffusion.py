@@ -2,7 +2,7 @@ r"""Diffusion models: the chains of :mod:`~pyro_diffusion.chains` with linear-Ga
 
 A diffusion model is a Markovian hierarchical VAE with three restrictions: latents of the data's
 size, the fixed encoder :math:`q(x_t \mid x_{t-1}) = N(\sqrt{\alpha_t} x_{t-1}, (1 - \alpha_t) I)`, and
-a standard normal end. What is learned is the reverse chain,
+a standard normal distribution at the end. What is learned is the reverse chain,
 :math:`p_\theta(x_{0:T}) = p(x_T) \prod_t p_\theta(x_{t-1} \mid x_t)`.
 
 References:
@@ -49,16 +49,16 @@ __all__ = ["BernoulliDiffusion", "DiffusionModel", "check_diffusion"]
 class DiffusionModel(Family):
     r"""One model, its programs and its reference sampler.
 
-    ``model`` with ``guide`` under ``Trace_ELBO`` is the hierarchical bound (E8), term by term the
-    consistency form (E11); ``model`` with ``posterior_guide``, the same joint distribution in the
-    model's order, is the matching form (E10) and has analytic KLs under ``TraceMeanField_ELBO``;
-    ``subsampled()`` is the pair one trains with. All of them share the parameters of this object, a torch
-    module: ``to``, ``train``, ``parameters`` and the rest work as usual, and ``help`` leaves them out.
+    ``model`` and ``guide`` under ``Trace_ELBO`` give the hierarchical bound (E8), whose terms are the
+    consistency form (E11). ``posterior_guide`` is the same joint distribution in the model's order.
+    ``model`` and ``posterior_guide`` give the matching form (E10), with analytic KLs under
+    ``TraceMeanField_ELBO``. ``subsampled()`` is the pair for training. All programs share the parameters
+    of this object. It is a torch module, whose usual methods (``to``, ``train``, …) ``help`` leaves out.
 
     Args:
-        denoiser: The reverse kernels. Schedule and event shape are those of the denoiser.
+        denoiser: The reverse kernels, with their schedule and event shape.
         likelihood: :math:`p(x_0 \mid x_1)` given :math:`\hat x_0(x_1)`, and the embedding of the
-            data; ``None`` takes the denoiser's own: its kernel at ``t = 1`` and the data as they are,
+            data; ``None`` takes the denoiser's own: its kernel at ``t = 1`` and the data unchanged,
             or its levels if it predicts levels.
         transform: Torch transform from the user's units to the model's, such as
             ``Standardize.from_data(x_0)``; its log-Jacobian enters at site ``x_0``, and the bound is in
@@ -68,7 +68,7 @@ class DiffusionModel(Family):
     Raises:
         ValueError: From a program: data of another shape or on another device than the model, empty, not
             finite, outside the likelihood's range or the transform's domain, or so large that rounding hides
-            the noise of :math:`x_1`; a mask that does not fit; a network that misbehaves.
+            the noise of :math:`x_1`; a mask that does not fit; an output of the network that does not fit.
 
     Example:
         >>> denoiser = NeuralDenoiser(MLP((2,)), LogSNRSchedule(20), event_shape=(2,))
@@ -94,7 +94,7 @@ class DiffusionModel(Family):
             "argument 'likelihood'",
             f"{type(likelihood).__name__}, which takes several numbers for each entry",
             "one that takes x̂_0",
-            "Use prediction=LevelPrediction(K) without one.",
+            "Leave it out, and use prediction=LevelPrediction(K).",
         )
         if likelihood is not None or transform is not None:
             denoiser.process.check_has_score(
@@ -125,7 +125,7 @@ class DiffusionModel(Family):
 
     @property
     def description(self) -> dict[str, str]:
-        """What the numbers of a ``state_dict`` mean: everything but the network."""
+        """What a ``state_dict`` must have in common with the model, except for the network."""
         return super().description | {
             "schedule": describe_part(self.schedule),
             "denoiser": describe_part(self.denoiser),
@@ -178,15 +178,15 @@ class DiffusionModel(Family):
     def subsampled(
         self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
     ) -> TimestepPlate | ProgramPair:
-        """The pair to train with: the bound at ``num_timesteps`` random timesteps for each datum.
+        """The pair for training: the bound at ``num_timesteps`` random timesteps for each datum.
 
         Args:
-            num_timesteps: Draws ``k`` for each datum, and rows of the network that a step costs.
+            num_timesteps: Draws ``k`` for each datum. Each costs one row of the network.
             timesteps: Law of the timesteps; stratified over the batch by default.
 
         Returns:
-            An object with ``model`` and ``guide``. A chain of one step has one timestep to draw: its
-            pair is ``model`` and ``posterior_guide`` themselves.
+            An object with ``model`` and ``guide``. For a chain of one step, which has a single timestep,
+            they are ``model`` and ``posterior_guide`` themselves.
         """
         num_timesteps = check_count("num_timesteps", num_timesteps, 1, _DRAWS)
         if self.schedule.num_timesteps == 1:
@@ -201,20 +201,20 @@ class DiffusionModel(Family):
     def continuous(
         self, num_timesteps: int = 1, *, timesteps: Timesteps | None = None
     ) -> TimestepPlate:
-        r"""The pair of the chain without end, :math:`T \to \infty`, at random times:
+        r"""The pair of the continuous chain, :math:`T \to \infty`, at random times:
 
         .. math::
             \mathrm{ELBO}_\infty = E \log p(x_0 \mid x_{\lambda(0)})
                 - \mathrm{KL}\big(q(x_{\lambda(1)} \mid x_0) \,\|\, p\big)
                 + \tfrac12 \int_0^1 \tfrac{d\,\mathrm{SNR}}{du}\, E \lVert x_0 - \hat x_0(x_u) \rVert^2\, du .
 
-        It depends on the schedule through the ends of the curve only, and on the reverse kernels through
-        their means only, because all variances have the same limit (Kingma et al., 2021, section 4.2). The
+        Of the schedule, the bound depends only on the ends of the curve. Of the reverse kernels, it depends
+        only on the means, because all variances have the same limit (Kingma et al., 2021, section 4.2). The
         pair takes the arguments of :meth:`subsampled` and is used like it, for training or for evaluation.
 
         Raises:
             ValueError: ``num_timesteps`` below one; from a program, a law without a continuous form or a
-                schedule that is no curve.
+                schedule that is not a curve.
         """
         return TimestepPlate(
             self.with_both_ends(),
@@ -224,14 +224,14 @@ class DiffusionModel(Family):
         )
 
     def with_both_ends(self) -> Self:
-        r"""The model; for a model of one step, whose only state is at :math:`\lambda(1)`, that of two."""
+        r"""The model; with two steps instead if it has one, whose only state is at :math:`\lambda(1)`."""
         return self if self.schedule.num_timesteps > 1 else self.with_num_timesteps(2)
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
         """The same model, parameters and their names included, on another grid of its schedule.
 
         Raises:
-            ValueError: A schedule that has one grid.
+            ValueError: A schedule that has only one grid.
         """
         return self._with_schedule(self.schedule.with_num_timesteps(num_timesteps))
 
@@ -242,8 +242,8 @@ class DiffusionModel(Family):
         calls, and have a bound of their own.
 
         Args:
-            timesteps: Increasing whole numbers in ``1 … T``; or how many, evenly spaced from the first to the
-                last (one of them is ``T``).
+            timesteps: Increasing whole numbers in ``1 … T``; or the number of timesteps, which are then
+                evenly spaced from the first to the last (a single one is ``T``).
 
         Raises:
             ValueError: Timesteps outside that range, out of order, or more than there are.
@@ -270,12 +270,12 @@ class DiffusionModel(Family):
 
     @property
     def entrance(self) -> Any:
-        """The object whose ``embed`` makes states of data: the likelihood, or else the denoiser."""
+        """The object whose ``embed`` converts data to states: the likelihood, or else the denoiser."""
         return self.denoiser if self.likelihood is None else self.likelihood
 
     @property
     def gap(self) -> float | None:  # type: ignore[override]
-        """What a kernel sees where nothing was observed: the process's value."""
+        """The value that a kernel gets in an unobserved entry; it is the process's."""
         return self.process.gap
 
     def state_mask(self, mask: Tensor) -> Tensor:
@@ -283,10 +283,10 @@ class DiffusionModel(Family):
         return self.embed_mask(mask)
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved.
+        """Data as states, ``(N,) + event_shape``, in the chain's dtype; unobserved entries are the gap.
 
-        The first data of a model with a network are compared with the chain's noise. A warning says if they
-        do not fit. An oracle knows the scale of its data.
+        The first data of a model with a network are compared with the chain's noise, with a warning if their
+        scale does not fit. An exact denoiser has the scale of its data among its arguments.
         """
         states = self.process.check_states(super().embed(x_0, mask))
         if looking() and not self._scale_is_known and hasattr(self.denoiser, "network"):
@@ -301,11 +301,11 @@ class DiffusionModel(Family):
     def decode(
         self, x_1: Tensor, denoised: Denoised | None = None, **given: Any
     ) -> TorchDistribution:
-        r""":math:`p_\theta(x_0 \mid x_1)` in the user's units, the term that a VAE calls its decoder.
+        r""":math:`p_\theta(x_0 \mid x_1)` in the user's units, which in a VAE is called the decoder.
 
         Args:
             x_1: States, ``batch_shape + event_shape``.
-            denoised: What the denoiser said of them; ``None`` asks it.
+            denoised: The denoiser's output there; ``None`` computes it.
             given: ``context=`` of conditional data.
         """
         if denoised is None:
@@ -321,14 +321,14 @@ class DiffusionModel(Family):
             return self.denoiser.decode(x_1, denoised)
         return self.likelihood(denoised.x_0_hat)
 
-    if not TYPE_CHECKING:  # which would take every name for one of ours
+    if not TYPE_CHECKING:  # a type checker would then accept every name
 
         def __getattr__(self, name: str) -> Any:
             if name not in _MOVED:
                 return super().__getattr__(name)
             where, kernel = _MOVED[name]
             warnings.warn(
-                f"DiffusionModel.{name} has moved to {where}, and goes with version 0.3",
+                f"DiffusionModel.{name} has moved to {where}; the old name will be removed in version 0.3",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -355,10 +355,10 @@ _MOVED: dict[str, tuple[str, Callable[[DiffusionModel], Any]]] = {
 class BernoulliDiffusion(DiffusionModel):
     r"""A diffusion model of bits: the same chains, with the binomial kernels of its denoiser.
 
-    The name is that of version 0.1. ``DiffusionModel(denoiser)`` is the same model.
+    The class is kept from version 0.1. ``DiffusionModel(denoiser)`` is the same model.
 
     Args:
-        denoiser: The reverse kernels. Schedule, rate and event shape are those of the denoiser.
+        denoiser: The reverse kernels, with their schedule, rate and event shape.
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
 
     Raises:

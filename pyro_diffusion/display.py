@@ -1,4 +1,4 @@
-r"""How an object shows itself: lines in a terminal, a table in a notebook, and the names that it lists.
+r"""How an object is displayed: lines in a terminal, a table in a notebook, and the names that it lists.
 
 A model has more parts than fit on a line, and torch would print all of them as a tree. :func:`as_lines` and
 :func:`as_table` show a title and a few named rows instead. :class:`Listing` decides which names ``dir`` and
@@ -34,7 +34,7 @@ def as_table(title: str, rows: Mapping[str, str]) -> str:
 
 
 def on_one_line(part: Any) -> str:
-    """What a part says of itself, or the name of its class if that takes several lines."""
+    """The ``repr`` of a part, or the name of its class if the ``repr`` has several lines."""
     words = repr(part)
     return type(part).__name__ if "\n" in words else words
 

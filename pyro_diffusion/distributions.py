@@ -52,7 +52,7 @@ def gaussian(mean: Tensor, scale: Tensor, event_dim: int) -> dist.TorchDistribut
 
 
 class _Settled:
-    """A law that is not copied to be expanded to its own shape, as every plate around a site asks for."""
+    """A law that is not copied when it is expanded to its own shape, as every plate around a site does."""
 
     batch_shape: torch.Size
 
@@ -66,7 +66,7 @@ class _Event(_Settled, dist.Independent):
 
 
 class ChainNormal(_Settled, dist.Normal):
-    """A Normal that takes a single logarithm of a scale that many entries share."""
+    """A Normal that computes the logarithm of a scale only once if many entries share it."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         r""":math:`-\tfrac12 z^2 - \log s - \tfrac12 \log 2\pi` for each entry."""
@@ -88,7 +88,7 @@ def unexpanded(scale: Tensor) -> Tensor:
 
 
 class Unscored:
-    """A discrete law whose draws need no score-function term where nothing about it is learned."""
+    """A discrete law whose draws need no score-function term if none of its parameters is learned."""
 
     sample: Callable[..., Tensor]
 
@@ -106,7 +106,7 @@ class Noise(Unscored, dist.Bernoulli):
 
 @register_kl(Noise, Noise)
 def _kl_of_bits(q: Noise, p: Noise) -> Tensor:
-    """The KL of two Bernoulli laws. torch's does not broadcast, and is inexact for probabilities near one."""
+    """The KL of two Bernoulli laws. torch does not broadcast it, and is inexact near probability one."""
     ones = q.logits.sigmoid() * (softplus(-p.logits) - softplus(-q.logits))
     return ones + (-q.logits).sigmoid() * (softplus(p.logits) - softplus(q.logits))
 
@@ -119,7 +119,7 @@ class Changes(Unscored, dist.Poisson):
 
 
 class Counts(dist.Poisson):
-    """A Poisson law in float64. For large counts its logarithm is a small difference of large numbers."""
+    """A Poisson law in float64. For large counts its log-mass is a small difference of large numbers."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -129,9 +129,9 @@ class Counts(dist.Poisson):
 
 
 class DiscretizedGaussian(dist.TorchDistribution):
-    r"""A Gaussian in :math:`[-1, 1]`'s space, rounded to :math:`K` levels and clipped to them.
+    r"""A Gaussian in embedded space, rounded to :math:`K` levels in :math:`[-1, 1]` and clipped to them.
 
-    Sampling is literally that, so the probabilities of the levels sum to one.
+    A draw is computed in exactly this way, so that the probabilities of the levels sum to one.
 
     Args:
         loc: Mean in embedded space, shape ``batch_shape``.
@@ -198,9 +198,9 @@ class DiscretizedGaussian(dist.TorchDistribution):
 
 
 def _log_cdf(z: Tensor) -> Tensor:
-    r""":math:`\log \Phi(z)` with a gradient that holds far out, where that of ``log_ndtr`` is NaN.
+    r""":math:`\log \Phi(z)` with a finite gradient far in the tail, where ``log_ndtr`` has the gradient NaN.
 
-    Below :math:`z = -1000` it is :math:`-z^2/2 - \log(-z) - \tfrac12 \log 2\pi`, right to
+    Below :math:`z = -1000` it is :math:`-z^2/2 - \log(-z) - \tfrac12 \log 2\pi`, accurate to
     :math:`z^{-2}`.
     """
     far = z.clamp(max=-1000.0)
@@ -209,7 +209,7 @@ def _log_cdf(z: Tensor) -> Tensor:
 
 
 def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
-    r""":math:`\log(\Phi(u) - \Phi(l))`, from the side where :math:`\Phi` is small: nothing cancels."""
+    r""":math:`\log(\Phi(u) - \Phi(l))`, on the side where :math:`\Phi` is small, so that nothing cancels."""
     flip = lower + upper > 0
     lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     log_upper = _log_cdf(upper)
@@ -222,7 +222,7 @@ def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 class WrappedSite(dist.Independent):
-    """The distribution of a site in a class of its own: an ``Independent`` that moves no dimension."""
+    """A wrapper that gives a site's distribution another class: an ``Independent`` over no dimension."""
 
     def __init__(self, base_dist: dist.TorchDistribution) -> None:
         super().__init__(base_dist, 0, validate_args=False)
@@ -246,22 +246,22 @@ def _no_kl(q: CarriedSite, p: CarriedSite) -> Tensor:
 
 
 class HandedOver(WrappedSite):
-    """A site of a model whose value its own guide draws: it has a density, and no draws."""
+    """A site of a model whose value is drawn by its guide. It has a density, but cannot be sampled."""
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Refused."""
+        """Raise a ``ValueError``."""
         raise ValueError(
             "site 't': got a model of random timesteps that was run without the draws of its own guide; "
-            "expected the two programs of one pair, because they estimate the bound and generate nothing. "
-            "Pass pair.model with pair.guide of the same pair = diffusion.subsampled(); to generate data, "
-            "use diffusion.model or diffusion.sample(n)."
+            "expected the two programs of one pair, because they estimate the bound and do not generate "
+            "data. With pair = diffusion.subsampled(), pass pair.model together with pair.guide. To generate "
+            "data, use diffusion.model or diffusion.sample(n)."
         )
 
     sample = rsample
 
 
 class BottomUpSite(WrappedSite):
-    """A site of a guide that runs against the model's order; a KL of such a site is refused."""
+    """A site of a guide whose order is opposite to the model's. Its KL raises a ``ValueError``."""
 
 
 @register_kl(BottomUpSite, Distribution)
@@ -270,9 +270,9 @@ class BottomUpSite(WrappedSite):
 def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
     raise ValueError(
         "sites of a bottom-up guide: got a request for their analytic KL (TraceMeanField_ELBO or "
-        "kl_divergence); expected Trace_ELBO, because x_t's parent in the model is its descendant in this "
-        "guide and the terms are log-ratios, not KLs. Use posterior_guide, in the model's order (a "
-        "hierarchical VAE has one with encoder=LadderEncoder(…)), or Trace_ELBO."
+        "kl_divergence); expected Trace_ELBO, because the parent of x_t in the model is its descendant in "
+        "this guide, so that the terms are log-ratios and not KLs. Use Trace_ELBO, or posterior_guide, which "
+        "has the model's order (a hierarchical VAE has one with encoder=LadderEncoder(…))."
     )
 
 
@@ -280,7 +280,7 @@ def _refuse_kl(q: BottomUpSite, p: Distribution) -> Tensor:
 
 
 class Share(NamedTuple):
-    """The strata of a joint draw that are drawn here: those whose remainder modulo ``of`` is ``rest``."""
+    """The strata of a joint draw that one process draws: their remainder modulo ``of`` is ``rest``."""
 
     rest: int | Tensor = 0  #: the remainder, in {0 … of − 1}; a tensor may change between draws
     of: int = 1  #: number of processes that share the strata
@@ -290,17 +290,17 @@ class TimestepDistribution(dist.TorchDistribution):
     r"""A law :math:`\pi` over timesteps whose joint draw is stratified.
 
     A draw of batch shape ``B`` cuts [0, 1] into as many equal strata as ``B`` has entries, puts one
-    point into each, hands the points to the entries in random order and maps them through the
-    quantile function: each entry alone has law :math:`\pi`, all together cover it evenly.
+    point into each, assigns the points to the entries in random order, and maps them through the
+    quantile function. Each entry alone has law :math:`\pi`, and all of them together cover it evenly.
 
-    It has no parameters to differentiate, hence no score-function term: for Pyro it is
+    It has no parameters to differentiate, and therefore no score-function term. Pyro treats it as
     reparameterised.
 
     Args:
         log_pi: :math:`\log \pi(1), …, \log \pi(T)`, shape ``(T,)``.
         batch_shape: Shape of a joint draw.
-        share: The part that this draw is of a larger joint draw; by default all of it.
-        edges: What :meth:`edges_of` gives, where it is known; ``log_pi`` must not change then.
+        share: Which part of a larger joint draw this draw is; by default all of it.
+        edges: The result of :meth:`edges_of`, if it is known already. ``log_pi`` must not change then.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -333,13 +333,13 @@ class TimestepDistribution(dist.TorchDistribution):
         return type(self)(self.log_pi, batch_shape, self.share, self.edges)
 
     def to(self, dtype: torch.dtype) -> "TimestepDistribution":
-        """The same law with weights of another dtype; made once where ``log_pi`` does not change."""
+        """The same law with weights of another dtype; made only once if ``log_pi`` does not change."""
         if dtype == self.log_pi.dtype:
             return self
         if self.edges is None:
             return type(self)(self.log_pi.to(dtype), self.batch_shape, self.share)
         if dtype not in self._cast:
-            # Evaluation may make it, and training use it: no inference tensors in it.
+            # It may be made in evaluation and used in training, so it must hold no inference tensors.
             with torch.inference_mode(False):
                 cast = self.log_pi.to(dtype)
                 law = type(self)(cast, self.batch_shape, self.share, self.edges_of(cast))
@@ -378,9 +378,9 @@ class IndependentTimestepDistribution(TimestepDistribution):
 
 
 class ContinuousTimestepDistribution(TimestepDistribution):
-    r"""The stratified law of a chain without end: :math:`u = 0` with probability :math:`\rho`, else uniform.
+    r"""The stratified law of the continuous chain: :math:`u = 0` with probability :math:`\rho`, else uniform.
 
-    :math:`u = 0` selects the reconstruction term, and :math:`u \in (0, 1]` the rate of the bound there.
+    :math:`u = 0` selects the reconstruction term, and :math:`u \in (0, 1]` the bound's rate at :math:`u`.
 
     Args:
         log_pi: :math:`\log \rho` and :math:`\log (1 - \rho)`, shape ``(2,)``.

@@ -8,8 +8,8 @@ Every factor is a layer: a module that returns a Pyro distribution. :class:`Gaus
 :class:`BottomUpEncoder` has one layer for each level. :class:`TopDownEncoder` is abstract, and
 :class:`LadderEncoder` is its usual form. Both can be made of a user's own layers, with ``from_layers``.
 
-Nothing here knows of the model, but for one argument: a top-down encoder may call the model's own layers,
-which it is given as ``decoder``.
+An encoder does not depend on the model, with one exception: a top-down encoder may call the model's own
+layers, which it gets as the argument ``decoder``.
 
 References:
     Auto-Encoding Variational Bayes (Kingma and Welling, 2014). https://arxiv.org/abs/1312.6114
@@ -86,17 +86,17 @@ class BottomUpEncoder(nn.Module):
     r"""The Markovian encoder :math:`q(h_{1:T} \mid x) = q(h_1 \mid x) \prod_t q(h_t \mid h_{t-1})`.
 
     Args:
-        event_shape: Shape of a datum after embedding. It may be left out beside ``layers``.
-        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out beside ``layers``.
+        event_shape: Shape of a datum after embedding. It may be left out if ``layers`` are given.
+        latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out if ``layers`` are given.
         layers: The user's own layers: ``layers[t - 1](h_{t-1})`` is :math:`q(h_t \mid h_{t-1})`, with
             :math:`h_0` the embedded datum. ``None`` makes a :class:`GaussianLayer` for each level.
         settings: Settings of the default layers, passed on to :class:`GaussianLayer`.
 
     Raises:
-        ValueError: Sizes that are not positive whole numbers, no level, or settings beside ``layers``.
+        ValueError: Sizes that are not positive whole numbers, no level, or settings together with ``layers``.
     """
 
-    #: Shapes of the datum and the latents, or ``None`` if they are known to the layers only.
+    #: Shapes of the datum and the latents, or ``None`` if only the layers determine them.
     shapes: list[Size] | None
 
     def __init__(
@@ -165,7 +165,7 @@ class LadderEncoder(TopDownEncoder):
         q(h_T \mid x) = \hat q(h_T \mid x).
 
     Args:
-        event_shape: Shape of a datum after embedding. It may be left out beside ``path`` and ``heads``.
+        event_shape: Shape of a datum after embedding. It may be left out if ``path`` and ``heads`` are given.
         latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out likewise.
         path: The user's own steps of the path: ``path[t - 1](d_{t-1})`` is :math:`d_t`.
         heads: The user's own estimates, one for each step: ``heads[t - 1](d_t)`` is
@@ -174,16 +174,16 @@ class LadderEncoder(TopDownEncoder):
         settings: Settings of the default path, passed on to :class:`~pyro_diffusion.networks.FeedForward`.
 
     Raises:
-        ValueError: Sizes that are not positive whole numbers, no level, settings beside ``path`` and
-            ``heads``, or another number of steps than of heads. From a program: kernels that are not
-            Normals, or of different event shapes.
+        ValueError: Sizes that are not positive whole numbers, no level, settings together with ``path`` and
+            ``heads``, or a number of steps that differs from the number of heads. From a program: kernels
+            that are not Normals, or that have different event shapes.
 
     References:
         Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.
         https://arxiv.org/abs/1602.02282
     """
 
-    #: Shapes of the datum and the latents, or ``None`` if they are known to the layers only.
+    #: Shapes of the datum and the latents, or ``None`` if only the layers determine them.
     shapes: list[Size] | None
 
     def __init__(
@@ -251,7 +251,7 @@ def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:
     """Shapes of a datum and of :math:`h_1 … h_T`, from the datum's shape and sizes or shapes of levels.
 
     Raises:
-        ValueError: A shape that is no tuple, no level, or a size that is not a positive whole number.
+        ValueError: A shape that is not a tuple, no level, or a size that is not a positive whole number.
     """
     shape = check_shape("event_shape", event_shape, "Pass (64,) for vectors of 64 numbers.")
     if not isinstance(latent_sizes, Iterable) or not (sizes := list(latent_sizes)):
@@ -276,14 +276,14 @@ def _check_normals(q_hat: TorchDistribution, p: TorchDistribution) -> list[Any]:
     if q_hat.event_shape != p.event_shape:
         raise ValueError(
             f"argument 'encoder': got a head of event shape {tuple(q_hat.event_shape)} for a level of "
-            f"{tuple(p.event_shape)}; expected one and the same. Build LadderEncoder with the latent_sizes "
+            f"{tuple(p.event_shape)}; expected the same shape. Build LadderEncoder with the latent_sizes "
             "of the model."
         )
     normals = [k.base_dist if isinstance(k, Independent) else k for k in (q_hat, p)]
     if not all(isinstance(normal, Normal) for normal in normals):
         raise ValueError(
             f"argument 'encoder': got layers that return {' and '.join(type(k).__name__ for k in normals)}; "
-            "expected Normals on both sides of a ladder, which merges them by precision. Subclass "
-            "TopDownEncoder for other kernels."
+            "expected Normals from the head and from the decoder, because a ladder merges them by precision. "
+            "Subclass TopDownEncoder for other kernels."
         )
     return normals

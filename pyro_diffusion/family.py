@@ -1,15 +1,15 @@
-r"""What every family of models here shares: the door between a user's data and a chain of states.
+r"""The base of all families of models: how a user's data enter and leave a chain of states.
 
 Diffusion models (:mod:`~pyro_diffusion.diffusion`) and hierarchical VAEs (:mod:`~pyro_diffusion.hvae`)
-differ in the kernels of their chains, and in nothing else. A datum enters either through the
-transform and the likelihood's ``embed``, and leaves it through
+differ only in the kernels of their chains. In both, a datum enters the chain through the transform and
+the likelihood's ``embed``, and leaves it through
 
 .. math::
     p(x_0 \mid x_1) = \mathrm{likelihood}(f(x_0) \mid \hat x_0(x_1))
         \left| \det \frac{\partial f}{\partial x_0} \right|,
 
-:math:`f` the transform from the user's units to the model's. So two families with one likelihood and
-one transform have bounds in the same units, which can be compared.
+where :math:`f` is the transform from the user's units to the model's. Two families with the same
+likelihood and the same transform therefore have bounds in the same units, which can be compared.
 """
 
 from abc import abstractmethod
@@ -40,7 +40,7 @@ from pyro_diffusion.typed import EmbedsData, TorchDistribution
 __all__ = ["Family", "Pair", "programs", "unpacked"]
 
 
-#: What a family has in common with every torch module, and a user needs.
+#: Names that every torch module has, and that a user of a family needs.
 _OF_TORCH = ("eval", "load_state_dict", "parameters", "state_dict", "to", "train", "training")
 
 
@@ -55,7 +55,7 @@ class Family(ParamScope, metaclass=Listing):
         name: Prefix of the parameters in Pyro's param store; ``None`` takes a free one.
     """
 
-    #: What programs, readers and torch call, and a user does not: left out of ``dir`` and ``help``.
+    #: Names that programs, readers and torch use, and a user does not. ``dir`` and ``help`` omit them.
     _internal: ClassVar[frozenset[str]] = frozenset({
         "data_kernel", "decode", "decode_inside", "description", "embed", "embed_mask", "entrance", "forward",
         "gap", "get_extra_state", "load_state_dict", "log_volume", "param_statements", "prior",
@@ -107,11 +107,11 @@ class Family(ParamScope, metaclass=Listing):
         r""":math:`q(x_{1:T} \mid x_0)` as a Pyro program."""
 
     def sample(self, num_samples: int = 1, context: Any = None) -> Tensor:
-        """Draw data by running the model without any; layers such as dropout are switched off.
+        """Draw data by running the model without data. Layers such as dropout are switched off.
 
         Args:
             num_samples: Number of data ``n``.
-            context: Context of conditional data, a row for each of them.
+            context: Context of conditional data, a row for each datum.
 
         Returns:
             Data in the user's units, shape ``(n,)`` + the datum's shape.
@@ -120,7 +120,7 @@ class Family(ParamScope, metaclass=Listing):
             return self.model(context=context, num_samples=num_samples)
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a call: a family is no program, but has programs."""
+        """Raise a ``ValueError``: a family is not a program, but has programs."""
         raise ValueError(
             f"argument 'model' or 'guide': got a {type(self).__name__}; expected one of its programs. Pass "
             "its .model and its .guide, as in SVI(family.model, family.guide, …)."
@@ -157,13 +157,13 @@ class Family(ParamScope, metaclass=Listing):
 
     @property
     def description(self) -> dict[str, str]:
-        """What the numbers of a ``state_dict`` mean: everything but the networks."""
+        """What a ``state_dict`` must have in common with the model, except for the networks."""
         return super().description | {
             "likelihood": describe_part(self.likelihood),
             "transform": describe(self.transform),
         }
 
-    gap: float | None = 0.0  #: what a kernel sees where nothing was observed
+    gap: float | None = 0.0  #: the value that a kernel gets in an unobserved entry
 
     def state_mask(self, mask: Tensor) -> Tensor | None:
         """Observed entries of a latent state, given those of the data; ``None`` if latents are whole."""
@@ -171,11 +171,11 @@ class Family(ParamScope, metaclass=Listing):
 
     @property
     def entrance(self) -> Any:
-        """The object whose ``embed`` makes states of data; ``None`` where data are states as they are."""
+        """The object whose ``embed`` converts data to states; ``None`` if data are states already."""
         return self.likelihood
 
     def embed(self, x_0: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Data as states of the chain, ``(N,) + event_shape``, in its dtype; the gap where unobserved."""
+        """Data as states, ``(N,) + event_shape``, in the chain's dtype; unobserved entries are the gap."""
         if x_0.device != self.device:
             raise ValueError(
                 f"argument 'x_0': got data on {x_0.device}; expected {self.device}, where "
@@ -191,25 +191,25 @@ class Family(ParamScope, metaclass=Listing):
             )
         if not embedded.is_floating_point() or (self.transform and not x_0.is_floating_point()):
             raise ValueError(
-                f"argument 'x_0': got data of {x_0.dtype}, for which this model has a density; expected "
+                f"argument 'x_0': got data of {x_0.dtype} for a model that has a density; expected "
                 f"real numbers. {_likelihood_for(x_0)}"
             )
         embedded = embedded.to(self.dtype)
         return embedded if mask is None else seen(embedded, self.embed_mask(mask), self.gap)
 
     def embed_mask(self, mask: Tensor) -> Tensor:
-        """Observed entries of a state, ``(N,) + event_shape``: all axes of an observed datum's entry.
+        """Observed entries of a state, ``(N,) + event_shape``: those that observed entries of data become.
 
-        A likelihood with :attr:`~pyro_diffusion.likelihoods.Likelihood.widths` says which those are.
+        With :attr:`~pyro_diffusion.likelihoods.Likelihood.widths`, an entry may become several.
         """
         of_state = getattr(self.entrance, "embed_mask", None)
         mask = mask if of_state is None else of_state(mask)
         if mask.shape[1:] != self.event_shape[: mask.dim() - 1]:
             raise ValueError(
                 f"argument 'mask': got shape {tuple(mask.shape)} for states of shape (N,) + "
-                f"{tuple(self.event_shape)}; expected an entry of the data to be an entry of the state, "
-                "because unobserved ones are left out of both. Use a transform that acts entry by entry, "
-                "and a likelihood whose widths say how many entries of the state an entry becomes."
+                f"{tuple(self.event_shape)}; expected every entry of the state to come from one entry of the "
+                "data, because unobserved entries are left out of both. Use a transform that acts entry by "
+                "entry, and a likelihood whose widths say how many entries of the state each becomes."
             )
         mask = mask.reshape(mask.shape + (1,) * (1 + len(self.event_shape) - mask.dim()))
         return mask.expand(len(mask), *self.event_shape)
@@ -223,7 +223,7 @@ class Family(ParamScope, metaclass=Listing):
         return log_jacobian.reshape(len(x_0), -1).sum(1)
 
     def data_kernel(self, kernel: TorchDistribution, batch_shape: torch.Size) -> TorchDistribution:
-        """The last kernel in the user's units, everything but the batch as event dimensions."""
+        """The last kernel in the user's units, with all dimensions except the batch as event dimensions."""
         if isinstance(kernel, Independent):
             kernel = kernel.base_dist
         if self.transform is not None:
@@ -260,7 +260,7 @@ def _likelihood_for(x_0: Tensor) -> str:
 
 
 def describe_part(part: Any) -> str:
-    """A part's class, with what a module says of its arguments (and not of learned numbers)."""
+    """The class of a part, and a module's ``extra_repr``: its arguments, but no learned numbers."""
     arguments = part.extra_repr() if isinstance(part, nn.Module) else ""
     return type(part).__name__ + (f"({arguments})" if arguments else "")
 
@@ -281,7 +281,7 @@ def programs(family: Pair | list[Any]) -> tuple[Callable[..., Any], Callable[...
 
 
 def unpacked(model: Any, guide: Any, x_0: Any) -> tuple[Any, Any, Any]:
-    """Model, guide and data, from what a reader was called with: those three, or a family and data.
+    """Model, guide and data, from the arguments of a reader: these three, or a family and data.
 
     A family is a :class:`Family`, or a pair of programs as a tuple.
     """

@@ -1,7 +1,7 @@
 r"""What goes with the data: a mask of observed entries, a context, and the rows whose context was dropped.
 
-A program takes them by name, beside the data. :class:`Given` holds them, and :func:`together` splits, repeats
-or moves them with the data.
+A program takes them by name, together with the data. :class:`Given` holds them, and :func:`together` splits,
+repeats or moves them with the data.
 
 Under a ``mask`` of observed entries a site has the terms of those entries only,
 
@@ -9,8 +9,8 @@ Under a ``mask`` of observed entries a site has the terms of those entries only,
     \log p(x_t \mid \cdot) = \sum_{i\ \text{observed}} \log p(x_{t,i} \mid \cdot),
 
 which is the marginal of a kernel whose entries are independent given what it is conditioned on.
-The effect handler :class:`ObservedEntries` does it. The value of an unobserved entry of the data does not
-matter, and may be NaN.
+The effect handler :class:`ObservedEntries` implements this. The value of an unobserved entry of the data does
+not matter, and may be NaN.
 """
 
 import inspect
@@ -66,7 +66,7 @@ class Given(NamedTuple):
         require(
             not unknown,
             f"argument {min(unknown, default='')!r}",
-            "a name that programs and readers do not know",
+            "a name that is no argument of programs and readers",
             "mask=, context= or null=",
             "Check the spelling.",
         )
@@ -138,14 +138,14 @@ def as_real(x_0: Tensor | None) -> Tensor | None:
 
 
 def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
-    """The state as a kernel of the model sees it: ``gap`` in place of each unobserved entry."""
+    """The state as a kernel of the model gets it: ``gap`` in place of each unobserved entry."""
     if mask is None:
         return x_t
     if gap is None:
         raise ValueError(
             "argument 'mask': got one for states that have no value for a gap; expected none, because "
-            "whatever stood there, of bits or categories, would be a state as well. Leave out data with "
-            "gaps, or use a NeuralDenoiser with LevelPrediction(K)."
+            'every value of a bit or a category is a state, and none means "unobserved". Leave out data '
+            "with gaps, or use a NeuralDenoiser with LevelPrediction(K)."
         )
     return torch.where(mask, x_t, gap)
 
@@ -153,7 +153,7 @@ def seen(x_t: Tensor, mask: Tensor | None, gap: float | None) -> Tensor:
 class ObservedEntries(Messenger):
     """An effect handler that leaves unobserved entries out of the terms of states and data.
 
-    It acts on sites with ``infer={"state": True}``, and on no others. A program opens it.
+    It acts on sites with ``infer={"state": True}``, and on no others. Programs open it themselves.
 
     Args:
         of_data: Observed entries of the data, boolean, of their shape.

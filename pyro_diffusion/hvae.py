@@ -6,10 +6,10 @@ r"""Hierarchical VAEs: the chains of :mod:`~pyro_diffusion.chains` with learned 
 with an encoder of :mod:`~pyro_diffusion.encoders`, bottom-up or top-down.
 
 A diffusion model is a hierarchical VAE with three restrictions: latents of the data's size, a fixed
-encoder, and a standard normal end. With the kernels of a diffusion model as its layers, the programs below
-have the same bound, term by term (``tests/test_hvae.py``).
+encoder, and a standard normal distribution at the end. With the kernels of a diffusion model as its layers,
+the programs below have the same bound, term by term (``tests/test_hvae.py``).
 
-The latent :math:`h_t` lives at site ``x_t``, as in every chain. The order of the encoder decides the form
+The latent :math:`h_t` is at site ``x_t``, as in every chain. The order of the encoder decides the form
 of the bound's terms. With a top-down encoder every term is a KL. With a bottom-up encoder only the term at
 the top is a KL; the others are log-ratios, and can be negative.
 
@@ -155,7 +155,7 @@ class HierarchicalVAE(Family):
 
     @property
     def description(self) -> dict[str, str]:
-        """What a ``state_dict`` must agree on, except for the layers."""
+        """What a ``state_dict`` must have in common with the model, except for the layers."""
         return super().description | {
             "latent_sizes": str([tuple(shape) for shape in self.latent_shapes]),
             "encoder": describe_part(self.encoder),
@@ -192,7 +192,7 @@ class HierarchicalVAE(Family):
 
     @property
     def posterior_guide(self) -> TopDownGuide:
-        r"""A ladder's :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`, in the model's order."""
+        r"""A top-down :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`, in the model's order."""
         if not isinstance(self.encoder, TopDownEncoder):
             raise AttributeError
         return TopDownGuide(
@@ -203,13 +203,13 @@ class HierarchicalVAE(Family):
             owner=self,  # and all of its parameters: a ladder runs the decoder as well
         )
 
-    if not TYPE_CHECKING:  # which would take every name for one of ours
+    if not TYPE_CHECKING:  # a type checker would then accept every name
 
         def __getattr__(self, name: str) -> Any:
             if name == "posterior_guide":
                 raise AttributeError(
-                    "attribute 'posterior_guide': got a BottomUpEncoder, whose sites run against the "
-                    "model's; expected a ladder. Use guide with Trace_ELBO, or build with "
+                    "attribute 'posterior_guide': got a BottomUpEncoder, whose order is opposite to the "
+                    "model's; expected a TopDownEncoder. Use guide with Trace_ELBO, or build the model with "
                     "encoder=LadderEncoder(…)."
                 )
             return super().__getattr__(name)
@@ -264,7 +264,7 @@ class HierarchicalVAE(Family):
 
 
 def _check_shapes(theirs: list[torch.Size] | None, ours: list[torch.Size]) -> None:
-    """Refuse an encoder for other shapes of the datum and the latents than the model's."""
+    """Raise a ``ValueError`` if the encoder's shapes of datum and latents are not the model's."""
     if theirs not in (None, ours):
         (x, *h), expected = ([tuple(shape) for shape in shapes] for shapes in (theirs, ours))
         raise ValueError(
@@ -290,7 +290,7 @@ def _check_estimate(output: Any, event_shape: torch.Size, likelihood: Any) -> Te
     if not isinstance(output, Tensor) or output.shape[output.dim() - len(shape) :] != shape:
         raise ValueError(
             f"argument 'decoder': got {described(output)} from its first layer; expected a tensor of "
-            f"batch_shape + {tuple(event_shape)}, which {type(likelihood).__name__} makes a distribution "
-            "of. Use FeedForward, or leave out the likelihood if the layer returns the distribution itself."
+            f"batch_shape + {tuple(event_shape)}, from which {type(likelihood).__name__} makes a "
+            "distribution. Use FeedForward, or leave out the likelihood if the layer returns a distribution."
         )
     return output

@@ -4,7 +4,7 @@ The chain runs in a real-valued space of its own. A likelihood connects that spa
 ``embed(x_0)`` is the point where the forward chain starts, and ``likelihood(x_0_hat)`` is the distribution
 of the datum given the denoiser's estimate :math:`\hat x_0(x_1)` in embedded space. Any callable with an
 ``embed`` is a likelihood. Its distributions may have the event dimensions in their batch shape; the chain
-declares them.
+declares them as event dimensions.
 
 =========================== ================================= =====================================
 data                        likelihood                        point of the chain
@@ -90,9 +90,9 @@ class Likelihood(nn.Module, ABC):
 
     #: Number of inputs for each entry of a datum. If there are several, they are on one more axis at the end.
     num_outputs: int = 1
-    #: How many entries of the state each entry on the last axis of a datum becomes, in their order, such as
-    #: ``(1, 1, 3)`` for two reals beside three categories one-hot. ``None`` if an entry stays one entry, or
-    #: gets a new axis of its own.
+    #: The number of entries of the state that each entry on the last axis of a datum becomes, in order, such
+    #: as ``(1, 1, 3)`` for two real numbers and a one-hot category of three. ``None`` if an entry stays one
+    #: entry, or gets a new axis of its own.
     widths: Sequence[int] | None = None
 
     @abstractmethod
@@ -346,7 +346,7 @@ class PoissonLikelihood(Likelihood):
         e(n) = 2 \sqrt{n / m} - 1, \qquad
         \rho(\hat x_0) = \Big(\tfrac12 y + \tfrac12 \sqrt{y^2 + c^2}\Big)^2
                        = \tfrac14 c^2 e^{2 \operatorname{asinh}(y / c)}, \quad
-        y = \sqrt m\, (\hat x_0 + 1) / 2, \; c = \tfrac18,
+        y = \sqrt m\, (\hat x_0 + 1) / 2, \; c = \tfrac18 .
 
     The rate :math:`\rho(e(n))` is :math:`n` to one per cent for :math:`n \ge 1`, and :math:`\rho` is positive
     everywhere. On the square-root scale, Poisson noise has standard deviation :math:`1/\sqrt m`, which is the

@@ -1,7 +1,7 @@
 r"""Names of version 0.1 that have moved. They work for one more version, and warn that they moved.
 
 :func:`keep_modules` keeps the old modules importable: each forwards its names. :func:`keep_names` forwards
-the names that have left a package. A type checker sees neither, so that it finds the old names.
+the names that have left a package. A type checker sees neither, and so it reports the old names as errors.
 """
 
 import sys
@@ -37,7 +37,7 @@ MODULES: Mapping[str, Sequence[str]] = {
     "variances": ("denoisers", "denoisers.variances"),
 }
 
-#: Names that changed, too.
+#: Names that were changed as well.
 RENAMED = {("store", "check_state"): "check_state_dict", ("observations", "zeroed"): "seen"}
 
 
@@ -85,9 +85,10 @@ def _found(module: str, name: str, rooms: Sequence[str]) -> Any:
             value = getattr(import_module(f"{PACKAGE}.{room}"), new, None)
             if value is not None:
                 warnings.warn(
-                    f"{module}.{name} has moved to {PACKAGE}.{room}.{new}; the old name goes in 0.3",
+                    f"{module}.{name} has moved to {PACKAGE}.{room}.{new}; "
+                    "the old name will be removed in version 0.3",
                     DeprecationWarning,
-                    stacklevel=3,  # of who asked: this function, and a module's __getattr__, are between
+                    stacklevel=3,  # the user's line: this function and a module's __getattr__ are between
                 )
                 return value
     raise AttributeError(f"module {module!r} has no attribute {name!r}")

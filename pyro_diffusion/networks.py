@@ -49,7 +49,7 @@ def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
 
 def network_dtype(network: nn.Module) -> torch.dtype:
     """Dtype of a network's first floating-point parameter: the dtype in which it takes its states."""
-    dtype = _first_dtype(network)  # in the order of parameters(), which takes longer to begin
+    dtype = _first_dtype(network)  # in the order of parameters(), but quicker
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return dtype or next(floating, torch.get_default_dtype())
 
@@ -89,7 +89,7 @@ class MLP(nn.Module):
             more with ``LearnedVariance()``. If it is more than one, the output has one more axis at the end.
 
     Raises:
-        ValueError: A size or number that is not a positive whole number, an event shape that is no tuple,
+        ValueError: A size or number that is not a positive whole number, an event shape that is not a tuple,
             or (from the call) states of another shape.
 
     Example:
@@ -160,8 +160,8 @@ class FeedForward(nn.Module):
         dropout: Probability with which a hidden unit is dropped during training.
 
     Raises:
-        ValueError: A shape that is no tuple, a size that is not a positive whole number, or (from the call)
-            an input of another shape.
+        ValueError: A shape that is not a tuple, a size that is not a positive whole number, or (from the
+            call) an input of another shape.
 
     Example:
         >>> FeedForward((8, 8), (16,))(torch.randn(5, 8, 8)).shape
@@ -306,7 +306,7 @@ def _unet_2d() -> Any:
         from diffusers import UNet2DModel
     except ImportError as error:
         raise ImportError(
-            "UNet: got no diffusers, the library that its layers are from; expected it to be installed. "
+            "UNet: got no diffusers, the library that provides its layers; expected it to be installed. "
             "Run pip install 'pyro-diffusion[images]', or use MLP."
         ) from error
     return UNet2DModel
@@ -315,13 +315,13 @@ def _unet_2d() -> Any:
 def _check_image(
     event_shape: torch.Size, channels: tuple[int, ...], attention: tuple[int, ...]
 ) -> None:
-    """Refuse sides that the levels cannot halve, and attention at levels that do not exist."""
+    """Raise for sides that the levels cannot halve, and for attention at levels that do not exist."""
     levels = range(len(channels)) if isinstance(channels, tuple) else range(0)
     require(
         len(levels) > 0 and set(attention) <= set(levels),
         "arguments 'channels' and 'attention'",
         f"{channels!r} and {attention!r}",
-        "channels for one level or more, and levels among them, counted from 0",
+        "channels for at least one level, and attention at these levels only, counted from 0",
         "Pass attention=() for none.",
     )
     halvings = 2 ** (len(levels) - 1)

@@ -68,7 +68,7 @@ def shared_copy(module: ModuleT) -> ModuleT:
     Training the copy trains the module, and a :class:`ParamScope` keeps its name: both state the same
     tensors to Pyro under the same names. What is *assigned* to one of them later (an attribute, a
     parameter, a buffer or a submodule) leaves the other as it is. The constructor is not called, so
-    that subclasses may have any.
+    that a subclass may have any constructor.
 
     Two things follow from how torch works. Moving the copy to another device moves the shared
     parameters, but replaces the buffers that belong to the copy itself. Hooks are shared as well.
@@ -85,7 +85,9 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: b
     own = module.state_dict()
     missing = [f"no {key!r}" for key in own if strict and key not in state_dict]
     surplus = [
-        f"{key!r}, which this model has not" for key in state_dict if strict and key not in own
+        f"{key!r}, which this model does not have"
+        for key in state_dict
+        if strict and key not in own
     ]
     reshaped = [
         f"{key!r} of shape {tuple(getattr(state_dict[key], 'shape', ()))} and not {tuple(value.shape)}"
@@ -104,14 +106,14 @@ def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: b
 
 
 class _OnePlace(Messenger):
-    """Refuse a draw of weights inside a plate: they would get the plate's axis, which no network expects."""
+    """Raise if weights are drawn inside a plate: they would get its axis, which no network expects."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
         plates = [frame for frame in msg["cond_indep_stack"] if frame.vectorized]
         if plates:
             raise ValueError(
                 f"site {msg['name']!r}: got weights inside the plate {plates[0].name!r}, which would draw "
-                f"{plates[0].size} of them; expected one draw for a run of the program. Use "
+                f"{plates[0].size} of them; expected one draw in each run of the program. Use "
                 "vectorize_particles=False, or run the program outside of the plate."
             )
 
@@ -119,14 +121,14 @@ class _OnePlace(Messenger):
 class _Parts(NamedTuple):
     """What a module is made of, by path."""
 
-    places: list[Any]  #: what the lists follow from
-    modules: list[tuple[str, nn.Module]]  #: all, which keeps them alive, and their ids their own
+    places: list[Any]  #: of :func:`_places`; the lists below hold as long as they do not change
+    modules: list[tuple[str, nn.Module]]  #: all; kept here, so that no other object gets their ids
     pyro_modules: list[tuple[str, PyroModule]]
     parameters: list[tuple[str, nn.Parameter]]
 
 
 def _places(module: nn.Module) -> list[Any]:
-    """Name, identity and class of every module and parameter below a module: quicker than their paths."""
+    """Name, identity and class of every module and parameter below a module. Their paths take longer."""
     places: list[Any] = []
     due = [module]
     seen = {module}
@@ -161,8 +163,8 @@ class ParamScope(nn.Module):
             "argument 'name'",
             f"{name!r}, under which Pyro's param store already holds parameters of another model",
             "a name of its own",
-            "Leave name=None, choose another, or call pyro.clear_param_store() if the other model is done "
-            "with.",
+            "Leave name=None, choose another, or call pyro.clear_param_store() if you no longer need the "
+            "other model.",
         )
         _used_names.add(name)
         self.name = name
@@ -206,7 +208,7 @@ class ParamScope(nn.Module):
             name = f"{self.name}.{path}"
             found = held.get(name)
             if found is None and not parameter.is_contiguous():
-                # What is assigned to the store by name is copied if it is not contiguous.
+                # The store copies a tensor that is assigned by name, if it is not contiguous.
                 own: Any = {"params": {name: parameter}, "constraints": {name: constraints.real}}
                 store.set_state(own)
             if found is None:
@@ -221,7 +223,7 @@ class ParamScope(nn.Module):
             pyro.param(name, parameter)
 
     def _parts(self) -> "_Parts":
-        """Pyro modules and parameters by their paths, found anew when anything has another place."""
+        """Pyro modules and parameters by their paths. They are found again when any of them has moved."""
         parts = self.__dict__.get("_parts_found")
         places = _places(self)
         if parts is None or parts.places != places:
@@ -233,7 +235,7 @@ class ParamScope(nn.Module):
 
     @property
     def description(self) -> dict[str, str]:
-        """What a ``state_dict`` must agree on, beside the names and shapes of its tensors."""
+        """What a ``state_dict`` must have in common with the model, besides names and shapes of tensors."""
         return {"model": type(self).__name__}
 
     def get_extra_state(self) -> Tensor:
@@ -246,13 +248,13 @@ class ParamScope(nn.Module):
             theirs = dict(json.loads(bytes(state.tolist())))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                "argument 'state_dict': got an '_extra_state' that is no description of a model; expected "
-                "what state_dict() put there. Use another copy of the file."
+                "argument 'state_dict': got an '_extra_state' that does not describe a model; expected the "
+                "one that state_dict() returns. Use another copy of the file."
             ) from error
         for part, ours in self.description.items():
             if theirs.get(part) != ours:
                 raise ValueError(
-                    f"argument 'state_dict': got numbers of a model with {part} {theirs.get(part)}; "
+                    f"argument 'state_dict': got the numbers of a model with {part} {theirs.get(part)}; "
                     f"expected {ours}. Build the model with the arguments that it was saved with, and "
                     "change them after loading."
                 )
@@ -285,7 +287,7 @@ class ParamScope(nn.Module):
         """Read what :meth:`save` wrote for a model with the same arguments; return this model, on its device.
 
         Raises:
-            ValueError: A file that is incomplete, that is no checkpoint, or that is of another model. The
+            ValueError: A file that is incomplete, is not a checkpoint, or belongs to another model. The
                 model is not changed.
             OSError: There is no such file, or it cannot be opened.
         """
@@ -296,8 +298,8 @@ class ParamScope(nn.Module):
         except Exception as error:  # torch raises many kinds, depending on where the file is broken
             raise ValueError(
                 f"argument 'path': got {str(path)!r}, which cannot be read ({type(error).__name__}); "
-                "expected a whole file written by save() or torch.save(model.state_dict()). It was cut "
-                "short, or is something else: use another copy."
+                "expected a whole file written by save() or torch.save(model.state_dict()). The file was "
+                "cut short, or has other contents: use another copy."
             ) from error
         is_dict = isinstance(state, dict)
         keys = ", ".join(map(repr, list(state)[:4])) if is_dict else ""
@@ -307,7 +309,7 @@ class ParamScope(nn.Module):
             "argument 'path'",
             f"{str(path)!r}, which holds {held}",
             "the numbers of a model, by name",
-            "A checkpoint of Lightning's goes into an SVIModule around this model: "
+            "Load a checkpoint of Lightning into an SVIModule around this model: "
             "module.load_state_dict(torch.load(path)['state_dict']).",
         )
         self.load_state_dict(state)

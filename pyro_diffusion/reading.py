@@ -1,8 +1,8 @@
 """What it means to read a model: no gradient, no site in a surrounding trace, and a budget of memory.
 
-A *reader* gives numbers of a model that somebody wants to look at: a bound, an evidence, draws. It runs
-programs inside :func:`reading`. It works through rows in chunks that :func:`rows_within` counts from the
-tensors of a step, as they are measured with a row or two, and not from the shape of a datum.
+A *reader* is a function that returns results of a model: a bound, an evidence, draws. It runs programs inside
+:func:`reading`, and takes the rows of the data in chunks. :func:`rows_within` finds the size of a chunk. It
+measures the memory that a step takes with a few rows, and does not guess it from the shape of a datum.
 """
 
 import weakref
@@ -30,19 +30,19 @@ __all__ = [
     "rows_within",
 ]
 
-#: Bytes of tensors that a reader holds at a time, beside the model, the data and the results.
+#: Bytes of tensors that a reader holds at a time, besides the model, the data and the results.
 BUDGET = 2**28
 
-#: Rows of the second measurement: enough to tell what a row takes from what all rows share.
+#: Rows of the second measurement: enough to separate the memory of a row from what all rows share.
 _SEVERAL = 8
 
 
 @contextmanager
 def reading(*programs: Callable[..., Any], data: Any = ()) -> Iterator[None]:
-    """Run programs to read them: in evaluation mode, without gradients, and unseen by handlers outside.
+    """Run programs to read them: in evaluation mode, without gradients, and hidden from outer handlers.
 
     Args:
-        programs: What is read; modules among them are in evaluation mode meanwhile.
+        programs: The programs. Modules among them are in evaluation mode meanwhile.
         data: Data, states or context that the result depends on: a tensor, or a tree of them.
 
     Raises:
@@ -55,10 +55,10 @@ def reading(*programs: Callable[..., Any], data: Any = ()) -> Iterator[None]:
 
 @contextmanager
 def alone(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Run programs unseen by handlers outside, in evaluation mode, with parameters under their own names.
+    """Run programs hidden from outer handlers, in evaluation mode, with parameters under their own names.
 
-    A family's kernels may be called outside of its programs here: its parameters are stated, and weights that
-    are drawn are drawn once.
+    A family's kernels may be called here outside of its programs, because its parameters are stated. Weights
+    with a prior are drawn once.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(*programs))
@@ -70,13 +70,13 @@ def alone(*programs: Callable[..., Any]) -> Iterator[None]:
 
 
 def refuse_gradients(data: Any) -> None:
-    """Raise a ``ValueError`` if data require a gradient that a reader would cut."""
+    """Raise a ``ValueError`` if data require a gradient, which a reader does not record."""
     leaves = (x for x in pytree.tree_leaves(data) if isinstance(x, Tensor))
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         raise ValueError(
-            "argument 'x_0', or what goes with it: got data that require a gradient; expected numbers, "
-            "because this function reads the model and records no gradient. Take bound_by_datum(model, "
-            "guide, x_0) or ode_log_likelihood(diffusion, x_0), which pass gradients; or pass x_0.detach()."
+            "argument 'x_0', or what goes with it: got data that require a gradient; expected data that "
+            "require none, because this function records no gradient. Use bound_by_datum(model, guide, x_0) "
+            "or ode_log_likelihood(diffusion, x_0), which pass gradients, or pass x_0.detach()."
         )
 
 
@@ -84,13 +84,13 @@ class Footprint(NamedTuple):
     """Bytes of tensors that a function makes."""
 
     held: int  #: of what it returns
-    peak: int  #: the most that live at a time
+    peak: int  #: the most that exist at one time
 
 
 def footprint(function: Callable[[], Any]) -> Footprint:
-    """Run a function, and count the bytes of the tensors that it makes. Random states are as before.
+    """Run a function, and count the bytes of the tensors that it makes. Random states are restored.
 
-    Values are not checked, because the run itself will look at all of them.
+    Values are not checked, because the real run will check all of them.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), unchecked(), _Memory() as memory:
@@ -105,12 +105,12 @@ def rows_within(cost: Callable[[int], float], most: int, budget: float = BUDGET)
 
     Args:
         cost: Bytes that a number of rows takes, from a :func:`footprint`.
-        most: Rows that suffice.
+        most: The largest useful number of rows.
         budget: Bytes.
     """
     try:
         one = cost(1)
-    except ValueError:  # of the data, which the run itself will raise about all of them
+    except ValueError:  # bad data: the run itself will raise the error, about all of them
         return most
     if one * most <= budget or one * _SEVERAL > budget:
         return max(1, min(most, int(budget // max(one, 1))))
@@ -119,12 +119,12 @@ def rows_within(cost: Callable[[int], float], most: int, budget: float = BUDGET)
 
 
 class _Memory(TorchDispatchMode):
-    """Bytes in the storages that operations make, while they live."""
+    """The bytes in the storages that operations make, as long as these exist."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[Any] = set()  # weak references, to storages of others as well
+        self._known: set[Any] = set()  # weak references, also to storages that existed before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in pytree.tree_leaves((args, kwargs)):

@@ -1,7 +1,7 @@
 r"""A term of the bound: the densities of a draw of :math:`q` under :math:`q` and :math:`p`, and the KL.
 
 A site of a guide has a distribution :math:`q`, the model's site of the same name a distribution :math:`p`.
-For a draw :math:`x \sim q` the bound takes one of two numbers with the same mean,
+For a draw :math:`x \sim q` the bound uses one of two numbers with the same mean,
 
 .. math::
     \log q(x) - \log p(x) \qquad \text{or} \qquad \mathrm{KL}(q \,\|\, p) .
@@ -77,7 +77,7 @@ def score(q: Any, p: Any, x: Tensor | None = None) -> Score:
         x: The draw; ``None`` draws one when it is needed.
 
     Returns:
-        :class:`Score`. Its ``kl`` raises a ``ValueError`` for a site whose guide runs against the model.
+        :class:`Score`. Its ``kl`` raises a ``ValueError`` for a site of a bottom-up guide.
     """
     return Score(q, p, x)
 
@@ -85,7 +85,7 @@ def score(q: Any, p: Any, x: Tensor | None = None) -> Score:
 def replayed(
     model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """A trace of the guide, and one of the model with the guide's draws; no handler outside sees a site."""
+    """A trace of the guide, and one of the model with its draws. Outer handlers do not see the sites."""
     # As ``with`` blocks: a function that a Pyro handler wraps cannot be called with context=.
     with poutine.block(hide_types=["sample", "observe"]):
         with poutine.trace() as drawn:

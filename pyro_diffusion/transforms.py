@@ -3,8 +3,8 @@ r"""Transforms between the user's units and the model's.
 ``DiffusionModel(denoiser, transform=f)`` models :math:`y = f(x_0)` and reports the bound on
 :math:`\log p(x_0) = \log p(y) + \log |\det \partial f / \partial x_0|`. Any bijective torch transform
 will do, including ``ExpTransform().inv`` (the logarithm) and Pyro's normalising flows, if its values are the
-whole real line. :class:`Standardize` brings data of any scale to mean zero and standard deviation one, and
-:class:`Logit` data of an interval to the real line. Both compute in at least float32.
+whole real line. :class:`Standardize` brings data of any scale to mean zero and standard deviation one.
+:class:`Logit` maps data in an interval to the real line. Both compute in at least float32.
 """
 
 import math
@@ -134,11 +134,11 @@ class Standardize(TransformModule):
 
 
 class Logit(Transform):
-    r"""An interval to the real line, :math:`y = \log(x - l) - \log(h - x)`.
+    r"""A map from an interval to the real line, :math:`y = \log(x - l) - \log(h - x)`.
 
-    The two logarithms lose no digits at either end, where torch's ``SigmoidTransform().inv`` moves a number
-    closer to one than rounding by up to :math:`\log 2` nats. The log-Jacobian is
-    :math:`\log(h - l) - \log(x - l) - \log(h - x)`.
+    The two logarithms lose no digits at either end. In contrast, torch's ``SigmoidTransform().inv`` clamps a
+    number that is within rounding of one, and so changes its value by up to :math:`\log 2` nats. The
+    log-Jacobian is :math:`\log(h - l) - \log(x - l) - \log(h - x)`.
 
     Args:
         low: Lower end :math:`l`, a number.
@@ -210,11 +210,13 @@ def check_transform(transform: Transform | None) -> Transform | None:
 def transformed(transform: Transform, x_0: Tensor) -> Tensor:
     """``transform(x_0)``, if the transform is a bijection on these data; part by part if it is composed.
 
+    The inverse is called to check this, except for the inverse of a module: modules are bijective by
+    construction, and may be slow to invert.
+
     Raises:
-        ValueError: Data of a shape that the transform does not take. A datum outside the transform's domain,
-            on its edge (where a bijection to the real line has no value), or one that the inverse does not
-            return. The inverse of a module is not called: modules are bijective by construction, and may be
-            slow to invert. Data in a margin where torch's transform is clamped.
+        ValueError: Data of a shape that the transform does not take. A datum that is outside the transform's
+            domain, on its edge (where a bijection to the real line has no value), or not recovered by the
+            inverse. Data in a margin where torch's transform is clamped.
     """
     if type(transform) is ComposeTransform:
         for part in transform.parts:
@@ -233,7 +235,7 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
             f"{tuple(x_0.shape)} ({error}); expected one for these data. Check its event shape."
         ) from error
     if inside and holds(y.isfinite()) and not isinstance(transform, nn.Module):
-        # A bijection moves a datum by rounding; a clamped or saturated transform by about its own size.
+        # A round trip moves a datum by rounding; in a clamped or saturated transform, by about its own size.
         eps, size = torch.finfo(y.dtype).eps, x_0.abs()
         tolerance = eps**0.5 * size.amax(0) + eps * size.amax()
         inside = holds((transform.inv(y) - x_0).abs() <= tolerance)
@@ -242,13 +244,13 @@ def transformed(transform: Transform, x_0: Tensor) -> Tensor:
         raise ValueError(
             f"argument 'transform': got data from {low.item():g} to {high.item():g}, on which "
             f"{transform} is not a bijection; expected data inside its domain {domain}, edges excluded, "
-            "that its inverse returns. Choose another transform, or move the data off the edges."
+            "that its inverse recovers. Choose another transform, or move the data off the edges."
         )
     return y
 
 
 def _check_margin(transform: Transform, x_0: Tensor) -> None:
-    """Refuse numbers so close to 0 or 1 that torch's logit clamps them and returns another's value."""
+    """Raise for numbers so close to 0 or 1 that torch's logit clamps them and returns a wrong value."""
     if isinstance(transform, _InverseTransform) and isinstance(transform.inv, SigmoidTransform):
         info = torch.finfo(x_0.dtype) if x_0.is_floating_point() else torch.finfo(torch.float32)
         clamped = (x_0 > 0) & (x_0 < 1) & ((x_0 < info.tiny) | (x_0 > 1 - info.eps))
@@ -266,9 +268,9 @@ def check_codomain(transform: Transform, support: constraints.Constraint) -> Non
     if bounded and isinstance(needed, type(constraints.real)):
         raise ValueError(
             f"argument 'transform': got {transform}, whose values are in {values}, for a kernel over the "
-            "real line; expected a transform from the user's units onto the whole line, or part of the "
-            f"model's mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you meant that, "
-            "or follow it by one onto the line, such as ExpTransform().inv."
+            "real line; expected a transform from the user's units onto the whole line, because otherwise "
+            f"part of the model's mass is lost. Pass its inverse, {type(transform).__name__}(…).inv, if you "
+            "meant that, or compose it with a transform onto the line, such as ExpTransform().inv."
         )
 
 

@@ -1,8 +1,8 @@
-"""Pyro's distributions as a type checker sees them, and what a likelihood must be able to do.
+"""The types of Pyro's distributions, for a type checker, and the interface of a likelihood.
 
-Pyro has few type hints. Many functions of this package return a distribution of Pyro's. The interface of
-these distributions is written down here, after ``pyro/distributions/torch_distribution.py``, so that a type
-checker knows it. When a program runs, ``TorchDistribution`` is Pyro's own class.
+Pyro has few type hints, and many functions of this package return a Pyro distribution. This module declares
+the interface of these distributions, after ``pyro/distributions/torch_distribution.py``. When a program runs,
+``TorchDistribution`` is Pyro's own class.
 
 A user's own code is checked with these lines in ``mypy.ini``::
 
@@ -58,7 +58,7 @@ else:
 
 
 class EmbedsData(Protocol):
-    r"""A likelihood :math:`p(x_0 \mid x_1)`: one of ours, or any object that does these two things."""
+    r"""A likelihood :math:`p(x_0 \mid x_1)`: one of this package, or any object with these two methods."""
 
     def embed(self, x_0: Tensor) -> Tensor:
         """Data of shape ``batch_shape + …`` as points of the chain, ``batch_shape + event_shape``."""

@@ -3,19 +3,19 @@ r"""The reverse chain walked step by step, outside of a Pyro program.
 Paths of ``evaluate_bound``, sequential Monte Carlo and samplers go from :math:`x_T` to :math:`x_0`. They take
 their steps from one :class:`ReverseWalk`:
 
-- ``start``: the law of :math:`x_T`, :math:`q(x_T \mid x)` towards a target :math:`x`, or :math:`p(x_T)`;
-- ``look``: what the denoiser says of the datum at :math:`x_t`;
+- ``start``: the law of :math:`x_T`, :math:`q(x_T \mid x)` given a target :math:`x`, or :math:`p(x_T)`;
+- ``look``: the denoiser's output at :math:`x_t`;
 - ``kernel`` and ``posterior``: :math:`p_\theta(x_{t-1} \mid x_t)` and :math:`q(x_{t-1} \mid x_t, x)`;
 - ``step``: a draw of the posterior with both densities; the step's weight is kernel over posterior;
 - ``end``: :math:`p_\theta(x_0 \mid x_1)`.
 
-The target is a datum, or a state :math:`x_s` at any timestep: then the walk is that of the chain
-:math:`x_{s:T}`, and its steps are counted from the target. Particles stand in front, data behind them:
-``(K, N) + event_shape``. A network sees at most so many rows at a time.
+The target is a datum, or a state :math:`x_s` at any timestep. With a state, the walk follows the chain
+:math:`x_{s:T}`, and its steps are counted from the target. States have the shape ``(K, N) + event_shape``,
+with particles first and data second. A network computes a limited number of rows at a time.
 
-What goes with the data goes with the walk, as it does in the programs. Under a mask every density is that of
-the observed entries, and a kernel of the model sees the gap's value in the others; a context goes to the
-denoiser, a row for each datum.
+A mask and a context act as they do in the programs. Under a mask every density is the density of the observed
+entries, and a kernel of the model gets the gap's value in the others. A context is passed to the denoiser, a
+row for each datum.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,14 +47,14 @@ __all__ = [
     "whose_programs",
 ]
 
-ROWS = 2048  #: of a network at a time, where nothing else says how many: a batch that fits a cache
+ROWS = 2048  #: rows of a network at a time, by default: a batch that fits a cache
 Walked = (
     DiffusionModel | tuple[Callable[..., Any], Callable[..., Any]]
 )  # the two are its own programs
 
 
 def whose_programs(model: Any, guide: Any) -> DiffusionModel | None:
-    """The diffusion model whose own, whole programs these are; ``None`` of any others."""
+    """The diffusion model to which these programs of a whole chain belong; ``None`` for any others."""
     owner = getattr(model, "owner", None)
     both = owner is getattr(guide, "owner", None)
     if not isinstance(owner, DiffusionModel) or not both:
@@ -68,7 +68,7 @@ def whose_programs(model: Any, guide: Any) -> DiffusionModel | None:
 
 
 def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]:
-    """A diffusion model and data, from what a reader was called with: those, or its programs and data.
+    """A diffusion model and data, from the arguments of a reader: these, or its programs and data.
 
     Raises:
         ValueError: Programs of another kind, or of a part of the chain; weights that are drawn.
@@ -81,8 +81,8 @@ def diffusion_of(model: Any, guide: Any, x_0: Any) -> tuple[DiffusionModel, Any]
         if diffusion is None:
             raise ValueError(
                 f"arguments 'model' and 'guide': got a {type(model).__name__} and a {type(guide).__name__}; "
-                "expected the whole programs of one DiffusionModel, whose kernels are walked. Pass the model "
-                "itself, and state=t for states."
+                "expected the whole programs of one DiffusionModel, whose kernels are called one by one. "
+                "Pass the model itself, and state=t for states."
             )
     else:
         diffusion, x_0 = check_diffusion(model), guide if x_0 is None else x_0
@@ -95,14 +95,14 @@ def drawing(diffusion: DiffusionModel) -> list[Any]:
 
 
 def check_weights(diffusion: DiffusionModel) -> DiffusionModel:
-    """``diffusion``, if no weight of it is drawn from a prior, which would be another model at every call."""
+    """``diffusion``, if no weight is drawn from a prior: every call would then be of another model."""
     drawn = drawing(diffusion)
     require(
         not drawn,
         "argument 'diffusion'",
         f"a {type(drawn[0]).__name__ if drawn else ''} with a PyroSample, whose weights are drawn",
-        "weights that stay",
-        "Read a model and a guide, which draws the weights too, by SVI and Trace_ELBO.",
+        "fixed weights",
+        "Use SVI and Trace_ELBO, with a guide that draws the weights too.",
     )
     return diffusion
 
@@ -146,7 +146,7 @@ class ReverseWalk:
         )
 
     def seen(self, x_t: Tensor) -> Tensor:
-        """A state as a kernel of the model sees it."""
+        """A state as a kernel of the model gets it, with the gap's value in unobserved entries."""
         return seen(x_t, self.of_state, self.process.gap)
 
     def start(self, x: Tensor | None = None) -> TorchDistribution:
@@ -157,7 +157,7 @@ class ReverseWalk:
         return observed_part(last, self.of_state)
 
     def look(self, x_t: Tensor, t: int) -> Denoised:
-        """What the denoiser says of the datum, ``t`` steps from the target."""
+        """The denoiser's output, ``t`` steps from the target."""
         log_snr = self.diffusion.schedule.log_snr(t + self.state)
         given = self.denoiser.check_given(self.given.of_kernels())
         return look(self.denoiser, self.seen(x_t), log_snr, rows=self.rows, **given)[0]
@@ -195,7 +195,7 @@ class ReverseWalk:
         return rows_within(cost, ROWS)
 
     def rehearse(self, x_0: Tensor) -> tuple[TorchDistribution, Tensor]:
-        """One step and the end for data or states ``x_0``, to measure what they take.
+        """One step and the end for data or states ``x_0``, to measure the memory that they take.
 
         Returns:
             A site's distribution and its draw, which a trajectory keeps of each step.
@@ -212,7 +212,7 @@ class ReverseWalk:
         return q, x_t
 
     def estimate(self, x_t: Tensor, t: int, denoised: Denoised) -> Tensor:
-        """The mean of the target given :math:`x_t`: of a state through the estimate of its datum."""
+        """The mean of the target given :math:`x_t`; for a state it follows from the datum's estimate."""
         if not self.state:
             return denoised.x_0_hat
         schedule, ends = self.diffusion.schedule, torch.tensor([self.state, t + self.state])
@@ -234,17 +234,17 @@ def look(
     rows: int = ROWS,
     **given: Any,
 ) -> tuple[Denoised, list[Tensor]]:
-    r"""What a denoiser says at states of one log-SNR, with vector-Jacobian products where they are asked for.
+    r"""A denoiser's output at states of one log-SNR, and vector-Jacobian products if ``pull`` is given.
 
-    Both are computed chunk by chunk: the network's graph of a chunk is gone before the next one. Where
-    gradients are recorded both have them, and the graphs stay.
+    Both are computed chunk by chunk, and the network's graph of a chunk is freed before the next one. If
+    gradients are recorded, both have gradients, and the graphs are kept.
 
     Args:
         denoiser: The denoiser.
         x_t: States, ``batch_shape + event_shape``.
         log_snr: Their log-SNR, one for all.
-        pull: ``pull(denoised, part)`` gives tensors whose sums are differentiated in :math:`x_t`, from what
-            was said of the rows ``part`` of the flattened states: :math:`\hat x_0 \odot e` for the product
+        pull: ``pull(denoised, part)`` gives tensors whose sums are differentiated in :math:`x_t`, from the
+            output for the rows ``part`` of the flattened states: :math:`\hat x_0 \odot e` for the product
             :math:`e^\top \partial \hat x_0 / \partial x_t`.
         rows: Network rows at a time.
         given: ``context=`` of conditional data.
@@ -294,7 +294,7 @@ def _look(
 
 
 def taken(x: Any, rows: Tensor) -> Any:
-    """Particles of each datum, by row: of a tensor ``(K, N, …)``, or of all that was :class:`Denoised`."""
+    """Particles of each datum, by row: of a tensor ``(K, N, …)``, or of all in :class:`Denoised`."""
     if isinstance(x, Denoised):
         return Denoised._make(None if part is None else taken(part, rows) for part in x)
     index = rows.reshape(rows.shape + (1,) * (x.dim() - 2))

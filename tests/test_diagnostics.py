@@ -255,7 +255,7 @@ def test_who_reads_an_unknown_k_copes():
     assert few.pareto_k.isnan().all()
     assert not few.reliable.any()
     assert "reliable for 0" in repr(few)
-    with pytest.raises(ValueError, match="fewer than 25 particles have none"):
+    with pytest.raises(ValueError, match="Draw at least 25 particles"):
         plot_khat(few)
     with pytest.raises(ValueError, match="too few for Pareto k"):
         compare({"a": few, "b": few})

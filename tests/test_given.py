@@ -408,6 +408,8 @@ def test_kernels_that_were_methods_of_the_model_are_forwarded():
             diffusion.decode(x),
         ),
     ):
-        with pytest.warns(DeprecationWarning, match=r"has moved to .*goes with version 0\.3"):
+        with pytest.warns(
+            DeprecationWarning, match=r"has moved to .*will be removed in version 0\.3"
+        ):
             kernel = old()
         torch.testing.assert_close(kernel.log_prob(x), new.log_prob(x))

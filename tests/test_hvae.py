@@ -591,7 +591,7 @@ def test_layers_of_ones_own_are_arguments_like_any_other():
         assert HierarchicalVAE((2,), (3, 2), encoder=encoder).encoder is encoder
         with pytest.raises(ValueError, match=r"got one for data of shape \(2,\)"):
             HierarchicalVAE((3,), (3, 2), encoder=encoder)
-        with pytest.raises(ValueError, match="argument 'dropout': got it beside"):
+        with pytest.raises(ValueError, match="argument 'dropout': got it together with"):
             kind(**own, dropout=0.1)
         with pytest.raises(ValueError, match="argument 'event_shape': got None"):
             kind()

@@ -142,7 +142,7 @@ def test_names_and_shapes_are_compared_without_a_description(trained):
     with pytest.raises(ValueError, match="got no '_extra_state'"):
         build(transform=standardize()).load_state_dict(state)
     state = trained.state_dict() | {"surplus": torch.zeros(1)}
-    with pytest.raises(ValueError, match="'surplus', which this model has not"):
+    with pytest.raises(ValueError, match="'surplus', which this model does not have"):
         build(transform=standardize()).load_state_dict(state)
     target = build(transform=standardize())
     before = target.denoiser.network.decode.bias.clone()

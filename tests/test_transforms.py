@@ -357,5 +357,5 @@ def test_other_bad_transforms():
     with pytest.raises(ValueError, match="'transform'.*a mass has no Jacobian"):
         levels.model(torch.tensor([[0.0, 1.0]]))
     whole = DiffusionModel(denoiser, transform=AffineTransform(0.0, 2.0))
-    with pytest.raises(ValueError, match=r"torch.int64, for which this model has a density"):
+    with pytest.raises(ValueError, match=r"torch.int64 for a model that has a density"):
         whole.guide(torch.tensor([[0, 1]]))

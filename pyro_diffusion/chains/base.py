@@ -70,10 +70,10 @@ class Run(NamedTuple):
     given: dict[str, Any]  #: what goes with the data, by name
     context: dict[str, Any]  #: the part of it that kernels take
     of_state: Tensor | None  #: observed entries of a latent state
-    gap: float | None  #: the value that kernels see in the other entries
+    gap: float | None  #: the value that kernels get in the other entries
 
     def seen(self, x_t: Tensor) -> Tensor:
-        """A state as a kernel of the model sees it."""
+        """A state as a kernel of the model gets it, with the gap's value in unobserved entries."""
         return seen(x_t, self.of_state, self.gap)
 
 
@@ -119,7 +119,7 @@ class Program(nn.Module):
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """Names of the sites by timestep: ``site_names[t]`` is where :math:`x_t` lives."""
+        """Names of the sites by timestep: ``site_names[t]`` is the site of :math:`x_t`."""
         return tuple(f"x_{t}" for t in range(self.num_timesteps + 1))
 
     def __repr__(self) -> str:
@@ -145,7 +145,7 @@ class Program(nn.Module):
             x_0: Data; ``None`` for a model that draws them.
             given: What goes with the data.
             num_data: Size of the data set of which the data are a batch.
-            num_samples: Number of data to draw if none are given; without a plate the caller's says it.
+            num_samples: Number of data to draw if none are given. Without a plate, the caller's sets it.
             plate: Whether the program has a plate of its own, scaled to ``num_data``.
             prefix: Put in front of the sites' names, with a dot.
         """
@@ -185,7 +185,7 @@ class Program(nn.Module):
 class GuideProgram(Program):
     """A program of a guide, which needs data."""
 
-    #: Draws the state at any timestep without a path to it; ``None`` for a guide that knows no such law.
+    #: The law of the state at any timestep, without a path to it; ``None`` if the guide has no formula.
     marginal: Callable[..., Any] | None = None
 
     def knows_marginals(self) -> bool:
@@ -207,8 +207,8 @@ class GuideProgram(Program):
         require(
             drawn is x_0 or drawn.shape == x_0.shape,
             "argument 'observations'",
-            "several sleeps at once",
-            "one after the other, since a guide takes one batch of data",
+            "several sleep-phase draws at once",
+            "one at a time, because a guide takes one batch of data",
             "Use ReweightedWakeSleep(vectorize_particles=False).",
         )
         super().__call__(drawn, *args, **kwargs)
@@ -218,7 +218,7 @@ class GenerativeProgram(Program):
     """A program of a model, which can be run without data."""
 
     def __call__(self, *args: Any, observations: Any = None, **kwargs: Any) -> Any:
-        """Run the program. What ``ReweightedWakeSleep`` gives a guide, it gives a model too."""
+        """Run the program, without ``observations``, which ``ReweightedWakeSleep`` passes to a model too."""
         return super().__call__(*args, **kwargs)
 
     def _in_words(self) -> str:

@@ -1,4 +1,4 @@
-r"""The chain as Pyro programs, each of them its equation.
+r"""The chain as Pyro programs, each of which implements one equation.
 
 =============== ================= ======================================================= ============
 program         sites, in order   takes                                                   is
@@ -108,8 +108,8 @@ class GenerativeChain(GenerativeProgram):
 class BottomUpGuide(GuideProgram):
     r"""The encoder from data to noise, :math:`q(x_{1:T} \mid x_0) = \prod_t q(x_t \mid x_{t-1})` (E4).
 
-    Its sites run against the model's: a site's parent in the model is its descendant here. So
-    ``TraceMeanField_ELBO`` would add up numbers that are no KLs, and is refused.
+    The order is opposite to the model's: a site's parent in the model is its descendant here. The numbers
+    that ``TraceMeanField_ELBO`` would add up are therefore not KLs, and it raises a ``ValueError``.
 
     Args:
         transition: ``transition(x_{t-1}, t)`` gives :math:`q(x_t \mid x_{t-1})` for ``t = 1 … T``.

@@ -1,4 +1,4 @@
-r"""The bound at a few random timesteps of each datum: a pair of programs of constant cost, to train with.
+r"""The bound at a few random timesteps of each datum: a pair of programs for training, at constant cost.
 
 .. math::
     \widehat{\mathrm{ELBO}} = -L_T + \frac1k \sum_{i=1}^k \frac{1}{\pi(t_i)}
@@ -40,8 +40,8 @@ class TimestepPlate:
     The plate ``"timesteps"`` has size ``k`` and dim −2. In it the sites ``t`` and ``x_t`` carry the draw from
     guide to model and have no term; the model draws no timesteps itself. A draw has its term either at the
     step's site or at ``x_0``. The other one is masked, and both are scaled by :math:`1 / (k \pi(t))`. The
-    prior term at ``x_T`` needs no network and is stated once for each datum. So is what the draws lack of a
-    transform's log-Jacobian, by a factor of expectation zero: the log-Jacobian adds no variance.
+    prior term at ``x_T`` needs no network and is stated once for each datum. A factor of expectation zero
+    adds the part of a transform's log-Jacobian that the draws lack, so that it causes no variance.
 
     Args:
         diffusion: The model, whose kernels the pair uses and whose parameters it states.
@@ -85,7 +85,7 @@ class SubsampledProgram(Program):
 
     @property
     def about(self) -> str:
-        """Whose program it is, and which timesteps it draws."""
+        """The name of the owner, and the timesteps that the program draws."""
         count, length = self.num_draws, self.num_timesteps
         drawn = f"{count} random timestep{'s' * (count > 1)} a datum"
         chain = "T → ∞" if length == math.inf else f"T = {length}"

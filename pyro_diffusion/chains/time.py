@@ -45,7 +45,7 @@ class Time(ABC):
         """
         if isinstance(num_timesteps, Real) and num_timesteps == math.inf:
             return Continuum()
-        remedy = "Leave it out for the model's own, or pass math.inf for the chain without end."
+        remedy = "Leave it out for the model's own, or pass math.inf for the continuous chain."
         count = own if num_timesteps is None else num_timesteps
         return Steps(check_count("num_timesteps", count, 1, remedy))
 

@@ -1,7 +1,7 @@
 r"""How random timesteps are drawn: laws over :math:`\{1, …, T\}` that a program samples ``t`` from.
 
 The bound is a sum over timesteps; a subsampled program draws ``k`` of them for each datum and weights
-a term by :math:`1 / (k\, \pi(t))`, which leaves its expectation as it is for any :math:`\pi > 0`.
+a term by :math:`1 / (k\, \pi(t))`, which leaves the expectation unchanged for any :math:`\pi > 0`.
 ``t = 1`` selects the reconstruction term and ``t ≥ 2`` the KL at site :math:`x_{t-1}`. The law changes the
 variance. For independent draws the variance is least if :math:`\pi(t)` is proportional to the root of the
 term's second moment.
@@ -44,14 +44,15 @@ class JointStrata(Messenger):
         \{ s \in \{0, …, Wn - 1\} : s \equiv r + \mathrm{shift} \pmod W \},
 
     in random order. ``shift`` is uniform on :math:`\{0, …, W - 1\}` and new at every step. All processes have
-    the same one without communication, because their generators have the same seed. So each entry alone has
-    law :math:`\pi`. If all processes have equally many draws, their draws together hit each stratum once. (A
-    law that each process learns by itself differs between processes. The bound is unbiased all the same.)
+    the same shift without communication, because their generators have the same seed. Each entry alone
+    therefore has law :math:`\pi`. If all processes have equally many draws, their draws together hit each
+    stratum once. (A law that each process learns by itself differs between processes. The bound is unbiased
+    nevertheless.)
 
     Inside the handler, in guide and model, a site with a
     :class:`~pyro_diffusion.distributions.TimestepDistribution` draws its share of the strata. Independent
     draws do not change. Call :meth:`advance` between steps. It writes the new shift in place, so that a
-    captured graph reads it, too.
+    captured graph reads it as well.
 
     Args:
         rank: :math:`r`, in {0 … W − 1}.
@@ -95,7 +96,7 @@ class Timesteps(ABC):
             ValueError: The rule has none.
         """
         raise ValueError(
-            f"argument 'timesteps': got {self} for a continuous chain, of which no timestep has a "
+            f"argument 'timesteps': got {self} for a continuous chain, in which no single time has a "
             "probability; expected a law with a share for the reconstruction. Use StratifiedTimesteps()."
         )
 
@@ -125,9 +126,9 @@ class StratifiedTimesteps(Timesteps):
 
     def __call__(self, num_timesteps: int, device: torch.device) -> TimestepDistribution:
         key = self.reconstruction_share, num_timesteps, device
-        vars(self).setdefault("_laws", {})  # which an older pickle has not
+        vars(self).setdefault("_laws", {})  # an older pickle does not have it
         if key not in self._laws:
-            # Evaluation may make it, and training use it: no inference tensors in it.
+            # It may be made in evaluation and used in training, so it must hold no inference tensors.
             with torch.inference_mode(False):
                 log_pi = self._log_pi(num_timesteps, device)
                 edges = TimestepDistribution.edges_of(log_pi)
@@ -154,7 +155,7 @@ class StratifiedTimesteps(Timesteps):
 
 
 class UniformTimesteps(Timesteps):
-    r"""Independent draws from a uniform law, :math:`\pi(t) = 1 / T`, the textbook's rule.
+    r"""Independent draws from a uniform law, :math:`\pi(t) = 1 / T`, the rule of textbooks.
 
     The reconstruction term has one draw in :math:`T`, and its weight :math:`T` dominates the variance.
     :class:`StratifiedTimesteps` has less variance at the same cost.
@@ -175,9 +176,9 @@ class ImportanceTimesteps(Timesteps):
         \pi(t) = (1 - u)\, \frac{\sqrt{m_t}}{\sum_s \sqrt{m_s}} + u\, \pi_0(t), \qquad
         m_t \leftarrow d\, m_t + (1 - d)\, \overline{L_t^2},
 
-    where :math:`\pi_0` is the stratified law. The rule begins with it, and it bounds every weight. The
-    moments of timesteps that were not drawn yet are interpolated. Call :meth:`observe` now and then during
-    training, to update the moments::
+    where :math:`\pi_0` is the stratified law. The first draws are from :math:`\pi_0`, and its share
+    :math:`u` bounds every weight. The moments of timesteps that have not been drawn yet are interpolated.
+    Call :meth:`observe` now and then during training, to update the moments::
 
         timesteps = ImportanceTimesteps()
         pair = diffusion.subsampled(timesteps=timesteps)
@@ -191,7 +192,7 @@ class ImportanceTimesteps(Timesteps):
         reconstruction_share: :math:`\rho` of :math:`\pi_0`, as in :class:`StratifiedTimesteps`.
 
     Raises:
-        ValueError: A number outside its range; from ``observe``, programs that are no subsampled pair.
+        ValueError: A number outside its range; from ``observe``, programs that are not a subsampled pair.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class ImportanceTimesteps(Timesteps):
     ) -> None:
         meaning, remedy = (
             "the share of a moment that an observation leaves",
-            "0.9 remembers about ten.",
+            "0.9 averages over about ten observations.",
         )
         self.decay = check_between("decay", decay, 0, 1, meaning, remedy, "[)")
         meaning, remedy = "the share of the draws by the stratified law", "0.1 bounds every weight."

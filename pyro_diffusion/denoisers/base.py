@@ -1,8 +1,8 @@
 r"""Denoisers: modules whose forward *returns* :math:`p_\theta(x_{t-1} \mid x_t)` (E6).
 
 A denoiser estimates the datum, :math:`\hat x_0(x_t, \lambda_t)`. Its reverse kernel is the posterior
-:math:`q(x_{t-1} \mid x_t, x_0)` of the forward process at that estimate; of bits and categories it is the
-posterior averaged over what the datum may be. For Gaussian noise the mean is
+:math:`q(x_{t-1} \mid x_t, x_0)` of the forward process at that estimate; for bits and categories it is the
+mean of the posterior over the possible data. For Gaussian noise the mean is
 :math:`\tilde\mu_t(x_t, \hat x_0)`, which is exact for the true :math:`E[x_0 \mid x_t]` because
 :math:`\tilde\mu_t` is linear in :math:`x_0`. Tweedie's formula gives the score,
 
@@ -154,7 +154,7 @@ class Denoiser(nn.Module, ABC):
             https://doi.org/10.1198/jasa.2011.tm11181
         """
         self.process.check_has_score(
-            "x_t", "Take denoise(x_t, log_snr), what the denoiser says of the datum."
+            "x_t", "Use denoise(x_t, log_snr), the denoiser's estimate of the datum."
         )
         signal, noise = (pad(c, self.missing_dim, x_t.dtype) for c in self.schedule.scales(log_snr))
         return (signal * self.x_0_hat(x_t, log_snr, **given) - x_t) / noise**2
@@ -181,7 +181,7 @@ class Denoiser(nn.Module, ABC):
 
 
 def denoiser_in_words(denoiser: Denoiser) -> str:
-    """Its class, its network and parameters, and its other arguments but the event shape, in a line."""
+    """Its class, its network and parameters, and its other arguments without the event shape, in a line."""
     of_shape = f"event_shape={tuple(denoiser.event_shape)}"
     arguments = denoiser.extra_repr().replace(of_shape, "").strip(", ")
     network = getattr(denoiser, "network", None)
@@ -190,7 +190,7 @@ def denoiser_in_words(denoiser: Denoiser) -> str:
 
 
 class Networked:
-    """A denoiser that asks a network: the dtype of its states, and one way to call the network."""
+    """A denoiser with a network: the dtype of its states, and the call of the network."""
 
     network: nn.Module
 
@@ -210,16 +210,16 @@ class Networked:
         context: Any = None,
         null: Tensor | None = None,
     ) -> Tensor:
-        """The network's output for states with any batch shape; the network sees one flat batch axis.
+        """The network's output for states with any batch shape; the network gets one flat batch axis.
 
         It is called as ``network(state, log_snr)``, with a context as ``network(state, log_snr, context)``,
         and with dropped contexts as ``network(state, log_snr, context, null)``.
 
         Args:
-            state: What the network sees, ``batch_shape`` + its shape.
+            state: The network's input, ``batch_shape`` + its shape.
             log_snr: Log-SNR, broadcastable to ``batch_shape``.
             batch_shape: Batch shape of the states.
-            needed_by: What needs the output; its words are made for the error message only.
+            needed_by: What needs the output. It is converted to words for the error message only.
             count: Numbers for each entry of a state. If there are several, the output has one more axis.
             context: Tensors of ``(N, …)``, ``N`` the last batch dimension.
             null: Rows without a context, ``(N,)``.
@@ -245,9 +245,9 @@ class Networked:
         if output.shape != flat.shape + per_entry:
             raise ValueError(
                 f"argument 'network': got an output of shape {tuple(output.shape)}; expected "
-                f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the states it was "
-                f"given, as {' with '.join(map(str, needed_by))} needs. Keep the batch axis in front; "
-                f"MLP takes num_outputs={count}."
+                f"{tuple(flat.shape + per_entry)}, {count} number(s) for each entry of the network's input, "
+                f"for {' with '.join(map(str, needed_by))}. Keep the batch axis in front; MLP takes "
+                f"num_outputs={count}."
             )
         remedy = "Lower the learning rate or clip gradients, and check the data's scale."
         check_finite("argument 'network'", output, remedy)
@@ -264,8 +264,8 @@ def check_network(network: Any, example: str) -> nn.Module:
     if not any(_misfit(network, _ARGUMENTS[:count]) is None for count in (2, 3, 4)):
         raise ValueError(
             f"argument 'network': got {type(network).__name__}, whose forward does not take (x_t, log_snr): "
-            f"{_misfit(network, _ARGUMENTS[:2])}; expected one that does, because a denoiser must know how "
-            "noisy a state is. Write a module with forward(self, x_t, log_snr) around it, or use MLP."
+            f"{_misfit(network, _ARGUMENTS[:2])}; expected one that does, because the estimate depends on "
+            "how noisy the state is. Wrap it in a module with forward(self, x_t, log_snr), or use MLP."
         )
     return network
 
@@ -276,13 +276,13 @@ def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
     if misfit is not None:
         raise ValueError(
             f"argument 'network': got {type(network).__name__}, whose forward does not take "
-            f"({', '.join(arguments)}): {misfit}; expected one that does. Give a context to a network that "
-            "has this argument, and to no other."
+            f"({', '.join(arguments)}): {misfit}; expected one that does. Pass a context only if the network "
+            "has this argument."
         ) from misfit
 
 
 def _misfit(network: nn.Module, arguments: tuple[str, ...]) -> TypeError | None:
-    """Why a network cannot be called with these arguments; ``None`` if it can, or does not say."""
+    """Why a network cannot be called with these arguments; ``None`` if it can, or if this is unknown."""
     try:
         signature = inspect.signature(network.forward)
     except ValueError:  # of a compiled extension

@@ -29,8 +29,8 @@ class BernoulliDenoiser(Denoiser, ABC):
         rate: :math:`r` in (0, 1), the rate of ones among bits that are all noise.
 
     Raises:
-        ValueError: A rate outside (0, 1), a schedule that is learned or by dimension, or data other than 0
-            and 1.
+        ValueError: A rate outside (0, 1), a schedule that is learned or has a curve for each entry, or data
+            other than 0 and 1.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BernoulliDenoiser(Denoiser, ABC):
     ) -> None:
         super().__init__(schedule, event_shape)
         meaning = "the probability of a one among bits that are all noise"
-        self.rate = check_between("rate", rate, 0, 1, meaning, "The mean of the data, or 0.5.")
+        self.rate = check_between("rate", rate, 0, 1, meaning, "Take the mean of the data, or 0.5.")
         check_fixed_curve(schedule, "bits")
 
     @abstractmethod
@@ -69,7 +69,7 @@ class BernoulliDenoiser(Denoiser, ABC):
 class NeuralBernoulliDenoiser(Networked, BernoulliDenoiser):
     r""":math:`\pi` from a network, which predicts each bit given all others.
 
-    With the known law of :math:`x_{t,i}` its logits :math:`\ell_i` become the posterior's,
+    The known law of :math:`x_{t,i}` turns the network's logits :math:`\ell_i` into those of the posterior,
 
     .. math::
         \log \frac{\pi_i}{1 - \pi_i} = \ell_i
@@ -85,7 +85,7 @@ class NeuralBernoulliDenoiser(Networked, BernoulliDenoiser):
         rate: :math:`r`, the rate of ones among bits that are all noise.
 
     Raises:
-        ValueError: As :class:`BernoulliDenoiser`; a network with an output of another shape, or one that is
+        ValueError: As for :class:`BernoulliDenoiser`; an output of the network that has another shape or is
             not finite.
 
     Example:
@@ -134,13 +134,13 @@ class EnumeratedDenoiser(BernoulliDenoiser):
         \pi_i(x_t) = \sum_k P(k \mid x_t)\, x^{(k)}_i, \qquad
         P(k \mid x_t) \propto w_k \prod_i q\big(x_{t,i} \mid x_0 = x^{(k)}_i\big).
 
-    Its bound is the largest that any network can have under this chain. It is below :math:`\log p`, because
-    bits change independently under the kernel, and those of the true chain may change together.
+    Its bound is the largest that any network can have under this chain. The bound is below :math:`\log p`,
+    because the kernel changes bits independently, and in the true chain they may change together.
 
     Args:
         data: All values of the data, bits, shape ``(K,) + event_shape``.
         schedule: Noise schedule of the chain.
-        weights: Their probabilities, ``(K,)``, normalised here; equal ones by default.
+        weights: Their probabilities, ``(K,)``. They are normalised, and equal by default.
         rate: :math:`r`, the rate of ones among bits that are all noise.
 
     Raises:
@@ -189,7 +189,7 @@ class EnumeratedDenoiser(BernoulliDenoiser):
     def logits(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
         same, other = self.process.log_noise_ratio(x_t, log_snr)
         values, spins = self.values.flatten(1), (2 * self.values - 1).flatten(1)
-        # log q(x_t | x_0) of every value: Σ_i of one number where the bits agree, another where not
+        # log q(x_t | x_0) of every value: a sum over bits, of one number if they agree and another if not
         flat_spins, flat_difference = (
             (2 * x_t - 1).flatten(-self.event_dim),
             (same - other).flatten(-self.event_dim),

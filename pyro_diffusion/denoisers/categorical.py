@@ -19,7 +19,7 @@ from pyro_diffusion.typed import TorchDistribution
 class NeuralCategoricalDenoiser(Networked, Denoiser):
     r""":math:`\pi` from a network, which predicts each entry given all others.
 
-    With the known law of an entry of :math:`x_t` the network's logits :math:`\ell_k` become the posterior's,
+    The known law of an entry of :math:`x_t` turns the network's logits :math:`\ell_k` into the posterior's,
 
     .. math::
         \log \pi_k = \ell_k + \log q(x_t \mid x_0 = k) + \text{const},
@@ -40,9 +40,9 @@ class NeuralCategoricalDenoiser(Networked, Denoiser):
         num_categories: :math:`K \ge 2`; data are whole numbers in ``0 … K − 1``, of any dtype.
 
     Raises:
-        ValueError: Fewer than two categories, or a schedule that is learned or by dimension. From a call: an
-            output of another shape, or one that is not finite. From a program: data that are not whole
-            numbers in ``0 … K − 1``.
+        ValueError: Fewer than two categories, or a schedule that is learned or has a curve for each entry.
+            From a call: an output of another shape, or one that is not finite. From a program: data that are
+            not whole numbers in ``0 … K − 1``.
 
     Example:
         >>> schedule = LinearDecaySchedule(200)
@@ -84,7 +84,7 @@ class NeuralCategoricalDenoiser(Networked, Denoiser):
             2 * process.is_category(x_t).to(x_t.dtype) - 1,
             log_snr,
             self.batch_shape(x_t),
-            needed_by=("a chain of categories, whose network sees them one-hot",),
+            needed_by=("a chain of categories, whose network gets them one-hot",),
             context=context,
             null=null,
         )

@@ -69,8 +69,8 @@ class GaussianDenoiser(Denoiser):
             schedule: Noise schedule of the chain.
 
         Raises:
-            ValueError: A covariance of another shape, or one that is not positive definite; a schedule by
-                dimension, whose noise has other axes than the data.
+            ValueError: A covariance of another shape, or one that is not positive definite; a schedule with a
+                curve for each entry, whose noise has other axes than the data.
         """
         check_argument("schedule", schedule, NoiseSchedule, "LinearSchedule(1000)")
         require(
@@ -156,7 +156,7 @@ class GaussianMixtureDenoiser(Denoiser):
         p(x_{t-1} \mid x_t) = \sum_k r_k\, N\big(\tilde\mu_t(x_t, \hat x_{0,k}), \Sigma_{t,k}\big),
 
     with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` as in :class:`GaussianDenoiser`. The reverse kernel is
-    this mixture. So the bound of every path is :math:`\log p(x_0)` for multimodal data, too.
+    this mixture. The bound of every path is therefore :math:`\log p(x_0)` for multimodal data as well.
 
     Args:
         weights: Weights :math:`w_k`, shape ``(K,)``; they are normalised.
@@ -201,8 +201,8 @@ class GaussianMixtureDenoiser(Denoiser):
             stds.shape != weights.shape or means.dim() == 1,
             "argument 'stds'",
             f"shape {tuple(stds.shape)}, one for each component or for each entry",
-            f"a shape that says which, to broadcast to {tuple(means.shape)}",
-            "Give one for each component a last axis (stds[:, None]), or expand to the means' shape.",
+            f"a shape that broadcasts to {tuple(means.shape)} in only one way",
+            "For one per component, pass stds[:, None]. For one per entry, expand to the means' shape.",
         )
         super().__init__(schedule, means.shape[1:])
         self.register_buffer("log_weights", (weights / weights.sum()).log())

@@ -26,8 +26,8 @@ class NeuralDenoiser(Networked, Denoiser):
         schedule: Noise schedule of the chain.
         event_shape: Shape of one datum.
         prediction: What the output means: ``NoisePrediction()``, the default, ``DataPrediction()``,
-            ``VelocityPrediction()``, ``ScorePrediction()`` (all of the state as the network sees it),
-            or ``LevelPrediction(num_levels)`` for data on finitely many values.
+            ``VelocityPrediction()``, ``ScorePrediction()`` (all for the state that the network gets),
+            or ``LevelPrediction(num_levels)`` for data with finitely many values.
         variance: Variance of the kernels: ``ForwardVariance()``, the default,
             ``PosteriorVariance()``, ``LearnedVariance()`` or ``OptimalVariance.from_data(…)``.
 
@@ -70,7 +70,7 @@ class NeuralDenoiser(Networked, Denoiser):
         self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
     ) -> Denoised:
         batch_shape = self.batch_shape(x_t)
-        # The network sees the state of the variance-preserving chain with the same log-SNR.
+        # The network gets the state of the variance-preserving chain with the same log-SNR.
         signal, noise = self.schedule.scales(log_snr)
         scale = (signal**2 + noise**2).sqrt()
         signal, noise, scale = (
@@ -101,8 +101,8 @@ class NeuralDenoiser(Networked, Denoiser):
             if not holds(variance > 0):
                 raise ValueError(
                     f"argument 'variance': got a smallest value of {variance.min().item():g} from "
-                    f"{self.variance}; expected positive ones at every timestep. At t = 1, where β̃ is "
-                    "zero, PosteriorVariance takes β_1."
+                    f"{self.variance}; expected positive variances at every timestep. At t = 1, where β̃ is "
+                    "zero, return β_1, as PosteriorVariance does."
                 )
             return variance
 

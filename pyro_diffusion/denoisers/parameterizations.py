@@ -41,7 +41,7 @@ class Parameterization(ABC):
 
     @abstractmethod
     def output(self, x_0: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        r"""The output that means ``x_0``, which is the target of a regression; the inverse of ``x_0_hat``."""
+        r"""The output that means ``x_0``, the target of a regression. It is the inverse of ``x_0_hat``."""
 
     def estimate(
         self, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
@@ -104,7 +104,7 @@ class LevelPrediction(Parameterization):
     r"""The network predicts logits over :math:`K` levels for each entry: bits, grey levels, categories.
 
     Level :math:`k` embeds at :math:`e_k = 2k/(K-1) - 1`. The logits :math:`\ell_k` are a prior of an entry
-    given all others. The known law of :math:`x_t` makes a posterior of them,
+    given all others. The known law of :math:`x_t` turns them into a posterior,
 
     .. math::
         P(k \mid x_t) \propto e^{\ell_k}\, N(x_t; a e_k, \sigma^2), \qquad

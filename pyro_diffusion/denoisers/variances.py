@@ -109,7 +109,7 @@ class LearnedVariance(ReverseVariance):
     num_outputs = 1
 
     def __call__(self, step: ChainStep, output: Tensor | None = None) -> Tensor:
-        assert output is not None  # NeuralDenoiser asks the network for it
+        assert output is not None  # NeuralDenoiser passes what the network returned
         upper = ForwardVariance()(step)
         lower = torch.where(step.noise_prev == 0, upper.square(), posterior_variance(step))
         weight = (1 + output) / 2
@@ -129,7 +129,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
 
     which minimises the mean KL of a step. :meth:`from_data` estimates the squared errors :math:`m` of a
     trained network. Estimate them again after more training. They are interpolated between log-SNRs, so that
-    they serve any grid::
+    they can be used on any grid::
 
         variance = OptimalVariance.from_data(diffusion, train)
         denoiser = NeuralDenoiser(network, schedule, (64,), prediction=…, variance=variance)
@@ -139,7 +139,7 @@ class OptimalVariance(nn.Module, ReverseVariance):
         mean_square: :math:`m` there, positive, ``(G,)``.
 
     Raises:
-        ValueError: Log-SNRs that do not increase, or squared errors that are not positive or as many.
+        ValueError: Log-SNRs that do not increase, or squared errors that are not positive, or not as many.
 
     References:
         Analytic-DPM (Bao et al., 2022), theorem 1. https://arxiv.org/abs/2201.06503
@@ -177,8 +177,8 @@ class OptimalVariance(nn.Module, ReverseVariance):
             batch_size: Number of rows that the network computes at a time.
 
         Raises:
-            ValueError: An object that is no model of real numbers, a schedule with a curve for each entry or
-                with one step, or data that the programs refuse.
+            ValueError: An object that is not a model of real numbers, a schedule with a curve for each entry
+                or with one step, or data for which the programs raise an error.
         """
         num_levels = check_count("num_levels", num_levels, 2, "64 are enough.", "of the log-SNR")
         batch_size = check_count("batch_size", batch_size, 1, "Leave it out.")

@@ -48,7 +48,7 @@ class ForwardProcess(ABC):
     states: ClassVar[str]  #: what the states are, in words
     #: whether the states have a score, which real numbers with Gaussian kernels have
     has_score: ClassVar[bool] = False
-    #: the value that a kernel sees in an unobserved entry; ``None`` if the states have none for it
+    #: the value that a kernel gets in an unobserved entry; ``None`` if the states have no such value
     gap: ClassVar[float | None] = None
 
     def __init__(self, schedule: NoiseSchedule, event_shape: torch.Size) -> None:
@@ -93,7 +93,7 @@ class ForwardProcess(ABC):
 
     @abstractmethod
     def reverse(self, x_t: Tensor, denoised: Denoised, t: int | Tensor) -> TorchDistribution:
-        r"""The posterior at the estimate, or averaged over what the datum may be; ``t`` in ``{1, …, T}``."""
+        r"""The posterior at the estimate, or its mean over possible data; ``t`` in ``{1, …, T}``."""
 
     # The continuous chain.
 
@@ -121,7 +121,7 @@ class ForwardProcess(ABC):
         """``x_0``, embedded data, if the process can add noise to them."""
         return x_0
 
-    def warn_of_scale(self, x_0: Tensor) -> None:  # noqa: B027  # most states have one size
+    def warn_of_scale(self, x_0: Tensor) -> None:  # noqa: B027  # bits and categories have one scale
         """Warn if embedded data are much larger or smaller than the chain's noise."""
 
     def check_has_score(self, argument: str, remedy: str) -> None:

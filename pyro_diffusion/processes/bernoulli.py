@@ -103,7 +103,7 @@ class BernoulliProcess(ForwardProcess):
     def _change(
         self, drawn: Tensor, log_snr_before: Tensor, log_snr: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Bayes' rule for a bit that was another before it was drawn anew; nothing is subtracted."""
+        """Bayes' rule for a bit that had the other value before it was drawn anew, without a subtraction."""
         levels = (log_snr_before, -log_snr_before, log_snr, -log_snr)
         drawn, kept_before, lost_before, kept, lost = (
             self._pad(c, x) for c in (drawn, *(level.sigmoid() for level in levels))
@@ -135,7 +135,7 @@ class BernoulliProcess(ForwardProcess):
 
 
 def _expected(of_same: tuple[Tensor, Tensor], x_t: Tensor, denoised: Denoised) -> Tensor:
-    """The mean, over the bit of the datum, of a number that depends on whether it equals the state's."""
+    """The mean, over the datum's bit, of a number that depends on whether it equals the state's bit."""
     assert denoised.logits is not None
     signed = denoised.logits * (2 * x_t - 1)
     return signed.sigmoid() * of_same[0] + (-signed).sigmoid() * of_same[1]

@@ -50,8 +50,8 @@ class CategoricalNoise(Unscored, dist.TorchDistribution):
     r"""Categories of a chain, from log-probabilities that are normalised already.
 
     A draw is a whole number in the dtype of the log-probabilities. If these are not learned, a draw needs no
-    score-function term, and counts as reparameterised. torch's ``Categorical`` would normalise once more, and
-    so round off a probability of change that is much smaller than one.
+    score-function term, and counts as reparameterised. torch's ``Categorical`` would normalise again, and
+    rounding would then lose a probability of change that is much smaller than one.
 
     Args:
         log_probs: :math:`\log p_j`, shape ``batch_shape + (K,)``.
@@ -77,7 +77,7 @@ class CategoricalNoise(Unscored, dist.TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """NaN, as the mean."""
+        """NaN, like the mean."""
         return self.mean
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "CategoricalNoise":
@@ -85,7 +85,7 @@ class CategoricalNoise(Unscored, dist.TorchDistribution):
         return CategoricalNoise(self.log_probs.expand(shape), validate_args=False)
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """The category whose event comes first, among ``K`` events with their probabilities as rates."""
+        """The category of the smallest of ``K`` exponential times, whose rates are the probabilities."""
         with torch.no_grad():
             shape = (*self._extended_shape(sample_shape), self.log_probs.shape[-1])
             times = torch.empty(shape, dtype=self.log_probs.dtype, device=self.log_probs.device)

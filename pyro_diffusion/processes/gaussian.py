@@ -14,8 +14,8 @@ and with :math:`s = t - 1`, all of them follow from :math:`x_t = a_t x_0 + \sigm
 
 For :math:`a_t = \sqrt{\bar\alpha_t}, \sigma_t = \sqrt{1 - \bar\alpha_t}` these are the usual
 :math:`N(\sqrt{\alpha_t} x_s, (1 - \alpha_t) I)` and so on. The form above holds for a
-variance-exploding chain as well, and :math:`1 - e^{\lambda_t - \lambda_s}` is ``expm1``, which
-cancels nothing. Coefficients are float64 until they meet a state.
+variance-exploding chain as well, and :math:`1 - e^{\lambda_t - \lambda_s}` is computed by ``expm1``,
+without cancellation. Coefficients are float64 until they are multiplied by a state.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 2, 4, 6 and 7.
@@ -134,7 +134,7 @@ class GaussianProcess(ForwardProcess):
     gap: ClassVar[float | None] = 0.0
 
     def prior(self, dtype: torch.dtype) -> TorchDistribution:
-        r""":math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I)`, which is :math:`N(0, I)` where variance is kept."""
+        r""":math:`p(x_T) = N(0, (a_T^2 + \sigma_T^2) I)`, or :math:`N(0, I)` if variance is preserved."""
         last = self.schedule.check_timestep(self.schedule.num_timesteps)
         (scale,) = self.schedule.tabulated(_prior_scale, last, dtype)
         scale = scale.expand(self.event_shape)
@@ -147,7 +147,7 @@ class GaussianProcess(ForwardProcess):
         return self._gaussian(mean, step.noise * step.share.sqrt())
 
     def marginal(self, x_0: Tensor, t: int | Tensor) -> TorchDistribution:
-        r""":math:`N(a_t x_0, \sigma_t^2 I)` (E2); of a subclass with another :meth:`noised`, that."""
+        r""":math:`N(a_t x_0, \sigma_t^2 I)` (E2), or the :meth:`noised` of a subclass that overrides it."""
         if type(self).noised is not GaussianProcess.noised:
             return super().marginal(x_0, t)
         t = self.schedule.check_timestep(t, at_least=1)
@@ -155,7 +155,7 @@ class GaussianProcess(ForwardProcess):
         return self._gaussian(self._pad(signal, x_0) * x_0, noise)
 
     def noised(self, x_0: Tensor, log_snr: Tensor) -> TorchDistribution:
-        r""":math:`N(a x_0, \sigma^2 I)`; of a timestep's log-SNR it is E2."""
+        r""":math:`N(a x_0, \sigma^2 I)`; at the log-SNR of a timestep this is E2."""
         signal, noise = self.schedule.scales(log_snr)
         return self._gaussian(self._pad(signal, x_0) * x_0, noise)
 
@@ -189,13 +189,13 @@ class GaussianProcess(ForwardProcess):
         return gaussian(mean, scale, self.event_dim)
 
     def increment(self, x_u: Tensor, x_0: Tensor, u: Tensor) -> TorchDistribution:
-        r"""What the channel below says of the datum in a unit of time, at the rate of :math:`u`,
+        r"""The observation of the datum in a unit of time by the channel below, at the rate of :math:`u`,
 
         .. math::
             N\Big(\sqrt{-\tfrac{d\,\mathrm{SNR}}{du}}\; x_0,\; I\Big), \qquad
             -\frac{d\,\mathrm{SNR}}{du} = -\lambda'(u)\, e^{\lambda(u)} .
 
-        As :math:`T \to \infty` the reverse chain reads the datum through a Gaussian channel, :math:`dy =
+        As :math:`T \to \infty` the reverse chain observes the datum through a Gaussian channel, :math:`dy =
         \sqrt{-d\mathrm{SNR}/du}\, x_0\, du + dW`, and a step's KL at an estimate :math:`\hat x_0` becomes
         :math:`-\tfrac12 \tfrac{d\,\mathrm{SNR}}{du} \lVert x_0 - \hat x_0 \rVert^2 du`: the limit of E12.
 
@@ -216,22 +216,22 @@ class GaussianProcess(ForwardProcess):
         first = self.schedule.check_timestep(1)
         (noise,) = self.schedule.tabulated(_inverse_root_of_snr, first)
         eps = torch.finfo(x_0.dtype).eps
-        if holds(eps * x_0.abs().amax() <= noise):  # of all entries, most of the time
+        if holds(eps * x_0.abs().amax() <= noise):  # one check for all entries usually suffices
             return x_0
         largest = x_0.abs().amax(0)
         if not holds(eps * largest <= noise):
             raise ValueError(
                 f"argument 'x_0': got states of up to {largest.max().item():.3g} in {x_0.dtype} with a "
-                f"noise of {noise.min().item():.3g} at x_1, which is lost in their rounding; expected at "
-                f"least {eps:.1g} of them. Pass transform=Standardize.from_data(x_0), a smaller "
-                "log_snr_max, or a network in float64."
+                f"noise of {noise.min().item():.3g} at x_1, which is lost in their rounding; expected a "
+                f"noise of at least {eps:.1g} times the states. Pass transform=Standardize.from_data(x_0), a "
+                "smaller log_snr_max, or a network in float64."
             )
         return x_0
 
     def warn_of_scale(self, x_0: Tensor) -> None:
         r"""Warn if data are ten times as large as a draw of :math:`p(x_T)`, or hidden at :math:`x_1`.
 
-        Data are hidden if the noise of :math:`x_1` is larger, and so is a tenth of a draw of :math:`p(x_T)`.
+        Data are hidden if they are smaller than the noise of :math:`x_1` and than a tenth of such a draw.
         """
         schedule = self.schedule
         signal, noise = schedule.scales(schedule.log_snr(schedule.num_timesteps))
@@ -244,9 +244,9 @@ class GaussianProcess(ForwardProcess):
         ):  # a few may lie near the origin
             warnings.warn(
                 f"argument 'x_0': got states of a root mean square of {size:.3g}; expected one between "
-                f"{smallest:.2g}, about the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), as "
-                "the bound is poor outside. Pass transform=Standardize.from_data(x_0), which leaves the "
-                "bound in your units.",
+                f"{smallest:.2g}, about the noise of x_1, and {largest:.3g}, ten times a draw of p(x_T), "
+                "because the bound is poor outside this range. Pass transform=Standardize.from_data(x_0), "
+                "which leaves the bound in your units.",
                 stacklevel=2,
             )
 
@@ -323,7 +323,7 @@ def forward_posterior(
                      + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\, x_t, \\
         \tilde\beta_t &= \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t .
 
-    At ``t = 1`` this is a point mass at :math:`x_0`, which has no density; ask for ``t ≥ 2``.
+    At ``t = 1`` this is a point mass at :math:`x_0`, which has no density; use ``t ≥ 2``.
 
     Args:
         x_t: State at time ``t``, shape ``batch_shape + event_shape``.

@@ -36,7 +36,7 @@ class _Table(NamedTuple):
 
     def holds_for(self, num_timesteps: int, numbers: list[Tensor]) -> bool:
         """Whether the schedule still has this length and these numbers."""
-        # Not their version counters, which do not notice what an optimiser writes to tensor.data.
+        # Version counters would not do: they stay the same when an optimiser writes to tensor.data.
         same = num_timesteps == self.num_timesteps and len(numbers) == len(self.numbers)
         return same and all(
             x.device == y.device and torch.equal(x, y)
@@ -72,7 +72,9 @@ class NoiseSchedule(nn.Module, ABC):
         must override this method.
         """
         if self.event_dim:
-            raise NotImplementedError(f"{type(self).__name__} has curves by entry, and no slope_at")
+            raise NotImplementedError(
+                f"{type(self).__name__} has a curve for each entry, but no slope_at"
+            )
         learned = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.inference_mode(False), torch.enable_grad():
             u = u.detach().clone().double().requires_grad_()
@@ -119,9 +121,9 @@ class NoiseSchedule(nn.Module, ABC):
     ) -> tuple[Tensor, ...]:
         r"""``function(self, t)`` in a dtype, looked up in a table over :math:`0 … T` where possible.
 
-        A chain asks for the same coefficients again and again. The table is made anew when a number of the
-        schedule has changed. There is none if a number is learned, if every entry has a curve of its own, or
-        if the class is a user's, whose values may depend on anything.
+        A chain needs the same coefficients many times. The table is computed again when a number of the
+        schedule has changed. There is no table if a number is learned, if every entry has a curve of its own,
+        or if the class is a user's, whose values may depend on anything.
 
         Args:
             function: Coefficients as functions of the schedule and of timesteps, in float64; also the
@@ -136,7 +138,7 @@ class NoiseSchedule(nn.Module, ABC):
             return tuple(value.to(dtype) for value in function(self, t))
         table = self._tables.get((function, dtype))
         if table is None or not table.holds_for(self.num_timesteps, numbers):
-            # The table may be made in validation and serve in training: no inference tensors in it.
+            # It may be made in validation and used in training, so it must hold no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 every = torch.arange(self.num_timesteps + 1, device=self.device)
                 values = torch.stack(function(self, every), -1).to(dtype)
@@ -186,7 +188,7 @@ class NoiseSchedule(nn.Module, ABC):
         return self.log_snr(t).sigmoid()
 
     def alpha(self, t: int | Tensor) -> Tensor:
-        r""":math:`\alpha_t = \bar\alpha_t / \bar\alpha_{t-1}`; one at ``t = 0``, into which no step leads."""
+        r""":math:`\alpha_t = \bar\alpha_t / \bar\alpha_{t-1}`; one at ``t = 0``, to which no step leads."""
         return self._log_alpha(t).exp()
 
     def beta(self, t: int | Tensor) -> Tensor:
@@ -214,7 +216,7 @@ class NoiseSchedule(nn.Module, ABC):
             "argument 'schedule'",
             f"a curve for each of {self.event_shape.numel()} entries",
             "a single one",
-            "Ask for the data's own evidence, or use importance_evidence.",
+            "Compute the evidence of data instead of states, or use importance_evidence.",
         )
         steps = torch.arange(t + 1, self.num_timesteps + 1, device=self.device)
         return AlphaSchedule(self.alpha(steps)).to(self.device)
@@ -232,8 +234,8 @@ class NoiseSchedule(nn.Module, ABC):
         if not inside:
             raise ValueError(
                 f"argument 't': got {got}; expected whole timesteps in {at_least} … "
-                f"{self.num_timesteps} (an int or a LongTensor). Timestep 0 is the datum, into which no step "
-                "leads, and q(x_0 | x_1, x_0) is a point mass without a density."
+                f"{self.num_timesteps} (an int or a LongTensor). Timestep 0 is the datum: no step leads to "
+                "it, and q(x_0 | x_1, x_0) is a point mass without a density."
             )
         return torch.as_tensor(t, dtype=torch.long, device=self.device)
 
@@ -245,7 +247,7 @@ class NoiseSchedule(nn.Module, ABC):
         return f"num_timesteps={self.num_timesteps}"
 
     def _rows(self) -> dict[str, str]:
-        """What the curve is, and what it leaves of the data."""
+        """The curve, and how much of the data is left at its end."""
         with torch.no_grad():
             left = self.alpha_bar(self.num_timesteps).mean().item()
         learned = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -277,7 +279,7 @@ def _ends(schedule: NoiseSchedule) -> str:
 
 
 def _within(t: Tensor, least: int, most: int) -> bool:
-    """Whether all timesteps are in ``least … most``; on a CPU by the two extremes, which is quicker."""
+    """Whether all timesteps are in ``least … most``. On a CPU it is quicker to check the two extremes."""
     if t.is_cuda or not t.numel() or not looking():
         return holds((t >= least) & (t <= most))
     low, high = t.aminmax()

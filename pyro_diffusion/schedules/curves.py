@@ -75,12 +75,12 @@ class AlphaSchedule(InterpolatedSchedule):
             "argument 'alpha'",
             brief(alpha),
             "α_1 … α_T, one number in (0, 1) for each step",
-            "α is the share of the variance kept: pass 1 − β if you hold β.",
+            "α is the share of the variance kept: pass 1 − β if you have β.",
         )
         super().__init__(alpha, len(alpha))
 
     def with_num_timesteps(self, num_timesteps: int) -> Self:
-        r"""A copy on the same grid; another grid is refused.
+        r"""A copy on the same grid, which is the only one.
 
         Raises:
             ValueError: ``num_timesteps`` is not :math:`T`.
@@ -95,7 +95,7 @@ class AlphaSchedule(InterpolatedSchedule):
         return super().with_num_timesteps(num_timesteps)
 
     def slope_at(self, u: Tensor) -> Tensor:
-        """Refused, because α's say nothing about what lies between two timesteps.
+        """Raise a ``ValueError``, because the α's do not define a curve between two timesteps.
 
         Raises:
             ValueError: Always.
@@ -138,8 +138,8 @@ class LinearSchedule(InterpolatedSchedule):
 class CosineSchedule(InterpolatedSchedule):
     r""":math:`\bar\alpha_t \propto \cos^2\!\big(\tfrac{t/T + s}{1 + s} \tfrac\pi2\big)`, s = 0.008.
 
-    The curve is that of 1,000 steps with :math:`\beta_t` clipped at 0.999. Other grids take their values
-    from this curve.
+    The curve is computed for 1,000 steps, with :math:`\beta_t` clipped at 0.999. Other grids take their
+    values from this curve.
 
     Args:
         num_timesteps: Number of steps :math:`T`.
@@ -238,7 +238,7 @@ class LogSNRSchedule(RangeSchedule):
         num_timesteps: Number of steps :math:`T`.
         log_snr_max: :math:`\lambda(0)`, the log-SNR of :math:`x_1`.
         log_snr_min: :math:`\lambda(1)`, the log-SNR of :math:`x_T`; :math:`-8` leaves a prior term
-            of about :math:`10^{-4}` nats a dimension for data of unit scale.
+            of about :math:`10^{-4}` nats per dimension for data of unit scale.
         learnable: Whether the ends are parameters, which then start at these values.
 
     Raises:
@@ -301,7 +301,7 @@ class LinearDecaySchedule(NoiseSchedule):
             "The defaults leave a thousandth at either end.",
         )
         check_between("alpha_bar_max", alpha_bar_max, 0, 1, meaning, remedy)
-        meaning = "from noise to the end at the data"
+        meaning = "the smaller of the two ends"
         check_between("alpha_bar_min", alpha_bar_min, 0, alpha_bar_max, meaning, remedy)
         self.register_buffer(
             "ends", torch.tensor([alpha_bar_max, alpha_bar_min], dtype=torch.float64)

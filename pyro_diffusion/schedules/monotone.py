@@ -1,4 +1,4 @@
-r"""A curve that is learned as a whole, for all entries of a datum together or for each.
+r"""A curve that is learned as a whole: one for all entries of a datum, or one for each.
 
 The bound of the continuous chain depends on the ends of a curve alone, but the variance of its estimate
 depends on the whole curve (Kingma et al., 2021, section 5). A learned curve must decrease for every value
@@ -20,7 +20,7 @@ class MonotoneSchedule(RangeSchedule):
         \lambda(u) = \lambda_{\min} + e^r \big(1 - s(u)\big), \qquad
         u = \int_0^{s(u)} f(s')\, ds' \Big/ \int_0^1 f(s')\, ds',
 
-    where the density :math:`f > 0` says how much time each log-SNR gets. It is linear between its values
+    where the density :math:`f > 0` is the share of time at each log-SNR. It is linear between its values
     :math:`f(k/K) = e^{\eta_k}`, :math:`k = 0 … K`. With ``event_shape`` every entry of a datum has a curve
     of its own.
 

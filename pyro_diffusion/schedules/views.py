@@ -79,7 +79,7 @@ class VarianceExploding(ScheduleView):
         return torch.ones_like(log_snr), (-0.5 * log_snr).exp()
 
     def tail(self, t: int) -> NoiseSchedule:
-        # The noise that is added to the state has variance σ_s² − σ_t²; its SNR is that of another chain.
+        # The noise added to the state has variance σ_s² − σ_t², so that the tail has an SNR of its own.
         noise = self.noise(torch.arange(t, self.num_timesteps + 1, device=self.device)).square()
         alpha_bar = 1 / (1 + noise - noise[0])
         return VarianceExploding(AlphaSchedule(alpha_bar[1:] / alpha_bar[:-1]).to(self.device))
@@ -89,8 +89,8 @@ class StridedSchedule(ScheduleView):
     r"""A chain of some of a schedule's timesteps: :math:`\lambda'_i = \lambda_{\tau_i}`, :math:`\tau_0 = 0`.
 
     The state at step :math:`i` is the given chain's state at :math:`\tau_i`, with the same noise and on the
-    same scale. A network is therefore asked only about noise that it was trained on. The parameters are
-    the given schedule's and keep its names. The curve is the given one from :math:`\tau_1` to
+    same scale. A network therefore gets only states with noise that it was trained on. The parameters are
+    those of the given schedule, under the same names. The curve is the given one from :math:`\tau_1` to
     :math:`\tau_{T'}`.
 
     Args:
@@ -155,7 +155,7 @@ class StridedSchedule(ScheduleView):
         return self.schedule.scales(log_snr)
 
     def with_num_timesteps(self, num_timesteps: int) -> "StridedSchedule":
-        """A copy with the same timesteps; another number of them is refused.
+        """A copy with the same timesteps. Their number cannot change.
 
         Raises:
             ValueError: ``num_timesteps`` is not the number of its timesteps.
@@ -180,7 +180,7 @@ class StridedSchedule(ScheduleView):
 
 
 def _check_increasing(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
-    remedy = f"Pass [1, {last}], say; the chain starts at the last of them."
+    remedy = f"Pass [1, {last}], for example; the chain starts at the last of them."
     steps = check_timesteps(timesteps, 1, last, remedy)
     got, expected = f"{timesteps!r:.80}", f"increasing whole numbers in 1 … {last}"
     require(all(a < b for a, b in pairwise(steps)), "argument 'timesteps'", got, expected, remedy)
@@ -188,7 +188,7 @@ def _check_increasing(timesteps: Sequence[int], last: int) -> tuple[int, ...]:
 
 
 def evenly_spaced(count: Any, last: int) -> list[int]:
-    """``count`` timesteps of ``1 … last``, both ends included; of a single one, the last."""
+    """``count`` timesteps of ``1 … last``, both ends included. A single timestep is the last."""
     require(
         not isinstance(count, bool) and 1 <= count <= last,
         "argument 'timesteps'",
