@@ -1,17 +1,19 @@
-r"""A diffusion model beside three hierarchical VAEs: the same programs, lines of SVI, bounds and evidence.
+r"""A diffusion model beside three hierarchical VAEs: the same training, bounds and evidence.
 
-Four families of about the same number of parameters see the same batches in the same order, so that
-each passes the same number of rows through its network: a VAE, a hierarchical VAE of three levels with
-a bottom-up encoder, a ladder of three levels, and a diffusion model trained at one random timestep a
-datum. All are stopped where their weight average bounds validation data best, and read on held-out
-data: the bound, the evidence by importance weights, what ``arviz.compare`` makes of it, and the bound
-level by level.
+The four families are a VAE, a hierarchical VAE of three levels with a bottom-up encoder, a ladder VAE of
+three levels, and a diffusion model that is trained at one random timestep per datum. They have about the same
+number of parameters and see the same batches in the same order, so that each passes the same number of rows
+through its network. The averaged weights with the best bound of the validation data are kept. Then held-out
+data are read: the bound, the evidence by importance weights, ``arviz.compare``, and the bound by level.
+
+The loop is written out with ``SVI``, and not with ``fit``, because the comparison needs the same batches for
+all families and a warm-up of the KLs for the hierarchical VAEs, which ``fit`` does not have.
 
     python examples/diffusion_vs_hvae.py [--data FOLDER] [--device cuda] [--seeds 0 1 2]
         [--smoke] [--output outputs/diffusion_vs_hvae]
 
-Data are the digits of scikit-learn (8×8 pixels, 17 grey levels), or from ``--data`` a folder with an
-.npz of binary images as arrays ``train``, ``valid`` and ``test``.
+The data are the digits of scikit-learn (8×8 pixels, 17 grey levels). With ``--data FOLDER`` they are binary
+images from an .npz file in that folder, with arrays ``train``, ``valid`` and ``test``.
 """
 
 import argparse
@@ -60,14 +62,15 @@ import matplotlib.pyplot as plt
 
 FAMILIES = ("VAE", "bottom-up", "ladder", "diffusion")
 LATENTS = {"VAE": (32,), "bottom-up": (32, 16, 8), "ladder": (32, 16, 8)}
-#: Each at its best of a few tried on validation data (digits, seed 0).
+#: The best of a few that were tried on validation data (digits, seed 0).
 OPTIMISER = {
     "VAE": {"lr": 5e-4, "weight_decay": 1.0, "dropout": 0.2},
     "bottom-up": {"lr": 1e-3, "weight_decay": 1.0, "dropout": 0.0},
     "ladder": {"lr": 1e-3, "weight_decay": 1.0, "dropout": 0.1},
     "diffusion": {"lr": 2e-3, "weight_decay": 2.0, "dropout": 0.4},
 }
-WARMUP = 0.2  # of the steps, over which the KLs of the hierarchical VAEs come in
+#: Share of the steps in which the weight of the hierarchical VAEs' KLs rises from 0 to 1.
+WARMUP = 0.2
 
 
 class Images(NamedTuple):
@@ -138,7 +141,7 @@ def build(name, data, hidden_size, args):
 
 
 def match_size(name, data, args):
-    """The width at which a family has as many parameters as the diffusion model, or just under."""
+    """A family of the largest width with no more parameters than the diffusion model has."""
     wanted = num_parameters(build("diffusion", data, args.hidden_size, args))
     low, high = 8, 2048
     while high - low > 1:
@@ -153,7 +156,7 @@ def num_parameters(family):
 
 
 def fit(name, family, data, seed, args):
-    """Plain SVI, KLs warmed up; returns the weight average that bounds validation data best."""
+    """SVI, with a warm-up of the KLs. Returns the averaged weights with the best validation bound."""
     pair = family.subsampled() if name == "diffusion" else family
     elbo = Trace_ELBO() if name == "bottom-up" else TraceMeanField_ELBO()
     settings = {key: OPTIMISER[name][key] for key in ("lr", "weight_decay")}
@@ -188,7 +191,7 @@ def fit(name, family, data, seed, args):
 
 @torch.no_grad()
 def quick_bound(name, family, x_0):
-    """The bound of validation data with the same noise at every check."""
+    """The bound of validation data, with the same noise at every check."""
     family.eval()
     pair = family.subsampled(num_timesteps=20) if name == "diffusion" else family
     with torch.random.fork_rng():
@@ -232,16 +235,15 @@ def report(runs, table, first, data):
 
 
 def row(name, same):
-    """Means over seeds; the errors of a seed are averaged, and their spread is a column of its own."""
+    """Means over seeds of values and of their errors. The spread over seeds is a column of its own."""
     bounds = [r["terms"].mean() for r in same]
     evidence = [r["evidence"].mean() for r in same]
     bits = np.mean([r["terms"].bits_per_dim().value for r in same])
     values = np.array([b.value for b in bounds])
     unreliable = np.mean([bad_k(r["evidence"]).double().mean().item() for r in same])
     error = np.mean([e.monte_carlo_error for e in evidence])
-    error = (
-        f"{error:6.3f}" if unreliable < 0.5 else "     –"
-    )  # of a handful of weights, it means nothing
+    # An error that rests on a handful of weights means nothing.
+    error = f"{error:6.3f}" if unreliable < 0.5 else "     –"
     ess = np.mean([r["evidence"].ess.median().item() for r in same])
     return (
         f"{name:10s} {same[0]['parameters']:10,d} {-values.mean():9.3f} "
@@ -261,7 +263,7 @@ def bad_k(evidence):
 
 
 def write(args, runs, table, first, data):
-    """Pictures, numbers and draws; each is written aside and renamed."""
+    """Write pictures, numbers and draws, each under another name first: no file is half written."""
     args.output.mkdir(parents=True, exist_ok=True)
     numbers = [summary(r) for r in runs]
     writers = {
@@ -336,7 +338,7 @@ def save(ax, path):
 
 
 def load_data(args):
-    """The digits, split by class; or binary images from an .npz, its test file shuffled."""
+    """The digits, split by class, or binary images from an .npz file, with its test images shuffled."""
     if args.data is None:
         x, label = load_digits(return_X_y=True)
         x = torch.tensor(x, dtype=torch.float32)
@@ -368,7 +370,7 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, help="one seed alone")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--num-timesteps", type=int, default=100)
-    parser.add_argument("--smoke", action="store_true", help="minutes of work in seconds")
+    parser.add_argument("--smoke", action="store_true", help="tiny, in seconds")
     parser.add_argument("--output", type=Path, default=Path("outputs/diffusion_vs_hvae"))
     args = parser.parse_args()
     args.seeds = args.seeds if args.seed is None else [args.seed]

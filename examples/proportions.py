@@ -1,13 +1,14 @@
-r"""Proportions in (0, 1): a diffusion in logits beside a mixture of scikit-learn, ranked by log p.
+r"""Proportions in (0, 1): a diffusion model and two Gaussian mixtures of scikit-learn, ranked by log p.
 
-Two proportions, such as cloud cover and relative humidity, have a density on the unit square that crowds
-towards its edges. Both models see them through the logit, :math:`y = \log x - \log(1 - x)`, and both
-report :math:`\log p(x) = \log p(y) + \log |\partial y / \partial x|` in the units of x. ``Logit`` loses no
-digits next to 1, where most of these data are. The density of the data is known, so that the entropy is.
+Each datum is two proportions, such as cloud cover and relative humidity. Most of them are close to 0 or 1.
+All models are fitted to the logits, :math:`y = \log x - \log(1 - x)`, and all report the density of the
+proportions, :math:`\log p(x) = \log p(y) + \log |\partial y / \partial x|`. The data are simulated, so that
+their exact density is known.
 
-``compare`` ranks the two by the same held-out rows: the diffusion by ``importance_evidence``, with its Monte
-Carlo error, the mixture by ``Evidence.exact``, which has none. ``ode_log_likelihood`` then colours the square
-by the density of the probability flow.
+``compare`` ranks the models on the same held-out data. The diffusion model's log p is estimated by
+``importance_evidence``, with a Monte Carlo error. The mixtures' log p is exact and goes in through
+``Evidence.exact``. The picture shows the density of the probability flow (``ode_log_likelihood``), and draws
+of the diffusion model beside data.
 
     python examples/proportions.py [--device cuda] [--seed 0] [--smoke] [--output outputs/proportions]
 """
@@ -19,8 +20,6 @@ from pathlib import Path
 import matplotlib
 import pyro
 import torch
-from pyro.infer import SVI, TraceMeanField_ELBO
-from pyro.optim import Adam
 from sklearn.mixture import GaussianMixture
 from torch.distributions import ComposeTransform
 
@@ -33,9 +32,11 @@ from pyro_diffusion import (
     Logit,
     LogSNRSchedule,
     NeuralDenoiser,
+    Recipe,
     Standardize,
     compare,
     evaluate_bound,
+    fit,
     importance_evidence,
     ode_log_likelihood,
 )
@@ -52,7 +53,9 @@ def main():
     truth = log_density(held_out)
     print(f"exact log p of the held-out rows: {truth.mean():.4f} nats per datum")
 
-    diffusion = fitted(train, args)
+    diffusion = build(train).to(args.device)
+    steps = 30 if args.smoke else args.steps
+    print(fit(diffusion, train, max_steps=steps, seed=args.seed, recipe=Recipe(batch_size=512)))
     bound = evaluate_bound(diffusion, held_out, standard_error=0.05)
     print(f"bound {bound.mean()}, of {bound.rows:,} network rows")
 
@@ -76,7 +79,7 @@ def main():
 
 
 def proportions(count):
-    """Logits on a curve with noise: most proportions are next to 0 or 1."""
+    """Logits are points of a curve with noise: most proportions are close to 0 or 1."""
     centre = curve(torch.rand(count, dtype=torch.float64))
     return (centre + NOISE * torch.randn(count, 2, dtype=torch.float64)).sigmoid().float()
 
@@ -99,24 +102,17 @@ def log_density(x):
     return (inside - p.log().sum(-1) - torch.log1p(-p).sum(-1)).to(x.device)
 
 
-def fitted(train, args):
+def build(train):
     schedule = LogSNRSchedule(50, log_snr_max=6.0)
     network = MLP((2,), hidden_size=128, num_blocks=2, num_outputs=2)
     denoiser = NeuralDenoiser(
         network, schedule, (2,), prediction=DataPrediction(), variance=LearnedVariance()
     )
-    diffusion = DiffusionModel(denoiser, transform=scaled(train)).to(args.device)
-    pair = diffusion.subsampled()
-    svi = SVI(pair.model, pair.guide, Adam({"lr": 1e-3}), TraceMeanField_ELBO())
-    steps = 30 if args.smoke else args.steps
-    for _ in range(steps):
-        batch = train[torch.randint(len(train), (512,), device=train.device)]
-        svi.step(batch, num_data=len(train))
-    return diffusion
+    return DiffusionModel(denoiser, transform=scaled(train))
 
 
 def scaled(train):
-    """Logits, brought to mean zero and standard deviation one."""
+    """The transform to logits of mean zero and standard deviation one."""
     logit = Logit()
     return ComposeTransform([logit, Standardize.from_data(logit(train))])
 
