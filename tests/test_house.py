@@ -219,12 +219,12 @@ def run(code):
 
 
 def test_import_is_fast():
-    """Under 0.3 s beyond torch and pyro; the best of three, the machine being shared."""
+    """Under 0.3 CPU seconds beyond torch and pyro; the best of three, because the machine is shared."""
     code = (
         "import time, torch, pyro\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "import pyro_diffusion\n"
-        "print(time.perf_counter() - start)"
+        "print(time.process_time() - start)"
     )
     assert min(float(run(code)[-1]) for _ in range(3)) < 0.3
 
