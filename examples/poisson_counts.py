@@ -43,13 +43,14 @@ def main():
     start = time.perf_counter()
     field = RateField(args.device)
     train, held_out = field.counts(args.num_train), field.counts(args.num_held_out)
+    validation = field.counts(1_000)
 
     likelihood = PoissonLikelihood(max_count=30.0)
     schedule = LogSNRSchedule(args.num_timesteps, log_snr_max=args.log_snr_max, learnable=True)
     network = MLP((SIDE, SIDE), num_blocks=3)
     denoiser = NeuralDenoiser(network, schedule, (SIDE, SIDE))
     diffusion = DiffusionModel(denoiser, likelihood).to(args.device)
-    print(fit(diffusion, train, max_steps=args.num_steps, seed=args.seed))
+    print(fit(diffusion, train, validation=validation, max_steps=args.num_steps, seed=args.seed))
     fitted = time.perf_counter()
     ends = [end.item() for end in (diffusion.schedule.log_snr_max, diffusion.schedule.log_snr_min)]
     print(f"log-SNR at x_1 and x_T, learned: {ends[0]:.2f} and {ends[1]:.2f}")
