@@ -262,6 +262,23 @@ def test_under_a_mask_gaps_do_not_matter():
     torch.testing.assert_close(found[0], found[1])
 
 
+class Constants(SomeModel):
+    """A model with buffers that training never changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", 7 * torch.arange(16))
+        self.register_buffer("hidden", torch.full((3,), -math.inf))
+        self.register_buffer("empty", torch.zeros(0))
+
+
+def test_the_average_keeps_constant_buffers():
+    model = Constants()
+    fit((model, SomeGuide()), data(), **SHORT)
+    assert torch.equal(model.index, 7 * torch.arange(16))
+    assert torch.equal(model.hidden, torch.full((3,), -math.inf))
+
+
 # ------------------------------------------------------------------ weights
 
 

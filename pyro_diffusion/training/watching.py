@@ -219,7 +219,13 @@ class Watch(WeightAveraging):
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
         step = _EVERY * int(num_averaged)
         decay = min(self.recipe.averaging, (1 + step) / (10 + step)) ** _EVERY
+        if not averaged[0].is_floating_point():  # buffers, such as an index or a count
+            torch._foreach_copy_(averaged, current)
+            return
         get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
+        if not torch.stack(torch._foreach_norm(averaged)).isfinite().all():
+            for average, now in zip(averaged, current, strict=True):  # an attention mask of −∞
+                average.copy_(torch.where(average.isfinite(), average, now))
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
