@@ -310,6 +310,15 @@ def test_data_without_weight_are_not_learned():
     assert (model.sample(200).mean(1) > 0).float().mean() > 0.95
 
 
+def test_a_first_gradient_of_zero_does_not_end_the_training():
+    training = split({"x_0": torch.arange(200)}, seed=0).training
+    w = torch.ones(200)
+    w[next(iter(Passes(training, 8)))["x_0"]] = 0.0
+    model = build()
+    fit(model, data(200), weights=w, recipe=Recipe(batch_size=8), **SHORT)
+    assert not torch.equal(weights(model), weights(build()))
+
+
 def test_the_mean_with_weights_is_that_of_repeated_data():
     values, w = torch.randn(50, dtype=torch.float64), torch.randint(1, 4, (50,)).double()
     repeated = values.repeat_interleave(w.long())

@@ -116,7 +116,8 @@ class Watch(WeightAveraging):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Shorten a gradient that is much longer than those before it."""
-        limit = math.inf if self._norm is None else self.recipe.clip * float(self._norm)
+        mean = 0.0 if self._norm is None else float(self._norm)
+        limit = self.recipe.clip * mean if mean > 0 else math.inf  # all gradients so far were zero
         norm = nn.utils.clip_grad_norm_(self._parameters, limit).detach().clamp(max=limit)
         self._norm = norm if self._norm is None else torch.lerp(self._norm, norm, _MEMORY)
 
