@@ -2,7 +2,9 @@
 
 import math
 import sys
+import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -34,7 +36,7 @@ from pyro_diffusion.training.held_out import HeldOut, Mean, Record
 from pyro_diffusion.training.objectives import bound_by_datum
 
 pytest.importorskip("lightning.pytorch")
-from pyro_diffusion.training import Recipe, fit
+from pyro_diffusion.training import Recipe, compile_elbo, fit, fitting, watching
 from pyro_diffusion.training.fitting import _elbo
 from pyro_diffusion.training.watching import Watch
 
@@ -439,14 +441,39 @@ def test_a_run_that_is_over_is_read_and_not_trained(tmp_path):
     assert torch.equal(weights(first), weights(second))
     assert again.history.identical(once.history)
     assert (tmp_path / "last.ckpt").stat().st_mtime_ns == written
-    longer = fit(build(), data(), path=tmp_path, max_steps=75, progress=False)
-    assert longer.num_steps == 75
+    longer = fit(build(), data(), path=tmp_path, max_steps=100, progress=False)
+    assert longer.history["step"].values.tolist() == [0, 25, 50, 75, 100]
 
 
 def test_a_run_of_seconds_ends_in_time():
     result = fit(build(), data(), max_seconds=1.0, progress=False)
     assert "1 seconds" in result.ended
     assert 1.0 <= result.seconds < 10.0
+
+
+def test_the_seconds_include_the_compilation(monkeypatch):
+    passed = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(passed))
+    monkeypatch.setattr(watching, "time", clock)
+
+    def slow(*programs, **settings):
+        passed.append(100.0)
+        return compile_elbo(*programs, **settings)
+
+    monkeypatch.setattr(fitting, "compile_elbo", slow)
+    eager = Recipe(compiled=False)
+    result = fit(build(), data(), max_steps=25, max_seconds=1000.0, recipe=eager, progress=False)
+    assert result.history["seconds"].values[0] >= 100
+
+
+def test_a_new_best_lets_the_run_go_on():
+    held_out = HeldOut(build(), {"x_0": data(50)}, 256, CPU)
+    watch = Watch(held_out, Recipe(patience=1), 100, None, None, progress=False)
+    trainer, noise = SimpleNamespace(global_step=50), 0.01 * torch.randn(50)
+    for bounds, over in ((0.0, False), (-1.0, True), (1.0, False)):
+        watch.record.add(bounds + noise, lambda: [torch.zeros(1)], step=50)
+        watch._end_if_over(trainer, 0.0)
+        assert trainer.should_stop is bool(watch.ended) is over
 
 
 def test_an_error_leaves_the_best_weights(monkeypatch):
