@@ -252,6 +252,29 @@ class Items(torch.utils.data.Dataset):
         return {"x_0": self.x_0[row]}
 
 
+def test_mask_and_weights_on_disk(tmp_path):
+    x_0, seen, w = data(), data() > 0, torch.rand(120)
+    seen[:, 0] = True
+    for name, array in (("x", x_0), ("mask", seen), ("w", w)):
+        np.save(tmp_path / f"{name}.npy", array.numpy())
+    on_disk = {
+        name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("x", "mask", "w")
+    }
+    found = []
+    for x, mask, w_ in (
+        (x_0, seen, w),
+        (x_0, on_disk["mask"], w),
+        (on_disk["x"], on_disk["mask"], on_disk["w"]),
+    ):
+        model = build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(model, x, mask=mask, weights=w_, **SHORT)
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
 def test_under_a_mask_gaps_do_not_matter():
     x_0 = data()
     seen = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -555,7 +578,7 @@ def test_without_lightning_the_error_says_how_to_install_it(monkeypatch):
 WRONG = {
     "too few": ({"x_0": data(5)}, "ten or more"),
     "a loader": ({"x_0": DataLoader(TensorDataset(data()))}, "dataset"),
-    "a list": ({"x_0": "data"}, "argument 'batch'"),
+    "a word": ({"x_0": "data"}, "argument 'x_0': got a str"),
     "NaN": ({"x_0": torch.full((50, 2), math.nan)}, "mask=x_0.isfinite"),
     "shape": ({"x_0": torch.zeros(50, 3)}, r"expected \(N,\)"),
     "columns": ({"x_0": {"mask": torch.ones(50, 2)}}, "called 'x_0'"),
@@ -565,7 +588,15 @@ WRONG = {
     "wrong weights": ({"x_0": data(), "weights": torch.ones(120, 2)}, "one number for each datum"),
     "no weight": ({"x_0": data(), "weights": torch.zeros(120)}, "not all zero"),
     "one validation datum": ({"x_0": data(), "validation": data()[:1]}, "two or more"),
-    "bad validation": ({"x_0": data(), "validation": data() / 0}, "finite numbers"),
+    "bad validation": ({"x_0": data(), "validation": data() / 0}, "'validation'.*finite numbers"),
+    "rows in a list": ({"x_0": data().tolist()}, "Convert numbers with torch.as_tensor"),
+    "a number": ({"x_0": data(), "num_data": 120}, "a row for each datum"),
+    "a device": ({"x_0": data(), "device": "cpu"}, "'device': got a str"),
+    "a gradient": ({"x_0": data().requires_grad_()}, r"x_0.detach\(\)"),
+    "held out of weight 0": (
+        {"x_0": data(), "weights": torch.eye(120)[3]},
+        "'weights'.*too few with a weight",
+    ),
     "steps": ({"x_0": data(), "max_steps": 0}, "max_steps"),
     "seconds": ({"x_0": data(), "max_seconds": -1.0}, "max_seconds"),
     "recipe": ({"x_0": data(), "recipe": {"lr": 1}}, "a Recipe"),
@@ -599,6 +630,12 @@ def test_a_folder_of_other_data_or_of_another_model(tmp_path):
     other = DiffusionModel(NeuralDenoiser(MLP((2,), hidden_size=8), LogSNRSchedule(20), (2,)))
     with pytest.raises(ValueError, match="no checkpoint can be used"):
         fit(other, data(), path=tmp_path, **SHORT)
+
+
+def test_a_folder_of_other_weights(tmp_path):
+    fit(build(), data(), path=tmp_path, weights=[1.0, 2.0] * 60, **SHORT)
+    with pytest.raises(ValueError, match="the same"):
+        fit(build(), data(), path=tmp_path, weights=[2.0, 1.0] * 60, **SHORT)
 
 
 def test_columns_stay_what_they_are():

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_diffusion.checks import check_count, check_data, check_positive, require
+from pyro_diffusion.checks import check_count, check_positive, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.family import Family, Pair, programs
+from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import replayed
-from pyro_diffusion.training.columns import Columns, Parts, Passes, Weighted, columns, split
+from pyro_diffusion.training.columns import Passes, Weighted, parts_of
 from pyro_diffusion.training.compilation import compile_elbo
 from pyro_diffusion.training.fitted import Fit
 from pyro_diffusion.training.held_out import HeldOut
@@ -132,7 +132,7 @@ def fit(
     limits = _limits(max_steps, max_seconds)
     model, guide = _programs(family, recipe)
     device = _device(model, guide)
-    data = _parts(family, x_0, validation, weights, seed, device, given)
+    data = parts_of(family, x_0, validation, seed, device, weights=weights, **given)
     held_out = HeldOut(family, data.held_out, recipe.batch_size, device)
     watch = Watch(held_out, recipe, *limits, None if path is None else Path(path), progress)
     with _seeded(seed), _quiet(), _modes_kept(model, guide):
@@ -206,43 +206,6 @@ def _device(*programs: nn.Module) -> torch.device:
         "argument 'family': got programs without parameters; expected some to fit. Read an exact model with "
         "elbo_terms."
     )
-
-
-def _parts(
-    family: Pair,
-    x_0: Any,
-    validation: Any,
-    weights: Any,
-    seed: int,
-    device: torch.device,
-    given: dict[str, Any],
-) -> Parts:
-    """Training data and held-out data, looked at."""
-    data = columns(x_0, device, weights=weights, **given)
-    held_out = None if validation is None else columns(validation, device)
-    parts = split(data, seed) if held_out is None else Parts(data, held_out)
-    require(
-        len(parts.held_out["x_0"]) >= 2,
-        "argument 'validation'",
-        f"{len(parts.held_out['x_0'])} data",
-        "two or more, whose spread is the error of the bound",
-        "Pass more, or leave it out to have some split off.",
-    )
-    for part in parts:
-        _check_values(family, part)
-    return parts
-
-
-def _check_values(family: Pair, data: Columns) -> None:
-    """Look at all data once, for a graph does not. What is on disk is looked at batch by batch."""
-    x_0, mask = data["x_0"], data.get("mask")
-    if not isinstance(family, Family) or not isinstance(x_0, Tensor):
-        return
-    rows = 65_536
-    with reading(family):
-        for first in range(0, len(x_0), rows):
-            seen = None if mask is None else mask[first : first + rows].to(family.device)
-            family.embed(check_data(x_0[first : first + rows].to(family.device), seen), seen)
 
 
 @contextmanager
