@@ -1,6 +1,7 @@
 """``fit``: a whole run in one call, against closed forms and against a loop by hand."""
 
 import math
+import signal
 import sys
 import time
 import warnings
@@ -521,6 +522,27 @@ def test_an_error_leaves_the_best_weights(monkeypatch):
     )
 
 
+def test_an_interrupt_is_an_interrupt(monkeypatch):
+    seen = []
+    check = Watch._check
+
+    def interrupted(self, trainer, module):
+        seen.append(self)
+        if trainer.global_step == 25:
+            raise KeyboardInterrupt
+        check(self, trainer, module)
+
+    monkeypatch.setattr(Watch, "_check", interrupted)
+    handler, model = signal.getsignal(signal.SIGINT), build()
+    with pytest.raises(KeyboardInterrupt):  # and not SystemExit, as of Lightning
+        fit(model, data(), max_steps=50)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert seen[0]._bar.disable  # it is closed
+    assert torch.equal(
+        weights(model), weights(build())
+    )  # the best weights: those of the first check
+
+
 # ------------------------------------------------------------------ manners
 
 
@@ -532,6 +554,17 @@ def test_the_process_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert not any(module.training for module in model.modules())
+
+
+def test_training_is_in_training_mode():
+    torch.manual_seed(0)
+    network = MLP((2,), hidden_size=8, num_blocks=1, dropout=0.5)
+    model = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(5), (2,))).eval()
+    modes = []
+    network.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    fit(model, data(), max_steps=25, progress=False)
+    assert True in modes
+    assert not model.training
 
 
 def test_a_seed_says_what_happens():
@@ -602,6 +635,11 @@ WRONG = {
     "recipe": ({"x_0": data(), "recipe": {"lr": 1}}, "a Recipe"),
     "rate": ({"x_0": data(), "recipe": Recipe(learning_rate=-1.0)}, "learning_rate"),
     "averaging": ({"x_0": data(), "recipe": Recipe(averaging=1.0)}, "averaging"),
+    "decay": ({"x_0": data(), "recipe": Recipe(weight_decay="a")}, "weight_decay"),
+    "a class": ({"x_0": data(), "recipe": Recipe(elbo=Trace_ELBO)}, "the class Trace_ELBO"),
+    "seed": ({"x_0": data(), "seed": -1}, "seed"),
+    "path": ({"x_0": data(), "path": 3}, "argument 'path'"),
+    "a file": ({"x_0": data(), "path": __file__}, "a folder"),
     "a name": ({"x_0": data(), "masc": torch.ones(120, 2).bool()}, "masc"),
 }
 
@@ -618,8 +656,39 @@ def test_programs_that_have_nothing_to_fit():
     exact = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5)))
     with pytest.raises(ValueError, match="without parameters"):
         fit(exact, data(), **SHORT)
+    with pytest.raises(ValueError, match=r"requires_grad_\(True\)"):
+        fit(build().requires_grad_(False), data(), **SHORT)
     with pytest.raises(ValueError, match="PyroModule"):
         fit((lambda x_0: None, lambda x_0: None), data(), **SHORT)
+
+
+class Statement(SomeModel):
+    """A model with a parameter that no module has."""
+
+    def forward(self, x_0):
+        pyro.param("of_nobody", torch.zeros(2))
+        super().forward(x_0)
+
+
+class OwnParameter(SomeModel):
+    def __init__(self):
+        super().__init__()
+        self.of_each = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_0):
+        super().forward(x_0 + self.of_each)
+
+
+def test_parameters_that_no_step_would_train():
+    with pytest.raises(ValueError, match="'of_nobody'.*PyroParam"):
+        fit((Statement(), SomeGuide()), data(), **SHORT)
+    fit((OwnParameter(), SomeGuide()), data(), **SHORT)
+    second = OwnParameter()  # Pyro's store has the first one's parameter under this name
+    with pytest.raises(ValueError, match="'of_each'.*clear_param_store"):
+        fit((second, SomeGuide()), data(), **SHORT)
+    pyro.clear_param_store()
+    fit((second, SomeGuide()), data(), **SHORT)
+    assert second.of_each.abs().min() > 0
 
 
 def test_a_folder_of_other_data_or_of_another_model(tmp_path):
