@@ -288,6 +288,11 @@ def test_under_a_mask_gaps_do_not_matter():
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_the_average_has_the_last_step():
+    bounds = fit(build(), data(), max_steps=3, progress=False).history["bound"].values
+    assert bounds[0] != bounds[-1]
+
+
 class Constants(SomeModel):
     """A model with buffers that training never changes."""
 

@@ -209,8 +209,9 @@ class Watch(WeightAveraging):
         return round(min(max(rows, _FEWEST_ROWS), _MOST_ROWS))
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the weights are averaged now."""
-        return step_idx is not None and (step_idx + 1) % _EVERY == 0
+        """Whether the weights are averaged now: at every fifth step, and at the last."""
+        step = 0 if step_idx is None else step_idx + 1
+        return step > 0 and (step % _EVERY == 0 or step == self.max_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run goes on from."""
