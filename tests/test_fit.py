@@ -1,8 +1,11 @@
 """``fit``: a whole run in one call, against closed forms and against a loop by hand."""
 
 import math
+import signal
 import sys
+import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -34,7 +37,7 @@ from pyro_diffusion.training.held_out import HeldOut, Mean, Record
 from pyro_diffusion.training.objectives import bound_by_datum
 
 pytest.importorskip("lightning.pytorch")
-from pyro_diffusion.training import Recipe, fit
+from pyro_diffusion.training import Recipe, compile_elbo, fit, fitting, watching
 from pyro_diffusion.training.fitting import _elbo
 from pyro_diffusion.training.watching import Watch
 
@@ -252,6 +255,29 @@ class Items(torch.utils.data.Dataset):
         return {"x_0": self.x_0[row]}
 
 
+def test_mask_and_weights_on_disk(tmp_path):
+    x_0, seen, w = data(), data() > 0, torch.rand(120)
+    seen[:, 0] = True
+    for name, array in (("x", x_0), ("mask", seen), ("w", w)):
+        np.save(tmp_path / f"{name}.npy", array.numpy())
+    on_disk = {
+        name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("x", "mask", "w")
+    }
+    found = []
+    for x, mask, w_ in (
+        (x_0, seen, w),
+        (x_0, on_disk["mask"], w),
+        (on_disk["x"], on_disk["mask"], on_disk["w"]),
+    ):
+        model = build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(model, x, mask=mask, weights=w_, **SHORT)
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
 def test_under_a_mask_gaps_do_not_matter():
     x_0 = data()
     seen = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -262,6 +288,28 @@ def test_under_a_mask_gaps_do_not_matter():
         fit(model, torch.where(seen, x_0, hidden), mask=seen, **SHORT)
         found.append(weights(model))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_average_has_the_last_step():
+    bounds = fit(build(), data(), max_steps=3, progress=False).history["bound"].values
+    assert bounds[0] != bounds[-1]
+
+
+class Constants(SomeModel):
+    """A model with buffers that training never changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", 7 * torch.arange(16))
+        self.register_buffer("hidden", torch.full((3,), -math.inf))
+        self.register_buffer("empty", torch.zeros(0))
+
+
+def test_the_average_keeps_constant_buffers():
+    model = Constants()
+    fit((model, SomeGuide()), data(), **SHORT)
+    assert torch.equal(model.index, 7 * torch.arange(16))
+    assert torch.equal(model.hidden, torch.full((3,), -math.inf))
 
 
 # ------------------------------------------------------------------ weights
@@ -293,6 +341,15 @@ def test_data_without_weight_are_not_learned():
     fit(model, x_0, weights=w, max_steps=300, progress=False)
     torch.manual_seed(0)
     assert (model.sample(200).mean(1) > 0).float().mean() > 0.95
+
+
+def test_a_first_gradient_of_zero_does_not_end_the_training():
+    training = split({"x_0": torch.arange(200)}, seed=0).training
+    w = torch.ones(200)
+    w[next(iter(Passes(training, 8)))["x_0"]] = 0.0
+    model = build()
+    fit(model, data(200), weights=w, recipe=Recipe(batch_size=8), **SHORT)
+    assert not torch.equal(weights(model), weights(build()))
 
 
 def test_the_mean_with_weights_is_that_of_repeated_data():
@@ -415,14 +472,39 @@ def test_a_run_that_is_over_is_read_and_not_trained(tmp_path):
     assert torch.equal(weights(first), weights(second))
     assert again.history.identical(once.history)
     assert (tmp_path / "last.ckpt").stat().st_mtime_ns == written
-    longer = fit(build(), data(), path=tmp_path, max_steps=75, progress=False)
-    assert longer.num_steps == 75
+    longer = fit(build(), data(), path=tmp_path, max_steps=100, progress=False)
+    assert longer.history["step"].values.tolist() == [0, 25, 50, 75, 100]
 
 
 def test_a_run_of_seconds_ends_in_time():
     result = fit(build(), data(), max_seconds=1.0, progress=False)
     assert "1 seconds" in result.ended
     assert 1.0 <= result.seconds < 10.0
+
+
+def test_the_seconds_include_the_compilation(monkeypatch):
+    passed = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(passed))
+    monkeypatch.setattr(watching, "time", clock)
+
+    def slow(*programs, **settings):
+        passed.append(100.0)
+        return compile_elbo(*programs, **settings)
+
+    monkeypatch.setattr(fitting, "compile_elbo", slow)
+    eager = Recipe(compiled=False)
+    result = fit(build(), data(), max_steps=25, max_seconds=1000.0, recipe=eager, progress=False)
+    assert result.history["seconds"].values[0] >= 100
+
+
+def test_a_new_best_lets_the_run_go_on():
+    held_out = HeldOut(build(), {"x_0": data(50)}, 256, CPU)
+    watch = Watch(held_out, Recipe(patience=1), 100, None, None, progress=False)
+    trainer, noise = SimpleNamespace(global_step=50), 0.01 * torch.randn(50)
+    for bounds, over in ((0.0, False), (-1.0, True), (1.0, False)):
+        watch.record.add(bounds + noise, lambda: [torch.zeros(1)], step=50)
+        watch._end_if_over(trainer, 0.0)
+        assert trainer.should_stop is bool(watch.ended) is over
 
 
 def test_an_error_leaves_the_best_weights(monkeypatch):
@@ -447,6 +529,27 @@ def test_an_error_leaves_the_best_weights(monkeypatch):
     )
 
 
+def test_an_interrupt_is_an_interrupt(monkeypatch):
+    seen = []
+    check = Watch._check
+
+    def interrupted(self, trainer, module):
+        seen.append(self)
+        if trainer.global_step == 25:
+            raise KeyboardInterrupt
+        check(self, trainer, module)
+
+    monkeypatch.setattr(Watch, "_check", interrupted)
+    handler, model = signal.getsignal(signal.SIGINT), build()
+    with pytest.raises(KeyboardInterrupt):  # and not SystemExit, as of Lightning
+        fit(model, data(), max_steps=50)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert seen[0]._bar.disable  # it is closed
+    assert torch.equal(
+        weights(model), weights(build())
+    )  # the best weights: those of the first check
+
+
 # ------------------------------------------------------------------ manners
 
 
@@ -458,6 +561,17 @@ def test_the_process_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert not any(module.training for module in model.modules())
+
+
+def test_training_is_in_training_mode():
+    torch.manual_seed(0)
+    network = MLP((2,), hidden_size=8, num_blocks=1, dropout=0.5)
+    model = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(5), (2,))).eval()
+    modes = []
+    network.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    fit(model, data(), max_steps=25, progress=False)
+    assert True in modes
+    assert not model.training
 
 
 def test_a_seed_says_what_happens():
@@ -504,7 +618,7 @@ def test_without_lightning_the_error_says_how_to_install_it(monkeypatch):
 WRONG = {
     "too few": ({"x_0": data(5)}, "ten or more"),
     "a loader": ({"x_0": DataLoader(TensorDataset(data()))}, "dataset"),
-    "a list": ({"x_0": "data"}, "argument 'batch'"),
+    "a word": ({"x_0": "data"}, "argument 'x_0': got a str"),
     "NaN": ({"x_0": torch.full((50, 2), math.nan)}, "mask=x_0.isfinite"),
     "shape": ({"x_0": torch.zeros(50, 3)}, r"expected \(N,\)"),
     "columns": ({"x_0": {"mask": torch.ones(50, 2)}}, "called 'x_0'"),
@@ -514,12 +628,25 @@ WRONG = {
     "wrong weights": ({"x_0": data(), "weights": torch.ones(120, 2)}, "one number for each datum"),
     "no weight": ({"x_0": data(), "weights": torch.zeros(120)}, "not all zero"),
     "one validation datum": ({"x_0": data(), "validation": data()[:1]}, "two or more"),
-    "bad validation": ({"x_0": data(), "validation": data() / 0}, "finite numbers"),
+    "bad validation": ({"x_0": data(), "validation": data() / 0}, "'validation'.*finite numbers"),
+    "rows in a list": ({"x_0": data().tolist()}, "Convert numbers with torch.as_tensor"),
+    "a number": ({"x_0": data(), "num_data": 120}, "a row for each datum"),
+    "a device": ({"x_0": data(), "device": "cpu"}, "'device': got a str"),
+    "a gradient": ({"x_0": data().requires_grad_()}, r"x_0.detach\(\)"),
+    "held out of weight 0": (
+        {"x_0": data(), "weights": torch.eye(120)[3]},
+        "'weights'.*too few with a weight",
+    ),
     "steps": ({"x_0": data(), "max_steps": 0}, "max_steps"),
     "seconds": ({"x_0": data(), "max_seconds": -1.0}, "max_seconds"),
     "recipe": ({"x_0": data(), "recipe": {"lr": 1}}, "a Recipe"),
     "rate": ({"x_0": data(), "recipe": Recipe(learning_rate=-1.0)}, "learning_rate"),
     "averaging": ({"x_0": data(), "recipe": Recipe(averaging=1.0)}, "averaging"),
+    "decay": ({"x_0": data(), "recipe": Recipe(weight_decay="a")}, "weight_decay"),
+    "a class": ({"x_0": data(), "recipe": Recipe(elbo=Trace_ELBO)}, "the class Trace_ELBO"),
+    "seed": ({"x_0": data(), "seed": -1}, "seed"),
+    "path": ({"x_0": data(), "path": 3}, "argument 'path'"),
+    "a file": ({"x_0": data(), "path": __file__}, "a folder"),
     "a name": ({"x_0": data(), "masc": torch.ones(120, 2).bool()}, "masc"),
 }
 
@@ -536,8 +663,39 @@ def test_programs_that_have_nothing_to_fit():
     exact = DiffusionModel(GaussianDenoiser(torch.zeros(2), torch.ones(2), LogSNRSchedule(5)))
     with pytest.raises(ValueError, match="without parameters"):
         fit(exact, data(), **SHORT)
+    with pytest.raises(ValueError, match=r"requires_grad_\(True\)"):
+        fit(build().requires_grad_(False), data(), **SHORT)
     with pytest.raises(ValueError, match="PyroModule"):
         fit((lambda x_0: None, lambda x_0: None), data(), **SHORT)
+
+
+class Statement(SomeModel):
+    """A model with a parameter that no module has."""
+
+    def forward(self, x_0):
+        pyro.param("of_nobody", torch.zeros(2))
+        super().forward(x_0)
+
+
+class OwnParameter(SomeModel):
+    def __init__(self):
+        super().__init__()
+        self.of_each = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x_0):
+        super().forward(x_0 + self.of_each)
+
+
+def test_parameters_that_no_step_would_train():
+    with pytest.raises(ValueError, match="'of_nobody'.*PyroParam"):
+        fit((Statement(), SomeGuide()), data(), **SHORT)
+    fit((OwnParameter(), SomeGuide()), data(), **SHORT)
+    second = OwnParameter()  # Pyro's store has the first one's parameter under this name
+    with pytest.raises(ValueError, match="'of_each'.*clear_param_store"):
+        fit((second, SomeGuide()), data(), **SHORT)
+    pyro.clear_param_store()
+    fit((second, SomeGuide()), data(), **SHORT)
+    assert second.of_each.abs().min() > 0
 
 
 def test_a_folder_of_other_data_or_of_another_model(tmp_path):
@@ -548,6 +706,12 @@ def test_a_folder_of_other_data_or_of_another_model(tmp_path):
     other = DiffusionModel(NeuralDenoiser(MLP((2,), hidden_size=8), LogSNRSchedule(20), (2,)))
     with pytest.raises(ValueError, match="no checkpoint can be used"):
         fit(other, data(), path=tmp_path, **SHORT)
+
+
+def test_a_folder_of_other_weights(tmp_path):
+    fit(build(), data(), path=tmp_path, weights=[1.0, 2.0] * 60, **SHORT)
+    with pytest.raises(ValueError, match="the same"):
+        fit(build(), data(), path=tmp_path, weights=[2.0, 1.0] * 60, **SHORT)
 
 
 def test_columns_stay_what_they_are():

@@ -19,8 +19,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from pyro_diffusion.checks import as_numbers, check_mask, require
-from pyro_diffusion.training.batches import ShuffledBatches, permuted, rows_of, split_batch
+from pyro_diffusion.checks import as_numbers, check_data, check_mask, require
+from pyro_diffusion.family import Family, Pair
+from pyro_diffusion.reading import reading
+from pyro_diffusion.training.batches import ShuffledBatches, permuted, rows_of
 from pyro_diffusion.training.parallel import common_length
 
 #: Columns by the names of the programs' arguments; ``x_0`` is among them.
@@ -37,7 +39,66 @@ class Parts(NamedTuple):
     held_out: Columns
 
 
-def columns(x_0: Any, device: torch.device, **given: Any) -> Columns:
+def parts_of(
+    family: Pair, x_0: Any, validation: Any, seed: int, device: torch.device, /, **given: Any
+) -> Parts:
+    """Training data and held-out data as columns on a device, all of their values checked.
+
+    Args:
+        family: The model, or a model and a guide.
+        x_0: Data in one of the forms that :func:`columns` takes.
+        validation: Held-out data, in one of those forms; ``None`` to split some off.
+        seed: Of the split.
+        device: The model's device.
+        given: Other columns of ``x_0`` by name; ``None`` for what is not given.
+
+    Raises:
+        ValueError: Data that do not fit the model, or too few to hold some out.
+    """
+    data = columns(x_0, device, **given)
+    if validation is None:
+        parts = split(data, seed)
+        _check_values(family, parts.held_out)
+    else:
+        try:
+            parts = Parts(data, columns(validation, device))
+            _check_values(family, parts.held_out)
+        except ValueError as error:
+            raise ValueError(f"argument 'validation': {error}") from error
+    _check_values(family, parts.training)
+    _check_counts(parts)
+    return parts
+
+
+def _check_values(family: Pair, data: Columns) -> None:
+    """Look at all data once, for a graph does not. What is on disk is looked at batch by batch."""
+    x_0, mask = data["x_0"], data.get("mask")
+    if not isinstance(family, Family) or not isinstance(x_0, Tensor):
+        return
+    rows = 65_536
+    with reading(family):
+        for first in range(0, len(x_0), rows):
+            seen = None if mask is None else mask[first : first + rows].to(family.device)
+            family.embed(check_data(x_0[first : first + rows].to(family.device), seen), seen)
+
+
+def _check_counts(parts: Parts) -> None:
+    """A datum to train on, and two that are held out; data of weight zero do not count."""
+    for part, least, meaning in (
+        (parts.training, 1, "one or more to train on"),
+        (parts.held_out, 2, "two or more, whose spread is the error of the bound"),
+    ):
+        weights = part.get("weights")
+        require(
+            len(part["x_0"]) >= least if weights is None else int((weights > 0).sum()) >= least,
+            "argument 'validation'" if weights is None else "argument 'weights'",
+            f"{len(part['x_0'])} data" + ("" if weights is None else ", too few with a weight"),
+            meaning,
+            "Pass more data, or validation= of your own; without it some are split off at random.",
+        )
+
+
+def columns(x_0: Any, device: torch.device, /, **given: Any) -> Columns:
     """Data, with what goes with them, as columns on a device.
 
     Args:
@@ -50,7 +111,8 @@ def columns(x_0: Any, device: torch.device, **given: Any) -> Columns:
         ValueError: Data of another kind, columns of different lengths, weights that are none.
     """
     found = _by_name(x_0) | {name: column for name, column in given.items() if column is not None}
-    found = {name: _array(name, column) for name, column in found.items()}
+    on_disk = isinstance(found["x_0"], np.memmap)
+    found = {name: _array(name, column, on_disk) for name, column in found.items()}
     common_length([len(column) for column in found.values()], "Give every datum one row in each.")
     if "mask" in found and isinstance(found["x_0"], Tensor):
         check_mask(found["mask"], found["x_0"])
@@ -86,17 +148,30 @@ def _by_name(x_0: Any) -> Columns:
             'Pass {"x_0": x_0, "mask": mask}.',
         )
         return dict(x_0)
-    data, given = split_batch(x_0)
-    return {"x_0": data} | given
+    if isinstance(x_0, list | tuple) and len(x_0) == 1 and isinstance(x_0[0], Tensor):
+        return {"x_0": x_0[0]}
+    raise ValueError(
+        f"argument 'x_0': got a {type(x_0).__name__}; expected a tensor, an array, a dataset, or columns "
+        'that are named, {"x_0": x_0, "mask": mask}. Convert numbers with torch.as_tensor, and a table of '
+        "pandas with x_0.to_numpy(dtype=float)."
+    )
 
 
-def _array(name: str, column: Any) -> Any:
-    """A column as a tensor; one on disk as it is."""
-    if isinstance(column, np.memmap):
+def _array(name: str, column: Any, on_disk: bool) -> Any:
+    """A column as a tensor. One on disk stays there if the data do; weights are always read."""
+    if isinstance(column, np.memmap) and on_disk and name != "weights":
         return column
-    if isinstance(column, Tensor | np.ndarray) and name != "mask":
-        return as_numbers(f"{name}", column)
-    return torch.as_tensor(column)
+    if isinstance(column, np.ndarray):
+        column = np.require(column, requirements=["C", "W"])  # torch shares no other memory
+    rows = as_numbers(name, column)
+    require(
+        rows.dim() > 0 and not rows.requires_grad,
+        f"argument {name!r}",
+        "a single number" if rows.dim() == 0 else "data that require a gradient",
+        "a row for each datum, without gradients",
+        "Pass x_0[None] for a single datum, and x_0.detach() for computed ones.",
+    )
+    return rows
 
 
 def _check_weights(weights: Tensor, count: int) -> Tensor:

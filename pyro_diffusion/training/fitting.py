@@ -19,19 +19,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_diffusion.checks import check_count, check_data, check_positive, require
+from pyro_diffusion.checks import (
+    check_argument,
+    check_between,
+    check_count,
+    check_positive,
+    require,
+)
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.family import Family, Pair, programs
+from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import replayed
-from pyro_diffusion.training.columns import Columns, Parts, Passes, Weighted, columns, split
+from pyro_diffusion.training.columns import Passes, Weighted, parts_of
 from pyro_diffusion.training.compilation import compile_elbo
 from pyro_diffusion.training.fitted import Fit
 from pyro_diffusion.training.held_out import HeldOut
@@ -88,7 +95,8 @@ def fit(
     (:meth:`~pyro_diffusion.diffusion.DiffusionModel.subsampled`), a hierarchical VAE by its own programs. In
     runs of 300 steps and more the step is traced into one graph
     (:func:`~pyro_diffusion.training.compile_elbo`) where the programs are static. Lightning runs it, on the
-    device that the model is on.
+    device that the model is on. Fit one model at a time in a process, because Pyro's handlers are shared by
+    all threads; use processes for several.
 
     Args:
         family: A ``DiffusionModel``, a ``HierarchicalVAE``, or a tuple ``(model, guide)`` of modules.
@@ -133,9 +141,11 @@ def fit(
     limits = _limits(max_steps, max_seconds)
     model, guide = _programs(family, recipe)
     device = _device(model, guide)
-    data = _parts(family, x_0, validation, weights, seed, device, given)
+    seed = check_count("seed", seed, 0, "It determines the split, the batches and the noise.")
+    folder = None if path is None else _folder(path)
+    data = parts_of(family, x_0, validation, seed, device, weights=weights, **given)
     held_out = HeldOut(family, data.held_out, recipe.batch_size, device)
-    watch = Watch(held_out, recipe, *limits, None if path is None else Path(path), progress)
+    watch = Watch(held_out, recipe, *limits, folder, progress)
     with _seeded(seed), _quiet(), _modes_kept(model, guide):
         size = min(recipe.batch_size, len(data.training["x_0"]))
         _train(model, guide, Passes(data.training, size, seed=seed), watch)
@@ -163,14 +173,10 @@ def _check_recipe(recipe: Recipe) -> Recipe:
     ):
         check_count(name, getattr(recipe, name), least, "It is a field of Recipe.")
     for name, most in (("weight_decay", math.inf), ("averaging", 1.0)):
-        value = getattr(recipe, name)
-        require(
-            0 <= value < most,
-            f"argument {name!r}",
-            repr(value),
-            f"a number from 0 to below {most}",
-            "It is a field of Recipe.",
-        )
+        remedy = "It is a field of Recipe."
+        check_between(name, getattr(recipe, name), 0.0, most, "a share", remedy, ends="[)")
+    if recipe.elbo is not None:
+        check_argument("elbo", recipe.elbo, ELBO, "TraceMeanField_ELBO()")
     return recipe
 
 
@@ -199,51 +205,29 @@ def _programs(family: Pair, recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     return found  # type: ignore[return-value]
 
 
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """The folder of the checkpoint, made if it is missing."""
+    try:
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"argument 'path': got {path!r} ({error}); expected a folder in which a checkpoint can be "
+            "written. Pass the path of a new folder, 'runs/first', say."
+        ) from error
+
+
 def _device(*programs: nn.Module) -> torch.device:
     for program in programs:
         for parameter in program.parameters():
-            return parameter.device
+            if parameter.requires_grad:
+                return parameter.device
     raise ValueError(
-        "argument 'family': got programs without parameters; expected some to fit. Read an exact model with "
-        "elbo_terms."
+        "argument 'family': got programs without parameters that require gradients; expected some to fit. "
+        "Read an exact model with elbo_terms, and free frozen parameters with model.requires_grad_(True)."
     )
-
-
-def _parts(
-    family: Pair,
-    x_0: Any,
-    validation: Any,
-    weights: Any,
-    seed: int,
-    device: torch.device,
-    given: dict[str, Any],
-) -> Parts:
-    """Training data and held-out data, looked at."""
-    data = columns(x_0, device, weights=weights, **given)
-    held_out = None if validation is None else columns(validation, device)
-    parts = split(data, seed) if held_out is None else Parts(data, held_out)
-    require(
-        len(parts.held_out["x_0"]) >= 2,
-        "argument 'validation'",
-        f"{len(parts.held_out['x_0'])} data",
-        "two or more, whose spread is the error of the bound",
-        "Pass more, or leave it out to have some split off.",
-    )
-    for part in parts:
-        _check_values(family, part)
-    return parts
-
-
-def _check_values(family: Pair, data: Columns) -> None:
-    """Look at all data once, for a graph does not. What is on disk is looked at batch by batch."""
-    x_0, mask = data["x_0"], data.get("mask")
-    if not isinstance(family, Family) or not isinstance(x_0, Tensor):
-        return
-    rows = 65_536
-    with reading(family):
-        for first in range(0, len(x_0), rows):
-            seen = None if mask is None else mask[first : first + rows].to(family.device)
-            family.embed(check_data(x_0[first : first + rows].to(family.device), seen), seen)
 
 
 @contextmanager
@@ -294,15 +278,14 @@ def _loss(
         """The program, with the data's weights if they have any."""
         return Weighted(program) if "weights" in given else program
 
-    elbo = recipe.elbo or _elbo(wrapped(model), wrapped(guide), dict(given))
+    found = _elbo(wrapped(model), wrapped(guide), dict(given))
+    elbo = found if recipe.elbo is None else recipe.elbo
 
     def loss(model: nn.Module, guide: nn.Module) -> nn.Module:
         """What ``SVIModule`` calls to make its loss."""
         plain: nn.Module = elbo(wrapped(model), wrapped(guide))
         if not _repays(_GRAPH, limits) and not recipe.compiled:
             return plain
-        model.train()
-        guide.train()
         backend = "inductor" if _is_compiled(recipe, limits) else None
         try:
             traced = compile_elbo(wrapped(model), wrapped(guide), elbo, backend=backend)
@@ -332,11 +315,27 @@ def _elbo(model: nn.Module, guide: nn.Module, given: dict[str, Any]) -> ELBO:
     """Analytic KLs where the guide draws its sites in the model's order."""
     with reading(model, guide), poutine.mask(mask=False):
         guide_trace, model_trace = replayed(model, guide, given.pop("x_0"), **given)
+    _check_trained(model, guide, guide_trace, model_trace)
     orders = [
         [name for name in trace.stochastic_nodes if name in guide_trace.stochastic_nodes]
         for trace in (guide_trace, model_trace)
     ]
     return TraceMeanField_ELBO() if orders[0] == orders[1] else Trace_ELBO()
+
+
+def _check_trained(model: nn.Module, guide: nn.Module, *traces: poutine.Trace) -> None:
+    """Raise a ``ValueError`` for a ``pyro.param`` that no step would train."""
+    trained = {id(p) for program in (model, guide) for p in program.parameters()}
+    for site in (trace.nodes[name] for trace in traces for name in trace.param_nodes):
+        stated = "$$$" in site["name"]  # by pyro.module, for a module that computes with its own
+        require(
+            stated or id(site["value"].unconstrained()) in trained,
+            f"param {site['name']!r}",
+            "a pyro.param statement whose tensor is no parameter of the modules",
+            "parameters of the modules, which are the ones that fit trains",
+            "Make it a PyroParam or an nn.Parameter of the program. If it is one, another program has its "
+            "name in Pyro's store: call pyro.clear_param_store() before.",
+        )
 
 
 def _adamw(parameters: Iterator[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -362,6 +361,8 @@ def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") 
     from pyro_diffusion.training.watching import WatchedModule, tensors_of
 
     recipe, device = watch.recipe, watch.held_out.device
+    model.train()
+    guide.train()
     loss = _loss(model, guide, recipe, batches, (watch.max_steps, watch.max_seconds))
     module = WatchedModule(model, guide, loss, partial(_adamw, recipe=recipe))
     trainer = lightning.Trainer(
@@ -380,6 +381,10 @@ def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") 
     checkpoint = None if watch.folder is None else latest_checkpoint(watch.folder, module)
     try:
         trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl+C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None
+        raise
     finally:
         module.to(device)  # Lightning moves it to the CPU
         watch.record.restore(tensors_of(module))

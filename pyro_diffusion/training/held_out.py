@@ -70,8 +70,12 @@ class HeldOut:
 
     @property
     def fingerprint(self) -> str:
-        """A word that tells these data from others."""
-        return fingerprint(rows_of(self.data["x_0"], slice(None)), self.data.get("mask"))
+        """A word that tells these data, with their mask and weights, from others."""
+        x_0, *mask = (
+            rows_of(self.data[name], slice(None)) for name in ("x_0", "mask") if name in self.data
+        )
+        words = [fingerprint(x_0, *mask)]
+        return " ".join(words if self.weights is None else [*words, fingerprint(self.weights)])
 
     def estimate(self) -> Estimate:
         """The mean bound with both errors, from eight readings with noise of their own."""

@@ -87,6 +87,7 @@ class Watch(WeightAveraging):
         self.max_steps, self.max_seconds, self.folder = max_steps, max_seconds, folder
         self.record = Record(held_out, recipe.patience)
         self.seconds, self.ended = 0.0, ""
+        self._start = time.perf_counter()
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
         self._next = 0.0  # share of the run at which the next check is due
@@ -95,10 +96,11 @@ class Watch(WeightAveraging):
         )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock, where an earlier run left it; check the weights of the beginning."""
+        """Add the time of an earlier run to the clock; check the weights of the beginning."""
         self._parameters = [p for group in _groups(trainer) for p in group["params"]]
-        self._start = time.perf_counter() - self.seconds
+        self._start -= self.seconds
         self._bar.update(trainer.global_step)
+        self._plan_check(trainer.global_step)  # a run that is resumed may have another length
         if not self.record.checks:
             self._check(trainer, pl_module)
         self._end_if_over(trainer, self.seconds)
@@ -116,9 +118,10 @@ class Watch(WeightAveraging):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Shorten a gradient that is much longer than those before it."""
-        limit = math.inf if self._norm is None else self.recipe.clip * float(self._norm)
+        mean = 0.0 if self._norm is None else float(self._norm)
+        limit = self.recipe.clip * mean if mean > 0 else math.inf  # all gradients so far were zero
         norm = nn.utils.clip_grad_norm_(self._parameters, limit).detach().clamp(max=limit)
-        self._norm = norm if self._norm is None else torch.lerp(self._norm, norm, _MEMORY)
+        self._norm = norm if self._norm is None or mean == 0 else self._norm.lerp(norm, _MEMORY)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -140,8 +143,13 @@ class Watch(WeightAveraging):
         super().on_train_end(trainer, pl_module)
         self._bar.close()
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar also after an error or an interrupt."""
+        self._bar.close()
+
     def _end_if_over(self, trainer: Any, seconds: float) -> None:
         """Stop if the time is up, or the best has been ahead often enough."""
+        self.ended = ""  # a check may find a new best
         if self.max_seconds is not None and seconds >= self.max_seconds:
             self.ended = f"{self.max_seconds:g} seconds are over"
         elif self.record.is_over and self._share(trainer.global_step) >= _EARLIEST:
@@ -180,13 +188,17 @@ class Watch(WeightAveraging):
         finally:
             self._swap_models(pl_module)
         self._losses.clear()
-        shortest = 0.0 if self.max_steps is None else _SHORTEST / self.max_steps
-        pause = 0.0 if self.max_seconds is None else took / (_COST * self.max_seconds)
-        self._next = self._share(trainer.global_step) + max(1 / _NUM_CHECKS, shortest, pause)
+        self._plan_check(trainer.global_step, took)
         last = self.record.checks[-1]
         self._bar.set_postfix_str(
             f"held-out bound {last['bound']:.4g} ± {last['bound_error']:.2g} nats", refresh=False
         )
+
+    def _plan_check(self, step: int, took: float = 0.0) -> None:
+        """Say when the next check is due, after one at ``step`` that took so many seconds."""
+        shortest = 0.0 if self.max_steps is None else _SHORTEST / self.max_steps
+        pause = 0.0 if self.max_seconds is None else took / (_COST * self.max_seconds)
+        self._next = self._share(step) + max(1 / _NUM_CHECKS, shortest, pause)
 
     def _rows(self) -> int:
         """Network rows of a check, few enough for its share of the time; a step counts three times."""
@@ -197,8 +209,9 @@ class Watch(WeightAveraging):
         return round(min(max(rows, _FEWEST_ROWS), _MOST_ROWS))
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the weights are averaged now."""
-        return step_idx is not None and (step_idx + 1) % _EVERY == 0
+        """Whether the weights are averaged now: at every fifth step, and at the last."""
+        step = 0 if step_idx is None else step_idx + 1
+        return step > 0 and (step % _EVERY == 0 or step == self.max_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run goes on from."""
@@ -206,20 +219,24 @@ class Watch(WeightAveraging):
             "record": self.record.state_dict(),
             "seconds": self.seconds,
             "norm": self._norm,
-            "next": self._next,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.record.load_state_dict(state_dict["record"])
-        self.seconds = state_dict["seconds"]
-        self._norm, self._next = state_dict["norm"], state_dict["next"]
+        self.seconds, self._norm = state_dict["seconds"], state_dict["norm"]
 
     def _average(self, averaged: Any, current: Any, num_averaged: Any) -> None:
         step = _EVERY * int(num_averaged)
         decay = min(self.recipe.averaging, (1 + step) / (10 + step)) ** _EVERY
+        if not averaged[0].is_floating_point():  # buffers, such as an index or a count
+            torch._foreach_copy_(averaged, current)
+            return
         get_ema_multi_avg_fn(decay)(averaged, current, num_averaged)
+        if not torch.stack(torch._foreach_norm(averaged)).isfinite().all():
+            for average, now in zip(averaged, current, strict=True):  # an attention mask of −∞
+                average.copy_(torch.where(average.isfinite(), average, now))
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
