@@ -57,9 +57,11 @@ RECIPE = {  # logits over levels overfit without the weight decay, and the noise
     "levels": Recipe(learning_rate=2e-3, weight_decay=2.0),
     "noise": Recipe(learning_rate=4e-3, weight_decay=0.0),
     # Without free bits the ladder's levels collapse: it takes 2.21 bits/dim instead of 2.11.
-    "ladder": Recipe(learning_rate=1e-3, weight_decay=1.0, elbo=FreeBitsELBO(free_nats=2.0)),
+    "ladder": Recipe(
+        learning_rate=1e-3, weight_decay=1.0, kl_warmup=0.4, elbo=FreeBitsELBO(free_nats=2.0)
+    ),
 }
-NUM_STEPS = {"levels": 2000, "noise": 3500, "ladder": 1500}
+NUM_STEPS = {"levels": 2000, "noise": 3500, "ladder": 1200}
 LATENT_SIZES = (32, 16, 8)
 
 

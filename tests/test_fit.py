@@ -32,13 +32,13 @@ from pyro_diffusion.hvae import HierarchicalVAE
 from pyro_diffusion.likelihoods import GaussianLikelihood
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.schedules import LogSNRSchedule
-from pyro_diffusion.training.columns import Columns, Passes, Rows, Weighted, columns, split
+from pyro_diffusion.training.columns import Columns, Passes, ShuffledRows, columns, split
 from pyro_diffusion.training.held_out import HeldOut, Mean, Record
 from pyro_diffusion.training.objectives import bound_by_datum
 
 pytest.importorskip("lightning.pytorch")
-from pyro_diffusion.training import Recipe, compile_elbo, fit, fitting, watching
-from pyro_diffusion.training.fitting import _elbo
+from pyro_diffusion.training import Recipe, compile_elbo, fit, losses, watching
+from pyro_diffusion.training.losses import WarmedUp, Weighted, _elbo
 from pyro_diffusion.training.watching import Watch
 
 CPU = torch.device("cpu")
@@ -359,7 +359,54 @@ def test_the_mean_with_weights_is_that_of_repeated_data():
     assert Mean.of(values).error == pytest.approx(float(values.std() / 50**0.5))
 
 
+# ------------------------------------------------------------------ warm-up of the KLs
+
+
+def test_a_warm_up_scales_the_latent_sites_alone():
+    """Under a share β the loss is −(reconstruction − β · KLs), also in a graph whose β changes in place."""
+    family, x_0, share = ladder().double(), data(16).double(), torch.ones(())
+    model, guide = (WarmedUp(program, share) for program in (family.model, family.guide))
+    graph = compile_elbo(model, guide, TraceMeanField_ELBO(), backend=None)
+    found = {}
+    for beta in (0.0, 0.3, 1.0):
+        share.fill_(beta)
+        for name, loss in (("programs", TraceMeanField_ELBO()(model, guide)), ("graph", graph)):
+            torch.manual_seed(0)
+            found[name, beta] = loss(x_0).item()
+    for name in ("programs", "graph"):
+        expected = 0.7 * found["programs", 0.0] + 0.3 * found["programs", 1.0]
+        assert found[name, 0.3] == pytest.approx(expected, rel=1e-6)
+    torch.manual_seed(0)
+    plain = TraceMeanField_ELBO()(family.model, family.guide)(x_0).item()
+    assert found["graph", 1.0] == pytest.approx(plain, rel=1e-9)
+
+
+@pytest.mark.parametrize(("make", "shares"), [(ladder, [0.1, 0.2, 1.0]), (build, [1.0])])
+def test_hierarchical_vaes_have_a_warm_up(make, shares, monkeypatch):
+    seen = []
+    start = Watch.on_train_batch_start
+
+    def noted(self, *arguments):
+        start(self, *arguments)
+        seen.append(round(float(self.kl_share), 6))
+
+    monkeypatch.setattr(Watch, "on_train_batch_start", noted)
+    fit(make(), data(), **SHORT)
+    assert set(shares) <= set(seen)
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+
+
 # ------------------------------------------------------------------ held-out data
+
+
+def test_checks_read_some_of_many_held_out_data():
+    many, few = (HeldOut(build(), {"x_0": data(n)}, 256, CPU) for n in (300, 50))
+    some = many.fewer(100)
+    assert some.count == len(some.read()) == 100
+    assert len({tuple(row) for row in some.data["x_0"].tolist()}) == 100
+    assert torch.equal(some.data["x_0"], many.fewer(100).data["x_0"])
+    assert few.fewer(100) is few
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 7, 300])
@@ -395,8 +442,8 @@ def test_a_split_has_every_row_once(count, seed):
 
 def test_rows_on_disk_are_those_in_memory():
     array = np.arange(50.0).reshape(25, 2)
-    on_disk = Rows(array.view(np.memmap) if hasattr(array, "view") else array, 5, 20, 3)
-    in_memory = Rows(torch.as_tensor(array), 5, 20, 3)
+    on_disk = ShuffledRows(array.view(np.memmap) if hasattr(array, "view") else array, 5, 20, 3)
+    in_memory = ShuffledRows(torch.as_tensor(array), 5, 20, 3)
     places = np.array([0, 14, 3])
     assert np.array_equal(on_disk[places], in_memory[places].numpy())
     assert len(on_disk) == 15
@@ -491,7 +538,7 @@ def test_the_seconds_include_the_compilation(monkeypatch):
         passed.append(100.0)
         return compile_elbo(*programs, **settings)
 
-    monkeypatch.setattr(fitting, "compile_elbo", slow)
+    monkeypatch.setattr(losses, "compile_elbo", slow)
     eager = Recipe(compiled=False)
     result = fit(build(), data(), max_steps=25, max_seconds=1000.0, recipe=eager, progress=False)
     assert result.history["seconds"].values[0] >= 100

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyro_diffusion.checks import as_numbers, check_data, check_mask, require
@@ -29,7 +28,7 @@ from pyro_diffusion.training.parallel import common_length
 Columns = dict[str, Any]
 
 HELD_OUT = 0.1  #: share of the data that is split off
-MOST_HELD_OUT = 10_000  #: and at most so many, because every one of them is read at every check
+MOST_HELD_OUT = 10_000  #: and at most so many, which make the error of a mean small
 
 
 class Parts(NamedTuple):
@@ -108,7 +107,8 @@ def columns(x_0: Any, device: torch.device, /, **given: Any) -> Columns:
         given: Other columns by name; ``None`` for what is not given.
 
     Raises:
-        ValueError: Data of another kind, columns of different lengths, weights that are none.
+        ValueError: Data of another kind, columns of different lengths, or weights that are negative,
+            not finite or all zero.
     """
     found = _by_name(x_0) | {name: column for name, column in given.items() if column is not None}
     on_disk = isinstance(found["x_0"], np.memmap)
@@ -189,7 +189,7 @@ def _check_weights(weights: Tensor, count: int) -> Tensor:
 
 
 def split(data: Columns, seed: int) -> Parts:
-    """Rows for training and held-out rows: a tenth of the data at random, at most 10,000.
+    """ShuffledRows for training and held-out rows: a tenth of the data at random, at most 10,000.
 
     Raises:
         ValueError: Fewer than ten rows.
@@ -203,14 +203,17 @@ def split(data: Columns, seed: int) -> Parts:
         "Pass validation=x_valid, data that training does not see.",
     )
     first = min(max(2, round(HELD_OUT * count)), MOST_HELD_OUT)
-    cut = {name: (Rows(x, 0, first, seed), Rows(x, first, count, seed)) for name, x in data.items()}
+    cut = {
+        name: (ShuffledRows(column, 0, first, seed), ShuffledRows(column, first, count, seed))
+        for name, column in data.items()
+    }
     return Parts(
         {name: rest.whole() for name, (_, rest) in cut.items()},
         {name: held.whole() for name, (held, _) in cut.items()},
     )
 
 
-class Rows:
+class ShuffledRows:
     """Some rows of an array, in a random order that the seed determines; nothing is read or listed yet.
 
     Args:
@@ -256,31 +259,3 @@ class Passes(ShuffledBatches):
         """A batch of the first rows, which is not counted as taken."""
         rows = slice(0, self.batch_size)
         return {name: rows_of(column, rows) for name, column in self.data.items()}
-
-
-class Weighted(nn.Module):
-    """A program whose terms count as much as the weights of their data say.
-
-    Args:
-        program: A model or a guide with all sites in a data plate at dim −1.
-    """
-
-    def __init__(self, program: nn.Module) -> None:
-        super().__init__()
-        self.program = program
-
-    def forward(self, x_0: Tensor, weights: Tensor, **given: Any) -> Any:
-        """Run the program, with the log-probability of row n scaled by its weight."""
-        with _Scaled(weights):
-            return self.program(x_0, **given)
-
-
-class _Scaled(Messenger):
-    """``poutine.scale``, with weights that may be zero."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def _pyro_sample(self, msg: Any) -> None:
-        msg["scale"] = msg["scale"] * self.weights

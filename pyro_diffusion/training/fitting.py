@@ -13,9 +13,8 @@ and leaves the weights whose held-out bound was best in the model. Lightning run
 import logging
 import math
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO
 from torch import nn
 
 from pyro_diffusion.checks import (
@@ -36,19 +34,19 @@ from pyro_diffusion.checks import (
 )
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.family import Pair, programs
-from pyro_diffusion.reading import reading
-from pyro_diffusion.scoring import replayed
-from pyro_diffusion.training.columns import Passes, Weighted, parts_of
-from pyro_diffusion.training.compilation import compile_elbo
+from pyro_diffusion.hvae import HierarchicalVAE
+from pyro_diffusion.training.columns import Passes, parts_of
 from pyro_diffusion.training.fitted import Fit
 from pyro_diffusion.training.held_out import HeldOut
+from pyro_diffusion.training.losses import loss_of
 
 if TYPE_CHECKING:
     from pyro_diffusion.training.watching import Watch
 
 _STEPS = 5000  # where neither steps nor seconds are said
-_GRAPH = 300, 10.0  # steps, or seconds, that repay about a second of tracing
-_CODE = 20_000, 600.0  # and about ten seconds of compilation
+_MOST_READ = (
+    1600  # held-out data of a check, a random choice; the best weights are read with all of them
+)
 
 
 class Recipe(NamedTuple):
@@ -63,10 +61,13 @@ class Recipe(NamedTuple):
     #: checks in a row with the best ahead by two standard errors, after which a run ends
     patience: int = 3
     num_timesteps: int = 1  #: random timesteps for each datum of a batch, for a diffusion model
+    #: share of the run over which the weight of the latent sites rises from zero to one, so that levels do
+    #: not collapse at the beginning; by default 0.2 for a hierarchical VAE, and none for anything else
+    kl_warmup: float | None = None
     #: loss; by default analytic KLs, or log-ratios where a guide has another order than its model
     elbo: ELBO | None = None
     #: whether the step is machine code; by default in long runs, which repay the compilation (others run the
-    #: graph of the programs, and short ones the programs)
+    #: graph of the programs, and short ones the programs); ``True`` is an error where programs are not static
     compiled: bool | None = None
 
 
@@ -86,10 +87,11 @@ def fit(
 ) -> Fit:
     r"""Fit a model to data: batches, learning rate, averaged weights, validation, stopping, checkpoints.
 
-    The model is trained in place. Some data are held out, and 20 times in a run their bound is read, with the
-    averaged weights and always the same noise. The weights with the best held-out bound are in the model at
-    the end, also after an error or an interrupt. A run ends early when the best has been ahead of the last by
-    two standard errors of their paired difference three times in a row, but not in its first quarter.
+    The model is trained in place. Some data are held out, and 20 times in a run their bound is read (that of
+    1,600 of them, if there are more), with the averaged weights and always the same noise. The weights with
+    the best held-out bound are in the model at the end, also after an error or an interrupt. A run ends early
+    when the best has been ahead of the last by two standard errors of their paired difference three times in
+    a row, but not in its first quarter, or before a quarter of it has followed the warm-up of the KLs.
 
     A diffusion model is trained at random timesteps
     (:meth:`~pyro_diffusion.diffusion.DiffusionModel.subsampled`), a hierarchical VAE by its own programs. In
@@ -138,6 +140,8 @@ def fit(
     from pyro_diffusion.training.watching import Watch
 
     recipe = _check_recipe(Recipe() if recipe is None else recipe)
+    if recipe.kl_warmup is None:
+        recipe = recipe._replace(kl_warmup=0.2 if isinstance(family, HierarchicalVAE) else 0.0)
     limits = _limits(max_steps, max_seconds)
     model, guide = _programs(family, recipe)
     device = _device(model, guide)
@@ -145,7 +149,7 @@ def fit(
     folder = None if path is None else _folder(path)
     data = parts_of(family, x_0, validation, seed, device, weights=weights, **given)
     held_out = HeldOut(family, data.held_out, recipe.batch_size, device)
-    watch = Watch(held_out, recipe, *limits, folder, progress)
+    watch = Watch(held_out.fewer(_MOST_READ), recipe, *limits, folder, progress)
     with _seeded(seed), _quiet(), _modes_kept(model, guide):
         size = min(recipe.batch_size, len(data.training["x_0"]))
         _train(model, guide, Passes(data.training, size, seed=seed), watch)
@@ -163,8 +167,11 @@ def _check_recipe(recipe: Recipe) -> Recipe:
         "a Recipe",
         "Pass Recipe(learning_rate=1e-3), say.",
     )
-    for name in ("learning_rate", "clip"):
-        check_positive(name, getattr(recipe, name), "It is a field of Recipe.")
+    check_positive("learning_rate", recipe.learning_rate, "It is a field of Recipe.")
+    meaning, remedy = "a number of mean norms", "math.inf clips nothing."
+    check_between("clip", recipe.clip, 0.0, math.inf, meaning, remedy, ends="(]")
+    if recipe.kl_warmup is not None:
+        check_between("kl_warmup", recipe.kl_warmup, 0.0, 1.0, "a share", "Try 0.2.", ends="[)")
     for name, least in (
         ("batch_size", 1),
         ("warmup_steps", 0),
@@ -264,80 +271,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _loss(
-    model: nn.Module,
-    guide: nn.Module,
-    recipe: Recipe,
-    batches: Passes,
-    limits: tuple[int | None, float | None],
-) -> Callable[..., nn.Module]:
-    """What makes a loss of a model and a guide: programs, or a graph of them where they are static."""
-    given = batches.first()
-
-    def wrapped(program: nn.Module) -> nn.Module:
-        """The program, with the data's weights if they have any."""
-        return Weighted(program) if "weights" in given else program
-
-    found = _elbo(wrapped(model), wrapped(guide), dict(given))
-    elbo = found if recipe.elbo is None else recipe.elbo
-
-    def loss(model: nn.Module, guide: nn.Module) -> nn.Module:
-        """What ``SVIModule`` calls to make its loss."""
-        plain: nn.Module = elbo(wrapped(model), wrapped(guide))
-        if not _repays(_GRAPH, limits) and not recipe.compiled:
-            return plain
-        backend = "inductor" if _is_compiled(recipe, limits) else None
-        try:
-            traced = compile_elbo(wrapped(model), wrapped(guide), elbo, backend=backend)
-            traced(given.pop("x_0"), **given)
-        except ValueError:  # not static, or bad data, of which the programs will say so
-            return plain
-        return traced
-
-    return loss
-
-
-def _repays(least: tuple[int, float], limits: tuple[int | None, float | None]) -> bool:
-    """Whether a run is so long that it repays some work in advance."""
-    return any(
-        limit is not None and limit >= enough for limit, enough in zip(limits, least, strict=True)
-    )
-
-
-def _is_compiled(recipe: Recipe, limits: tuple[int | None, float | None]) -> bool:
-    """Machine code if it is asked for, or for a long run where there is a compiler."""
-    if recipe.compiled is not None:
-        return recipe.compiled
-    return _repays(_CODE, limits) and shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
-def _elbo(model: nn.Module, guide: nn.Module, given: dict[str, Any]) -> ELBO:
-    """Analytic KLs where the guide draws its sites in the model's order."""
-    with reading(model, guide), poutine.mask(mask=False):
-        guide_trace, model_trace = replayed(model, guide, given.pop("x_0"), **given)
-    _check_trained(model, guide, guide_trace, model_trace)
-    orders = [
-        [name for name in trace.stochastic_nodes if name in guide_trace.stochastic_nodes]
-        for trace in (guide_trace, model_trace)
-    ]
-    return TraceMeanField_ELBO() if orders[0] == orders[1] else Trace_ELBO()
-
-
-def _check_trained(model: nn.Module, guide: nn.Module, *traces: poutine.Trace) -> None:
-    """Raise a ``ValueError`` for a ``pyro.param`` that no step would train."""
-    trained = {id(p) for program in (model, guide) for p in program.parameters()}
-    for site in (trace.nodes[name] for trace in traces for name in trace.param_nodes):
-        stated = "$$$" in site["name"]  # by pyro.module, for a module that computes with its own
-        require(
-            stated or id(site["value"].unconstrained()) in trained,
-            f"param {site['name']!r}",
-            "a pyro.param statement whose tensor is no parameter of the modules",
-            "parameters of the modules, which are the ones that fit trains",
-            "Make it a PyroParam or an nn.Parameter of the program. If it is one, another program has its "
-            "name in Pyro's store: call pyro.clear_param_store() before.",
-        )
-
-
 def _adamw(parameters: Iterator[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices and kernels, and none on biases and scales."""
     trained = [p for p in parameters if p.requires_grad]
@@ -363,7 +296,8 @@ def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") 
     recipe, device = watch.recipe, watch.held_out.device
     model.train()
     guide.train()
-    loss = _loss(model, guide, recipe, batches, (watch.max_steps, watch.max_seconds))
+    limits = watch.max_steps, watch.max_seconds
+    loss = loss_of(model, guide, recipe, batches.first(), limits, watch.kl_share)
     module = WatchedModule(model, guide, loss, partial(_adamw, recipe=recipe))
     trainer = lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),

@@ -14,6 +14,7 @@ its best by more than :math:`2 \operatorname{se}`.
 
 import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading
 from pyro_diffusion.training.batches import rows_of
-from pyro_diffusion.training.columns import Columns
+from pyro_diffusion.training.columns import Columns, ShuffledRows
 from pyro_diffusion.training.objectives import bound_by_datum
 
 _ROWS = 8192  # network rows of a reading, at most
@@ -65,8 +66,11 @@ class HeldOut:
         self.weights: Tensor | None = self.data.pop("weights", None)
         self.count = len(self.data["x_0"])
         self.model, self.guide = programs(family)
+        self._bound = self._reader()
+
+    def _reader(self) -> Callable[..., Tensor]:
         single = whose_terms_are_single(self.model, self.guide)
-        self._bound = self._along_paths if single is None else partial(self._of_rows, single)
+        return self._along_paths if single is None else partial(self._of_rows, single)
 
     @property
     def fingerprint(self) -> str:
@@ -76,6 +80,18 @@ class HeldOut:
         )
         words = [fingerprint(x_0, *mask)]
         return " ".join(words if self.weights is None else [*words, fingerprint(self.weights)])
+
+    def fewer(self, most: int) -> "HeldOut":
+        """At most so many of the data, a random choice that is always the same; all if they have weights."""
+        if self.count <= most or self.weights is not None:
+            return self
+        part = copy(self)
+        part.data = {
+            name: ShuffledRows(column, 0, most, 0).whole() for name, column in self.data.items()
+        }
+        part.count = most
+        part._bound = part._reader()
+        return part
 
     def estimate(self) -> Estimate:
         """The mean bound with both errors, from eight readings with noise of their own."""

@@ -8,7 +8,8 @@ step is
     \eta(u) = \eta_0 \min\!\big(1, \tfrac{s + 1}{W}\big)\, \tfrac12 \big(1 + \cos \pi u\big),
 
 where :math:`s` is the step, :math:`W` the steps of warm-up (a twentieth of the run at most), and :math:`u`
-the share of the run that is over, in steps or in seconds. The average of the weights after :math:`s` steps is
+the share of the run that is over, in steps or in seconds. The average of the weights after :math:`s` steps,
+taken at every fifth step with the fifth power of :math:`d_s`, is
 :math:`\bar\theta \leftarrow \bar\theta + (1 - d_s)(\theta - \bar\theta)` with
 :math:`d_s = \min(d, (1 + s)/(10 + s))`, so that the weights of the beginning soon have no share in it. A
 gradient whose norm is more than :math:`c` times the running mean of the norms is shortened to that length.
@@ -87,6 +88,7 @@ class Watch(WeightAveraging):
         self.max_steps, self.max_seconds, self.folder = max_steps, max_seconds, folder
         self.record = Record(held_out, recipe.patience)
         self.seconds, self.ended = 0.0, ""
+        self.kl_share = torch.ones((), device=held_out.device)
         self._start = time.perf_counter()
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
@@ -108,8 +110,10 @@ class Watch(WeightAveraging):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set the learning rate."""
+        """Set the learning rate, and the weight of the latent sites."""
         step, recipe = trainer.global_step, self.recipe
+        if recipe.kl_warmup:
+            self.kl_share.fill_(min(1.0, self._share(step) / recipe.kl_warmup))
         steps = min(recipe.warmup_steps, _WARM_UP * (self.max_steps or math.inf))
         warm_up = min(1.0, (step + 1) / max(1.0, steps))
         cosine = (1 + math.cos(math.pi * min(1.0, self._share(step)))) / 2
@@ -152,7 +156,9 @@ class Watch(WeightAveraging):
         self.ended = ""  # a check may find a new best
         if self.max_seconds is not None and seconds >= self.max_seconds:
             self.ended = f"{self.max_seconds:g} seconds are over"
-        elif self.record.is_over and self._share(trainer.global_step) >= _EARLIEST:
+        elif self.record.is_over and self._share(trainer.global_step) >= (
+            _EARLIEST + (self.recipe.kl_warmup or 0.0)
+        ):
             self.ended = (
                 f"the best is ahead by two standard errors, {self.recipe.patience} times in a row"
             )
