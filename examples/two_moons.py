@@ -124,7 +124,10 @@ def plot(folder, x_0, fits):
     )
     for ax, (name, points) in zip(axes, panels.items(), strict=True):
         ax.plot(*points.cpu().numpy().T, ".", ms=2)
-        ax.set(title=name, xlabel="first coordinate", aspect="equal")
+        # The limits suit the data: a model that was stopped early draws a point far away now and then.
+        ax.set(
+            title=name, xlabel="first coordinate", aspect="equal", xlim=(-4.5, 4.5), ylim=(-3, 3.5)
+        )
     axes[0].set_ylabel("second coordinate")
     path, aside = folder / "two_moons.png", folder / ".two_moons.part"
     fig.savefig(aside, dpi=120, format="png")
