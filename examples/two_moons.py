@@ -120,7 +120,7 @@ def plot(folder, x_0, fits):
     folder.mkdir(parents=True, exist_ok=True)
     panels = {"data": x_0[:2_000]} | fits
     fig, axes = plt.subplots(
-        1, len(panels), figsize=(13, 2.6), sharex=True, sharey=True, layout="constrained"
+        1, len(panels), figsize=(13, 3.0), sharex=True, sharey=True, layout="constrained"
     )
     for ax, (name, points) in zip(axes, panels.items(), strict=True):
         ax.plot(*points.cpu().numpy().T, ".", ms=2)
