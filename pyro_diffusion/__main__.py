@@ -17,7 +17,6 @@ out.
 import argparse
 import math
 import platform
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +34,7 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.schedules import AlphaSchedule, LogSNRSchedule
 from pyro_diffusion.training import compile_elbo
+from pyro_diffusion.training.compilation import cpp_compiler
 
 _NEEDED = ("torch", "pyro-ppl", "numpy", "arviz", "xarray", "matplotlib", "torchdiffeq")
 #: A package of each extra.
@@ -44,7 +44,6 @@ _EXTRAS = {
     "examples": "scikit-learn",
     "docs": "sphinx",
 }
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 class Found(NamedTuple):
@@ -88,7 +87,7 @@ def report() -> str:
         else f"{extra} (not found: pip install 'pyro-diffusion[{extra}]')"
         for extra, package in _EXTRAS.items()
     ]
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), "none found")
+    compiler = cpp_compiler() or "none found"
     return "\n".join(
         [
             f"pyro_diffusion {pyro_diffusion.__version__}, Python {platform.python_version()}, "
@@ -224,7 +223,7 @@ def estimation() -> Found:
 
 def compilation() -> Found:
     """The compiled loss is Pyro's under the same seed."""
-    if not any(map(shutil.which, _COMPILERS)):
+    if cpp_compiler() is None:
         return Found(True, "left out, because there is no C++ compiler")
     x_0, network = torch.randn(16, 2), MLP((2,), hidden_size=8, num_blocks=1)
     diffusion = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(1), (2,)))

@@ -1,5 +1,6 @@
 """``python -m pyro_diffusion``: the report, the check, and that the check can fail."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -86,7 +87,7 @@ def test_a_broken_part_fails_the_check(name, monkeypatch, capsys):
     where, broken = BROKEN[name]
     monkeypatch.setattr(f"pyro_diffusion.__main__.{where}", broken)
     monkeypatch.setattr(command, "_PARTS", {name: PARTS[name]})
-    monkeypatch.setattr(command.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
     assert command.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("FAILED")
@@ -107,7 +108,7 @@ def test_an_error_in_a_part_is_a_failure_that_is_printed(monkeypatch, capsys):
 
 
 def test_no_compiler_is_no_failure(monkeypatch):
-    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     found = command.compilation()
     assert found.passed
     assert "no C++ compiler" in found.words

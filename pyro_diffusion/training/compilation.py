@@ -15,6 +15,9 @@ References:
     Compilation (Ansel et al., 2024). https://doi.org/10.1145/3620665.3640366
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -234,6 +237,12 @@ class CompiledELBO(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_graphs": {}, "_stated": {}}  # a copy makes its own
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that inductor uses on a CPU, if it is found: ``$CXX``, or else the usual one."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", usual))
 
 
 def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:

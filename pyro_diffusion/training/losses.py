@@ -8,8 +8,6 @@ zero to one during a warm-up of the KLs. Both are scales of sites in the program
 into a graph (:func:`~pyro_diffusion.training.compile_elbo`).
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,7 @@ from pyro_diffusion.checks import require
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import replayed
 from pyro_diffusion.training.columns import Columns
-from pyro_diffusion.training.compilation import compile_elbo
+from pyro_diffusion.training.compilation import compile_elbo, cpp_compiler
 
 if TYPE_CHECKING:
     from pyro_diffusion.training.fitting import Recipe
@@ -88,7 +86,7 @@ def _is_compiled(recipe: "Recipe", limits: tuple[int | None, float | None]) -> b
     """Machine code if it is asked for, or for a long run where there is a compiler."""
     if recipe.compiled is not None:
         return recipe.compiled
-    return _repays(_CODE, limits) and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return _repays(_CODE, limits) and cpp_compiler() is not None
 
 
 def _elbo(model: nn.Module, guide: nn.Module, given: dict[str, Any]) -> ELBO:
