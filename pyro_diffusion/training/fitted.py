@@ -9,7 +9,7 @@ from pyro_diffusion.display import as_lines, as_table
 from pyro_diffusion.family import Family, Pair
 from pyro_diffusion.style import BLUE, RED, ink, legend_beside, new_axes, styled
 from pyro_diffusion.training.columns import Parts
-from pyro_diffusion.training.held_out import BEHIND, Mean, Record
+from pyro_diffusion.training.held_out import Mean, Record
 
 if TYPE_CHECKING:
     import xarray
@@ -88,7 +88,7 @@ class Fit(NamedTuple):
     @property
     def overfits(self) -> bool:
         """Whether the last weights are behind the best by more than two paired standard errors."""
-        return self.behind.value > BEHIND * self.behind.error
+        return self.behind.is_clear
 
     @property
     def overfitting(self) -> str:

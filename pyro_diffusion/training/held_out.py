@@ -39,7 +39,7 @@ _ROWS = 8192  # network rows of a reading, at most
 _FEWEST, _MOST = 4, 64  # rows for each datum of a diffusion model
 _PARTICLES = 8  # trajectories for each datum of anything else, at most
 _READINGS = 8  # of the best weights, at the end
-BEHIND = 2.0  #: standard errors by which the best is ahead of a model that overfits
+_BEHIND = 2.0  # standard errors by which the best is ahead of a model that overfits
 
 
 class HeldOut:
@@ -167,6 +167,11 @@ class Mean(NamedTuple):
         error = ((w * (values - mean)).square().sum() * n / (n - 1)).sqrt() if n > 1 else math.nan
         return cls(float(mean), float(error))
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is positive by more than two standard errors."""
+        return self.value > _BEHIND * self.error
+
 
 class Record:
     """What the checks of a run found, the best weights, and whether to stop.
@@ -204,13 +209,8 @@ class Record:
             self._best_tensors = [tensor.detach().clone() for tensor in tensors()]
         else:
             self.behind = Mean.of(self._best_bounds - bounds, self.weights)
-        self._in_a_row = self._in_a_row + 1 if self.overfits else 0
+        self._in_a_row = self._in_a_row + 1 if self.behind.is_clear else 0
         self.checks.append(check | {"behind": self.behind.value, "behind_error": self.behind.error})
-
-    @property
-    def overfits(self) -> bool:
-        """Whether the best check is ahead of the last one by more than two standard errors."""
-        return self.behind.value > BEHIND * self.behind.error
 
     @property
     def is_over(self) -> bool:
