@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import log_normal
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
@@ -40,6 +41,7 @@ pytest.importorskip("lightning.pytorch")
 from pyro_diffusion.training import Recipe, compile_elbo, fit, losses, watching
 from pyro_diffusion.training.losses import WarmedUp, Weighted, _elbo
 from pyro_diffusion.training.watching import Watch
+from pyro_diffusion.transforms import Standardize
 
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 50, "progress": False}
@@ -416,14 +418,23 @@ def test_the_held_out_bound_is_that_of_elbo_terms(num_timesteps):
     denoiser = GaussianDenoiser(
         torch.zeros(2, dtype=torch.float64),
         torch.full((2,), 0.8, dtype=torch.float64),
-        LogSNRSchedule(num_timesteps),
+        LogSNRSchedule(num_timesteps, log_snr_min=-2.0),
     )
-    diffusion, x_0 = DiffusionModel(denoiser), data(5).double()
+    scale = torch.full((2,), 2.0, dtype=torch.float64)
+    diffusion = DiffusionModel(denoiser, transform=Standardize(torch.zeros_like(scale), scale))
+    x_0 = 2 * data(5).double()
     held_out = HeldOut(diffusion, {"x_0": x_0}, 256, CPU)
     readings = torch.stack([held_out.read(seed) for seed in range(60)])
     exact = elbo_terms(diffusion, x_0, num_particles=400)
     error = (readings.var(0) / 60 + exact.standard_error**2).sqrt()
     assert ((readings.mean(0) - exact.elbo).abs() < 4.5 * error + 1e-9).all()
+    # With the exact reverse chain the bound is log p(x_0) + E log N(x_T; 0, 1) / p(x_T), in closed form.
+    bar, z = 1 / (1 + math.exp(2.0)), (x_0 / 2).numpy()
+    v, second = 0.64 * bar + 1 - bar, bar * z**2 + 1 - bar
+    end = 0.5 * (math.log(v) + second / v - second)
+    known = torch.from_numpy(log_normal(z, 0.0, 0.64) - math.log(2.0) + end).sum(-1)
+    alone = (readings.var(0) / 60).sqrt()
+    assert ((readings.mean(0) - known).abs() < 4.5 * alone + 1e-9).all()
     torch.testing.assert_close(held_out.read(), held_out.read(), rtol=0, atol=0)
 
 
