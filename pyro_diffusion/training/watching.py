@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class WatchedModule(SVIModule):
-    """An ``SVIModule`` without Lightning's log, a tenth of a step. :class:`Watch` keeps the losses."""
+    """An ``SVIModule`` without Lightning's log, which slows every step. :class:`Watch` keeps the losses."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log nothing."""
