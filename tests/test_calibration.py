@@ -97,6 +97,16 @@ def test_a_shift_of_one_coordinate_is_found_in_any_units():
     assert min(p_value(ranks[:, 1]), p_value(ranks[:, 2])) > 0.01
 
 
+def test_a_few_extreme_truths_do_not_hide_a_coordinate():
+    """The widths are of quantiles: with the range of the truths, one of 1e6 would hide the coordinate."""
+    theta, x, _, _ = simulated(4000)
+    far = torch.zeros(4000, 3, dtype=torch.float64)
+    far[:20, 0] = 1e6
+    mean, std = x / (1 + NOISE**2), UNIT * NOISE / (1 + NOISE**2) ** 0.5
+    assert p_value(expected_coverage(theta + far, drawn(mean + far, std, SHIFT))) < 1e-4
+    assert p_value(expected_coverage(theta + far, drawn(mean + far, std))) > 0.01
+
+
 def test_without_scaling_the_shift_goes_unseen():
     """The same procedure by hand, once with the widths of the truths and once in their own units."""
     theta, _, mean, std = simulated(4000)
