@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
-from pyro_diffusion.checks import as_numbers, check_finite, require, widened
+from pyro_diffusion.checks import as_numbers, check_finite, described, require, widened
 from pyro_diffusion.distributions import WrappedSite
 from pyro_diffusion.typed import TorchDistribution
 
@@ -105,14 +105,16 @@ class Given(NamedTuple):
         if self.null is None:
             return
         fit = isinstance(self.null, Tensor) and self.null.dtype == torch.bool
+        alone = self.context is None
         require(
-            fit and self.null.shape == (count,) and self.context is not None,
+            fit and self.null.shape == (count,) and not alone,
             "argument 'null'",
-            f"{self.null.dtype} of shape {tuple(self.null.shape)} for {count} data" if fit else "no booleans"
-            if self.context is not None else "dropped rows without a context",
-            "a boolean for each datum beside context=, true where its context is dropped",
+            "dropped rows without a context"
+            if alone
+            else f"{described(self.null)} for {count} data",
+            "a boolean for each datum beside context=, true where its context was dropped",
             "Leave out both for data without a context.",
-        )  # fmt: skip
+        )
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
