@@ -742,6 +742,19 @@ def test_an_exact_conditional_encoder_has_no_variance_and_no_gap(double, sizes, 
     assert (other.elbo - expected).abs().min() > 0.01
 
 
+def test_the_evidence_of_a_latent_given_a_context(double):
+    """The chain above h_1 takes the context as the whole chain does."""
+    truth = ConditionalLinearGaussian((4, 3, 2))
+    vae = exact(truth, "bottom-up")
+    h_1, c = torch.randn(5, 3), torch.randn(5, 3)
+    mean, covariance, of_context = map(
+        torch.tensor, (truth.mean[1], truth.covariance[1], truth.of_context[1])
+    )
+    expected = dist.MultivariateNormal(mean + c @ of_context.T, covariance).log_prob(h_1)
+    evidence = importance_evidence(vae, h_1, state=1, context=c, num_particles=30)
+    torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("order", ["bottom-up", "top-down"])
 def test_a_wrong_context_lowers_the_bound_by_the_kl(double, order):
     """An encoder that gets c + 1 in place of c: the gap is the KL of two Gaussians with one covariance."""
