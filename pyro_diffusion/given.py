@@ -39,6 +39,7 @@ __all__ = [
     "chunks",
     "first_repeated",
     "flattened",
+    "heard",
     "observed_part",
     "repeated",
     "seen",
@@ -197,6 +198,24 @@ def beside(state: Tensor, context: Any) -> Any:
         return part.to(state.dtype) if part.is_floating_point() else part
 
     return _each(of, context)
+
+
+def heard(
+    given: dict[str, Any], hears: Callable[[str], bool], whose: Callable[..., Any]
+) -> dict[str, Any]:
+    """What a function takes of ``given``: ``hears(name)`` tells whether it has the argument.
+
+    Raises:
+        ValueError: Dropped contexts for a function that takes a context alone.
+    """
+    taken = {name: value for name, value in given.items() if hears(name)}
+    if "null" in given and "context" in taken and "null" not in taken:
+        name = getattr(whose, "__qualname__", type(whose).__name__)
+        raise ValueError(
+            f"argument 'null': got dropped contexts for {name}, which takes a context and not null; expected "
+            "one that takes both. Give it the argument null, or leave out dropped contexts."
+        )
+    return taken
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:
