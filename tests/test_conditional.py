@@ -6,6 +6,7 @@ Along the exact reverse chain every path weighs log p(x∣c), so that all estima
 import math
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -36,6 +37,8 @@ from pyro_diffusion import (
     evaluate_bound,
     importance_evidence,
     ode_log_likelihood,
+    plot_denoised,
+    plot_trajectory,
     smc_evidence,
     to_arviz,
 )
@@ -428,6 +431,19 @@ def test_programs_inside_of_a_handler_of_pyro_get_their_context(oracle):
     draws = to_arviz(*pair, x_0, num_draws=30, context=context)
     equal(torch.tensor(draws["importance"]["evidence"].values), exact)
     assert torch.equal(torch.tensor(draws["constant_data"]["context"].values), context)
+
+
+@pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
+def test_pictures_of_conditional_states(plot):
+    pyro.set_rng_seed(0)
+    diffusion = DiffusionModel(regression())
+    x_0, context, _ = regression_data()
+    assert plot(diffusion, x_0, timesteps=[1, 3], context=context).shape == (2, 2)
+    with pytest.raises(ValueError, match="argument 'context': got none"):
+        plot(diffusion, x_0)
+    with pytest.raises(ValueError, match="expected a row for each"):
+        plot(diffusion, x_0, context=context[:2])
+    plt.close("all")
 
 
 def test_parts_of_a_context_keep_their_names_in_arviz():
