@@ -71,7 +71,8 @@ POOLS = {
     "context": [torch.ones(4, 1), {"a": torch.ones(4)}, torch.ones(3, 1)],
     "conditions": [
         "words", None, Thing(), torch.ones(4, 2), torch.ones(3, 3), torch.ones(4, 3, 1),
-        math.nan * torch.ones(4, 3), 1j * torch.ones(4, 3), {"a": torch.ones(4, 3)}, (torch.ones(4, 3),), [["a", "b", "c"]] * 4,
+        math.nan * torch.ones(4, 3), 1j * torch.ones(4, 3), {"a": torch.ones(4, 3)}, (torch.ones(4, 3),),
+        [["a", "b", "c"]] * 4,
     ],
     "labels": [
         "words", None, Thing(), torch.tensor([0, 1, 2, 3]), torch.tensor([0, -1, 0, 0]), torch.zeros(4), 2.5,
