@@ -124,11 +124,11 @@ class Given(NamedTuple):
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
+        if self.null is not None:  # a gap, or a label that does not exist, may stand there
+            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
+            context = context.masked_fill(null, 0)
         if not context.is_floating_point():
             return context
-        if self.null is not None:
-            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
-            context = context.masked_fill(null, 0.0)
         remedy = "Fill the gaps, or drop the context of those rows: null=context.isnan().any(-1)."
         return check_finite("argument 'context'", context, remedy)
 
