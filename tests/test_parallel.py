@@ -60,7 +60,7 @@ def test_a_context_of_several_parts_is_shared_with_its_data(shares):
         x, a, b, n = found["tree"].T
         assert torch.equal(torch.stack((x, a)), ranks.distinct(7)[:, :2].T)
         assert b.tolist() == list(range(7))
-        assert n.tolist() == [4] * 4 + [3] * 3
+        assert n.tolist() == [3] * 3 + [4] * 4
 
 
 def test_under_a_mask_the_event_size_is_that_of_all_data(shares):
