@@ -99,9 +99,10 @@ class Given(NamedTuple):
             if part.dim() == 0 or (shared and len(part) == 1):
                 part = part.expand(count, *part.shape[1:])
             if len(part) != count:
+                for_all = "Pass context[None] for one" if shared else "Expand a context"
                 raise ValueError(
                     f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
-                    "each datum. Expand a context that all data share, and slice it together with the data."
+                    f"each datum. {for_all} that all data share, and slice it together with the data."
                 )
             return self._checked(part)
 
