@@ -39,7 +39,8 @@ class Guidance:
 
     The draws become more typical of the context and less diverse. **They follow no law of the model.**
     :math:`w = 0` is the conditional model :math:`p(x_0 \mid c)` itself, and :math:`w = -1` the unconditional
-    one. For any other :math:`w` the draws are neither from :math:`p(x_0 \mid c)` nor from the tilted law
+    one (except that a :class:`~pyro_diffusion.denoisers.LearnedVariance` of an ``AncestralSampler`` stays the
+    one given the context). For any other :math:`w` the draws are neither from :math:`p(x_0 \mid c)` nor from the tilted law
     :math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`. ``examples/guidance.py`` measures how far they are from it
     where both are known. Use no guidance for statistics: for posteriors, calibration, bounds and evidence.
 
@@ -115,6 +116,13 @@ class GuidedDenoiser(Denoiser):
             partial(repeated, times=2), x_t.flatten(0, -1 - self.event_dim), rows
         )
         null = torch.arange(2 * count, device=x_t.device) >= count
+        curves = self.schedule.event_shape
+        if log_snr.dim() > len(curves):  # one for each state
+            log_snr = (
+                log_snr.expand(batch_shape + curves)
+                .reshape(count, *curves)
+                .repeat(2, *(1 for _ in curves))
+            )
         try:
             said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
         except ValueError as error:

@@ -325,7 +325,8 @@ def each(function: Callable[[Any], Any], data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: each(function, part) for name, part in data.items()}
     if isinstance(data, tuple):
-        return tuple(each(function, part) for part in data)
+        parts = (each(function, part) for part in data)
+        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
     return function(data)
 
 
