@@ -349,7 +349,9 @@ class GaussianMixtureDenoiser(Denoiser):
 
     def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         if denoised.logits is None:  # a guided estimate, which has no kernel for each component
-            return self.process.reverse(x_1, denoised, 1, PosteriorVariance())
+            process: Any = self.process
+            law: TorchDistribution = process.reverse(x_1, denoised, 1, PosteriorVariance())
+            return law
         return super().decode(x_1, denoised)
 
     def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
