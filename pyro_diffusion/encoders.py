@@ -22,6 +22,7 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -32,7 +33,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
 from pyro_diffusion.checks import check_shape, check_unused, require
-from pyro_diffusion.given import Given, takes
+from pyro_diffusion.given import Given, heard, takes
 from pyro_diffusion.networks import FeedForward, apply_layer
 from pyro_diffusion.typed import TorchDistribution
 
@@ -302,18 +303,8 @@ class LadderEncoder(TopDownEncoder):
 
 
 def taken_by(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``context`` and ``null`` that a layer, or a method of an encoder, takes.
-
-    Raises:
-        ValueError: Dropped contexts for a function that takes a context alone.
-    """
-    taken = {name: value for name, value in given.items() if takes(function, name)}
-    if "null" in given and "context" in taken and "null" not in taken:
-        raise ValueError(
-            f"argument 'null': got dropped contexts for {_name(function)}, which takes a context and not "
-            "null; expected one that takes both. Give it the argument null, or leave out dropped contexts."
-        )
-    return taken
+    """Those of ``context`` and ``null`` that a layer, or a method of an encoder, takes."""
+    return heard(given, partial(takes, function), function)
 
 
 def apply_given(layer: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:

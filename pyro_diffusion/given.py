@@ -39,8 +39,10 @@ __all__ = [
     "chunks",
     "first_repeated",
     "flattened",
+    "heard",
     "observed_part",
     "repeated",
+    "run",
     "seen",
     "takes",
     "together",
@@ -74,12 +76,15 @@ class Given(NamedTuple):
         )
         return cls(**given | {"context": _numbers(given.get("context"))})
 
-    def with_rows(self, count: int, *, shared: bool = False) -> "Given":
+    def with_rows(
+        self, count: int, *, shared: bool = False, device: torch.device | None = None
+    ) -> "Given":
         """The same with a row for each datum: a single number is for all data.
 
         Args:
             count: Number of data.
             shared: Whether a context of a single row is for all, as it is for data that are drawn.
+            device: Where a single number goes.
 
         Raises:
             ValueError: Another number of rows, a context that is not finite, or dropped rows of none.
@@ -90,12 +95,14 @@ class Given(NamedTuple):
 
         def of(part: Tensor) -> Tensor:
             """A row for each datum."""
+            part = part.to(device) if part.dim() == 0 else part
             if part.dim() == 0 or (shared and len(part) == 1):
                 part = part.expand(count, *part.shape[1:])
             if len(part) != count:
+                for_all = "Pass context[None] for one" if shared else "Expand a context"
                 raise ValueError(
                     f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
-                    "each datum. Expand a context that all data share, and slice it together with the data."
+                    f"each datum. {for_all} that all data share, and slice it together with the data."
                 )
             return self._checked(part)
 
@@ -118,11 +125,11 @@ class Given(NamedTuple):
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
+        if self.null is not None:  # a gap, or a label that does not exist, may stand there
+            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
+            context = context.masked_fill(null, 0)
         if not context.is_floating_point():
             return context
-        if self.null is not None:
-            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
-            context = context.masked_fill(null, 0.0)
         remedy = "Fill the gaps, or drop the context of those rows: null=context.isnan().any(-1)."
         return check_finite("argument 'context'", context, remedy)
 
@@ -199,6 +206,35 @@ def beside(state: Tensor, context: Any) -> Any:
     return _each(of, context)
 
 
+def run(program: Callable[..., Any], x_0: Any, given: dict[str, Any]) -> Any:
+    """Run a program with data and what goes with them: a context by name if the program names it.
+
+    A program that a Pyro handler wraps, as ``poutine.scale(model, 2.0)``, gets it by position.
+    """
+    if "context" not in given or "context" in _parameters(program):
+        return program(x_0, **given)
+    arguments, rest = by_position(x_0, given)
+    return program(*arguments, **rest)
+
+
+def heard(
+    given: dict[str, Any], hears: Callable[[str], bool], whose: Callable[..., Any]
+) -> dict[str, Any]:
+    """What a function takes of ``given``: ``hears(name)`` tells whether it has the argument.
+
+    Raises:
+        ValueError: Dropped contexts for a function that takes a context alone.
+    """
+    taken = {name: value for name, value in given.items() if hears(name)}
+    if "null" in given and "context" in taken and "null" not in taken:
+        name = getattr(whose, "__qualname__", type(whose).__name__)
+        raise ValueError(
+            f"argument 'null': got dropped contexts for {name}, which takes a context and not null; expected "
+            "one that takes both. Give it the argument null, or leave out dropped contexts."
+        )
+    return taken
+
+
 def takes(function: Callable[..., Any], argument: str) -> bool:
     """Whether a function, or a module's forward, has an argument of that name (or takes any).
 
@@ -206,9 +242,17 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
     """
     if argument in ("context", "null") and hasattr(function, "takes_context"):
         return bool(function.takes_context)
-    function = function.forward if isinstance(function, nn.Module) else function
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function, or of a module's forward; none where Python does not know them."""
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # of handlers of Pyro around one another
+        return {}
 
 
 def as_real(x_0: Tensor | None) -> Tensor | None:
