@@ -146,6 +146,3 @@ class GuidedDenoiser(Denoiser):
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
         return self.denoiser.reverse_kernel(x_t, t, denoised)
-
-    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
-        return self.denoiser.decode(x_1, denoised)
