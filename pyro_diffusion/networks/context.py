@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pyro_diffusion.checks import check_count, check_shape, check_values, described, require
 from pyro_diffusion.networks.base import network_dtype
 
-
 _any_label: ContextVar[bool] = ContextVar("any_label", default=False)
 
 
