@@ -255,7 +255,7 @@ class Networked:
         try:
             output = network(flat, level, *extra)
         except TypeError:
-            _check_signature(network, _ARGUMENTS[: 2 + len(extra)])
+            check_signature(network, 2 + len(extra))
             raise
         per_entry = (count,) if count > 1 else ()
         check_argument("network", output, Tensor, "the output alone from its forward")
@@ -287,8 +287,9 @@ def check_network(network: Any, example: str) -> nn.Module:
     return network
 
 
-def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
-    """Raise a ``ValueError`` if a network cannot be called with these arguments."""
+def check_signature(network: nn.Module, count: int) -> None:
+    """Raise a ``ValueError`` if a network cannot be called with so many arguments."""
+    arguments = _ARGUMENTS[:count]
     misfit = _misfit(network, arguments)
     if misfit is not None:
         raise ValueError(
