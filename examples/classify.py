@@ -37,6 +37,7 @@ import pyro
 import scipy.stats
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
@@ -97,6 +98,7 @@ def main():
     report(posteriors, label)
     wrong = report_wrong(*list(posteriors.values())[:2], found.decided, label)
     write(args.output, posteriors, exponent, label)
+    diffusion.save(args.output / "model.pt")
     if args.plot:
         print("\npicture:", plot(args.output, posteriors, held_out.cpu(), label, wrong))
     print(f"{fitted - start:.0f} s to fit, {classified - fitted:.0f} s to classify")
@@ -120,11 +122,12 @@ class SharedNoise(Messenger):
         self.first = first
 
     def _pyro_sample(self, msg):
+        law = msg["fn"]
         if msg["name"] == "t":  # one column for all rows, stratified by itself
-            draws, rows = msg["fn"].batch_shape
-            msg["value"] = msg["fn"].expand((draws, 1)).sample().expand(draws, rows)
-        if msg["name"] == "x_t":
-            msg["value"] = msg["fn"].sample()[:, self.first]
+            draws, rows = law.batch_shape
+            msg["value"] = law.expand((draws, 1)).sample().expand(draws, rows)
+        elif not site_is_subsample(msg):
+            msg["value"] = law.sample().index_select(-1 - law.event_dim, self.first)
 
 
 def drawn_bounds(diffusion, x_0, draws, images_at_a_time=64):
