@@ -1,24 +1,27 @@
 r"""Classify handwritten digits by Bayes' rule, from ten conditional bounds.
 
-A conditional diffusion model gives a bound of :math:`\log p(x \mid c)` for each class :math:`c`. Bayes' rule
-turns the ten bounds into a posterior of the class,
+A conditional diffusion model has a bound of :math:`\log p(x \mid c)` for each class :math:`c`. Bayes' rule
+turns the ten bounds of an image into a posterior of its class,
 
 .. math::
     p(c \mid x) \propto p(c) \, \exp\big(\mathrm{ELBO}(x \mid c)\big) .
 
 The data are the 1,797 digits that come with scikit-learn: 8×8 pixels of 17 grey levels. 360 of them are held
-out, by the split of ``digits.py``, and 1,437 are for training. Of these, 180 are kept for the choice of the
-weights and of the exponent below.
+out, by the split of ``digits.py``, and 1,437 are for training. Of these, 180 are used for validation: the
+weights and the exponent (below) are chosen with them.
 
 A full sum over the chain for ten classes would be expensive, and is not needed. ``race`` estimates the bounds
-from random timesteps, in rounds. All classes of an image share the timesteps and the noise, so that most of
-the noise cancels in the difference of two bounds. A class leaves the race when it is behind the leader by so
-many standard errors that chance is no explanation. An image with one class left is decided.
+from random timesteps, in rounds. All classes of an image have the same timesteps and noise, so that most of
+the noise cancels in the difference of two bounds. A class leaves the race when it is so many standard errors
+behind the leader that the noise cannot explain it. An image with one class left is decided: it is known which
+class has the greatest bound. Its posterior may still be uncertain, because the bounds may be close.
 
-Bounds of a network that has seen few data are too sure of themselves. The script therefore also reports the
-posterior with an exponent, :math:`p(c) \exp(a\, \mathrm{ELBO}(x \mid c))`, with the :math:`a` that has the
-best log score on the 180 validation images. Both are compared with logistic regression and with k nearest
-neighbours, which are fitted to all 1,437 training images.
+A network that has seen few images gives bounds that differ too much between classes. The script therefore
+also reports the posterior with an exponent, :math:`p(c) \exp(a\, \mathrm{ELBO}(x \mid c))`, with the
+:math:`a` of the best log score on the 180 validation images. Logistic regression and k nearest neighbours are
+there for comparison. They are fitted to all 1,437 training images.
+
+The U-Net needs ``pip install 'pyro-diffusion[examples,images,lightning]'``.
 
     python examples/classify.py [--device cuda] [--seed 0] [--error 0.01] [--plot] [--smoke]
         [--output outputs/classify]
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 import pyro
 import scipy.stats
 import torch
@@ -62,7 +66,7 @@ NUM_LEVELS, NUM_CLASSES = 17, 10
 RECIPE = Recipe(batch_size=128, weight_decay=0.5)
 LOOKS = (16, 32, 64, 128)  # rounds after which classes may leave the race
 DRAWS = 4  # timesteps in a round, for each image and class
-BANDS = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0)  # of the reliability table
+BANDS = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0 + 1e-9)  # of the reliability table
 
 
 def main():
@@ -184,35 +188,33 @@ class Race(NamedTuple):
         return (noise - (p * noise).sum(-1, keepdim=True)).square().sum(0).sqrt()
 
 
-def race(draw, num_data, log_prior, looks=(8, 16, 32, 64), error=0.01):
-    r"""Find the class of greatest log p(c) + log p(x | c) from noisy, unbiased draws of log p(x | c).
+def race(draw, num_data, log_prior, looks=LOOKS, error=0.01):
+    r"""Find the class of the greatest log p(c) + log p(x | c), from noisy draws of log p(x | c).
 
-    Every class that is still in the race gets one draw in each round. After the rounds in ``looks``, the
-    class with the greatest mean is the leader, and a class leaves the race if
+    Every class that is still in the race has one draw in each round. After each number of rounds in
+    ``looks``, the class with the greatest mean is the leader, and a class leaves the race if
 
     .. math::
-        \text{mean of the differences to the leader} > z \cdot \text{their standard error},
+        \bar d > z \, s_{\bar d} ,
 
-    where the mean is over rounds, with the log prior added, and :math:`z` is the quantile of Student's t at
-    ``error`` divided by the number of rivals and of looks. If the means are normal, the best class of
-    an image is therefore lost with a probability of at most ``error`` (Bonferroni's inequality). An image with one
-    class left is decided. What is undecided after the last round keeps all classes that are left.
+    where :math:`\bar d` is the leader's mean less its own, with the log prior added, and :math:`s_{\bar d}`
+    the standard error of this difference over rounds. :math:`z` is the upper quantile of Student's t at
+    ``error`` divided by the number of rivals and by the number of looks. If means over rounds are normal,
+    the probability that the best class of an image leaves is therefore at most ``error`` (Bonferroni).
 
     Args:
-        draw: ``draw(image, label)`` gives one estimate for each row; those of one image may share their noise.
+        draw: ``draw(image, label)`` has one estimate for each row; rows of one image may share their noise.
         num_data: Number of images.
         log_prior: log p(c), ``(K,)``.
-        looks: Numbers of rounds after which classes may leave, increasing, at least 2.
-        error: Largest probability of losing the best class of an image.
+        looks: Numbers of rounds, increasing, each at least 2. After the last, the race is over.
+        error: Largest probability that the best class of an image leaves.
 
     Returns:
         A :class:`Race`.
     """
     shape = num_data, len(log_prior)
-    values = torch.full(
-        (looks[-1], *shape), torch.nan, dtype=torch.float64, device=log_prior.device
-    )
-    racing = torch.ones(shape, dtype=torch.bool, device=log_prior.device)
+    values = log_prior.new_full((looks[-1], *shape), torch.nan)
+    racing = torch.ones_like(values[0], dtype=torch.bool)
     for start, stop in pairwise((0, *looks)):
         for i in range(start, stop):
             image, label = (racing & (racing.sum(1, keepdim=True) > 1)).nonzero(as_tuple=True)
@@ -260,89 +262,80 @@ def build(num_timesteps):
 
 
 def others(data):
-    """Log posteriors of two classifiers of scikit-learn, fitted to all training images, by name.
+    """Log posteriors by two classifiers of scikit-learn, fitted to all training images.
 
-    Their settings are chosen by five-fold cross-validation on these images. A share of zero neighbours would
-    have a log score of minus infinity, so every class gets a tenth of a neighbour more.
+    Their settings are chosen by five-fold cross-validation on these images. A class without a neighbour would
+    have a log posterior of minus infinity, so each class has a tenth of a neighbour more.
     """
-    (train, train_label), (validation, validation_label), (held_out, _) = data
-    x = torch.cat([train, validation]).flatten(1).cpu().numpy() / (NUM_LEVELS - 1)
-    label = torch.cat([train_label, validation_label]).cpu().numpy()
-    y = held_out.flatten(1).cpu().numpy() / (NUM_LEVELS - 1)
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    (*x, y), (*label, _) = zip(*data, strict=True)
+    x, y = (part.flatten(1).cpu().numpy() / (NUM_LEVELS - 1) for part in (torch.cat(x), y))
+    label, folds = torch.cat(label).cpu().numpy(), StratifiedKFold(5, shuffle=True, random_state=0)
     logistic = GridSearchCV(
-        LogisticRegression(max_iter=5_000),
-        {"C": [0.1, 1, 10, 100]},
-        scoring="neg_log_loss",
-        cv=folds,
+        LogisticRegression(max_iter=5_000), {"C": [0.1, 1, 10]}, scoring="neg_log_loss", cv=folds
     ).fit(x, label)
-    nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": range(1, 11)}, cv=folds).fit(
-        x, label
-    )
-    k = nearest.best_params_["n_neighbors"]
+    nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": range(1, 11)}, cv=folds)
+    k = nearest.fit(x, label).best_params_["n_neighbors"]
     shares = (nearest.predict_proba(y) * k + 1 / NUM_CLASSES) / (k + 1)
-    return {
-        f"logistic regression, C = {logistic.best_params_['C']:g}": torch.as_tensor(
-            logistic.predict_log_proba(y)
-        ),
-        f"{k} nearest neighbour{'s' * (k > 1)}": torch.as_tensor(shares).log(),
+    posteriors = {
+        f"logistic regression, C = {logistic.best_params_['C']:g}": logistic.predict_log_proba(y),
+        f"{k} nearest neighbour{'s' * (k > 1)}": np.log(shares),
     }
+    return {name: torch.as_tensor(log_p) for name, log_p in posteriors.items()}
 
 
 def report_race(found, num_timesteps, error):
-    """Print the cost of the race, and what it has decided."""
+    """Print what the race has decided, and what it cost."""
     rows, full = (
         DRAWS * int((~found.difference.isnan()).sum()),
         found.racing.numel() * num_timesteps,
     )
-    open_ = int((~found.decided).sum())
+    decided, rounds = int(found.decided.sum()), len(found.difference)
     print(
-        f"\n{found.decided.sum()} of {len(found.racing)} images decided, with a chance of at most {error:g} "
-        f"for each to have lost the class with the greatest bound; {open_} undecided"
-        f"\n{rows:,} network rows; full sums for all classes: {full:,}, {full / rows:.0f} times as many"
+        f"\n{decided} of {len(found.racing)} images decided within {rounds} rounds; each has lost the class "
+        f"of its\ngreatest bound with a probability of at most {error:g}"
+        f"\n{rows:,} network rows, {rows / full:.2%} of the {full:,} of full sums"
     )
 
 
 def report(posteriors, label):
-    """Print accuracy, log score and calibration of every classifier, and a reliability table of the first two."""
-    print(
-        f"\n{len(label)} held-out images\n{'':34}accuracy        log score, nats   calibration error"
-    )
+    """Print the accuracy, the log score and the calibration of each classifier."""
+    print(f"\n{len(label)} held-out images")
+    print(f"{'':32}accuracy            log score, nats     calibration error")
     for name, log_p in posteriors.items():
         right, score = (log_p.argmax(-1) == label).double(), log_score(log_p, label)
-        share = right.mean().item()
+        share, error = right.mean().item(), score.std().item() / len(label) ** 0.5
         binomial = (share * (1 - share) / len(label)) ** 0.5
-        error = score.std().item() / len(label) ** 0.5
         print(
-            f"  {name:32}{share:.4f} ± {binomial:.4f} {score.mean():8.4f} ± {error:.4f}"
+            f"{name:32}{share:.4f} ± {binomial:.4f}   {score.mean():8.4f} ± {error:.4f}"
             f"   {calibration_error(log_p, label):.4f}"
         )
     for name, log_p in list(posteriors.items())[:2]:
         print(f"\n{name}: how often the most probable class is right")
-        print("  posterior        images   mean posterior   right")
+        print("posterior      images   mean posterior   right")
         for low, high, count, mean, share, error in reliability(log_p, label):
-            print(f"  {low:.2f} … {high:.2f}  {count:9}   {mean:14.3f}   {share:.3f} ± {error:.3f}")
+            print(
+                f"{low:.2f} … {high:.2f}   {count:6}   {mean:14.3f}   {share:.3f}, expected ± {error:.3f}"
+            )
 
 
 def reliability(log_posterior, label):
-    """For each band of the greatest posterior: its edges, number of images, mean posterior, share right, error.
+    """For each band of the greatest posterior: edges, images, mean posterior, share that is right, its error.
 
-    The error is the binomial standard deviation if the posterior is right.
+    The error is the standard deviation that the share has if the posterior is right.
     """
     top, guess = log_posterior.exp().max(-1)
-    right = (guess == label).double()
     rows = []
     for low, high in pairwise(BANDS):
         inside = (top > low) & (top <= high)
         if count := int(inside.sum()):
-            p = top[inside]
+            p, right = top[inside], (guess == label)[inside].double()
             error = (p * (1 - p)).sum().sqrt().item() / count
-            rows.append((low, high, count, p.mean().item(), right[inside].mean().item(), error))
+            rows.append((low, high, count, p.mean().item(), right.mean().item(), error))
     return rows
 
 
 def calibration_error(log_posterior, label):
-    """Expected calibration error: the mean over images of |mean posterior − share right| of their band."""
+    """Expected calibration error: |mean posterior − share right| of the bands, weighted by their images."""
     rows = reliability(log_posterior, label)
     return sum(count * abs(mean - share) for _, _, count, mean, share, _ in rows) / len(label)
 
@@ -432,19 +425,19 @@ def plot_reliability(ax, posteriors, label):
 
 
 def load_data(args):
-    """Training, validation and held-out digits with their classes; the held-out ones of ``digits.py``."""
+    """Training, validation and held-out digits with their classes. The split does not depend on the seed."""
     x, label = load_digits(return_X_y=True)
-    x, label = torch.tensor(x, dtype=torch.float32).reshape(-1, 8, 8), torch.as_tensor(label)
-    split = {"random_state": 0}
-    x, held_out, label, held_out_label = train_test_split(
-        x, label, test_size=360, stratify=label, **split
-    )
-    train, validation, train_label, validation_label = train_test_split(
-        x, label, test_size=180, stratify=label, **split
-    )
-    data = (train, train_label), (validation, validation_label), (held_out, held_out_label)
-    counts = (100, 40, 20) if args.smoke else (len(train), len(validation), len(held_out))
-    return [tuple(part[:n].to(args.device) for part in pair) for pair, n in zip(data, counts)]
+    rest = torch.tensor(x, dtype=torch.float32).reshape(-1, 8, 8), torch.as_tensor(label)
+    parts = []
+    for count in (360, 180):  # held out, validation
+        *halves, a, b = train_test_split(*rest, test_size=count, stratify=rest[1], random_state=0)
+        rest, part = (halves[0], a), (halves[1], b)
+        parts.insert(0, part)
+    parts.insert(0, rest)
+    few = (100, 40, 20) if args.smoke else (None, None, None)
+    return [
+        (x[:n].to(args.device), c[:n].to(args.device)) for (x, c), n in zip(parts, few, strict=True)
+    ]
 
 
 def parse_arguments():

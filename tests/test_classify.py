@@ -38,7 +38,6 @@ def test_bayes_agrees_with_the_exact_posterior_within_its_error(mixture):
     assert found.racing.all()  # so that all classes have all draws
     exact = (LOG_PRIOR + log_p).log_softmax(-1)
     z = (found.log_posterior(LOG_PRIOR) - exact) / found.standard_error(LOG_PRIOR)
-    print(z.mean(), z.std(), z.abs().max(), found.standard_error(LOG_PRIOR).median())
     assert abs(z.square().mean().sqrt() - 1) < 0.25
     assert z.abs().max() < 6
 
@@ -55,7 +54,6 @@ def test_the_race_decides_for_the_best_class_with_fewer_draws(mixture):
     assert found.difference.isnan().double().mean() > 0.05
     right = found.log_posterior(LOG_PRIOR).argmax(-1) == best
     assert right[found.decided & ~lost].all()
-    print(lost.sum(), found.decided.sum(), found.difference.isnan().double().mean(), right.sum())
 
 
 def test_rows_of_one_image_share_the_noise(mixture):
@@ -82,15 +80,18 @@ def test_one_of_two_equal_classes_is_lost_as_often_as_is_stated(error):
     assert (lost - error).abs().max() < 4 * (error / len(truth)) ** 0.5
 
 
-def test_the_best_of_many_classes_is_lost_at_most_as_often_as_is_stated():
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_best_of_many_classes_is_lost_at_most_as_often_as_is_stated(spread):
+    """In several looks; classes of equal score have the most rivals that can be ahead by chance."""
     torch.manual_seed(4)
-    truth = torch.randn(4_000, 5, dtype=torch.float64)
     prior = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1], dtype=torch.float64).log()
-    found = classify.race(noisy(truth), len(truth), prior, (8, 16, 32), 0.1)
-    lost = ~found.racing.gather(1, (truth + prior).argmax(-1, keepdim=True))
+    score = spread * torch.randn(4_000, 5, dtype=torch.float64)
+    found = classify.race(noisy(score - prior), len(score), prior, (8, 16, 32), 0.1)
+    lost = ~found.racing.gather(1, score.argmax(-1, keepdim=True))
     assert 0 < lost.double().mean() < 0.1
-    assert found.decided.double().mean() > 0.2
-    assert (~found.difference.isnan()).double().mean() < 0.9  # the race saves draws
+    if spread:
+        assert found.decided.double().mean() > 0.1
+        assert found.difference.isnan().double().mean() > 0.1  # the race saves draws
 
 
 def noisy(truth, std=2.0):
