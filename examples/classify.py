@@ -31,7 +31,7 @@ import argparse
 import json
 import os
 import time
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, train_test_split
+from sklearn.model_selection import (
+    GridSearchCV,
+    StratifiedKFold,
+    cross_val_predict,
+    train_test_split,
+)
 from sklearn.neighbors import KNeighborsClassifier
 
 from pyro_diffusion import (
@@ -94,17 +99,19 @@ def main():
     classified = time.perf_counter()
     report_race(found, args.num_timesteps, args.error)
 
+    bayes = {
+        "Bayes by bounds": found.log_posterior(log_prior),
+        f"Bayes by bounds, exponent {exponent:.2f}": found.log_posterior(log_prior, exponent),
+    }
+    posteriors = {name: log_p.cpu() for name, log_p in (bayes | others(data)).items()}
+    report(posteriors, label.cpu())
+    report_errors(found, log_prior, exponent, label)
+    report_wrong(found, log_prior, exponent, label)
     label = label.cpu()
-    posteriors = {
-        "Bayes by bounds": found.log_posterior(log_prior).cpu(),
-        f"Bayes by bounds, exponent {exponent:.2f}": found.log_posterior(log_prior, exponent).cpu(),
-    } | others(data)
-    report(posteriors, label)
-    wrong = report_wrong(*list(posteriors.values())[:2], found.decided, label)
     write(args.output, posteriors, exponent, label)
     diffusion.save(args.output / "model.pt")
     if args.plot:
-        print("\npicture:", plot(args.output, posteriors, held_out.cpu(), label, wrong))
+        print("\npicture:", plot(args.output, posteriors, held_out.cpu(), label))
     print(f"{fitted - start:.0f} s to fit, {classified - fitted:.0f} s to classify")
 
 
@@ -179,13 +186,17 @@ class Race(NamedTuple):
         """log p(c | x) from the mean differences, with the bounds multiplied by an exponent, ``(N, K)``."""
         return (log_prior + exponent * self.difference.nanmean(0)).log_softmax(-1)
 
-    def standard_error(self, log_prior, exponent=1.0):
-        """Monte Carlo error of ``log_posterior``, to first order in the noise of the rounds, ``(N, K)``."""
+    def noise(self, log_prior, exponent=1.0):
+        """What each round adds to the Monte Carlo error of ``log_posterior``, to first order, ``(R, N, K)``."""
         p = self.log_posterior(log_prior, exponent).exp()
         count = (~self.difference.isnan()).sum(0)
         noise = (self.difference - self.difference.nanmean(0)) / (count * (count - 1)).sqrt()
         noise = exponent * noise.nan_to_num()
-        return (noise - (p * noise).sum(-1, keepdim=True)).square().sum(0).sqrt()
+        return noise - (p * noise).sum(-1, keepdim=True)
+
+    def standard_error(self, log_prior, exponent=1.0):
+        """Monte Carlo error of ``log_posterior``, ``(N, K)``."""
+        return self.noise(log_prior, exponent).square().sum(0).sqrt()
 
 
 def race(draw, num_data, log_prior, looks=LOOKS, error=0.01):
@@ -265,7 +276,8 @@ def others(data):
     """Log posteriors by two classifiers of scikit-learn, fitted to all training images.
 
     Their settings are chosen by five-fold cross-validation on these images. A class without a neighbour would
-    have a log posterior of minus infinity, so each class has a tenth of a neighbour more.
+    have a log posterior of minus infinity. A fraction of a neighbour is therefore divided among the classes;
+    it is chosen by the log score.
     """
     (*x, y), (*label, _) = zip(*data, strict=True)
     x, y = (part.flatten(1).cpu().numpy() / (NUM_LEVELS - 1) for part in (torch.cat(x), y))
@@ -275,10 +287,20 @@ def others(data):
     ).fit(x, label)
     nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": range(1, 11)}, cv=folds)
     k = nearest.fit(x, label).best_params_["n_neighbors"]
-    shares = (nearest.predict_proba(y) * k + 1 / NUM_CLASSES) / (k + 1)
+
+    def log_shares(shares, added):
+        return np.log((k * shares + added / NUM_CLASSES) / (k + added))
+
+    shares = cross_val_predict(nearest.best_estimator_, x, label, cv=folds, method="predict_proba")
+    rows = np.arange(len(x))
+    added = max(
+        (0.01, 0.03, 0.1, 0.3, 1.0), key=lambda a: log_shares(shares, a)[rows, label].mean()
+    )
     posteriors = {
         f"logistic regression, C = {logistic.best_params_['C']:g}": logistic.predict_log_proba(y),
-        f"{k} nearest neighbour{'s' * (k > 1)}": np.log(shares),
+        f"{k} nearest neighbour{'s' * (k > 1)}, {added:g} added": log_shares(
+            nearest.predict_proba(y), added
+        ),
     }
     return {name: torch.as_tensor(log_p) for name, log_p in posteriors.items()}
 
@@ -340,22 +362,36 @@ def calibration_error(log_posterior, label):
     return sum(count * abs(mean - share) for _, _, count, mean, share, _ in rows) / len(label)
 
 
-def report_wrong(plain, tempered, decided, label):
-    """Print the images whose most probable class is wrong, with both posteriors; returns their numbers."""
-    wrong = (plain.argmax(-1) != label).nonzero().squeeze(-1).tolist()
-    print(f"\n{len(wrong)} wrong decisions, and the classes of more than 1 % (with the exponent)")
+def report_errors(found, log_prior, exponent, label):
+    """Print the Monte Carlo error of the log scores, and the paired effect of the exponent."""
+    scores, errors = [], []
+    for a in (1.0, exponent):
+        scores.append(log_score(found.log_posterior(log_prior, a), label))
+        of_label = found.noise(log_prior, a)[:, torch.arange(len(label)), label]
+        errors.append(of_label.mean(1).square().sum().sqrt().item())
+    gain = scores[1] - scores[0]
+    print(
+        f"\nMonte Carlo errors of the log scores by bounds: {errors[0]:.4f}, with the exponent {errors[1]:.4f}"
+        f"\nlog score with the exponent less without: {gain.mean():.4f} ± {gain.std() / len(gain) ** 0.5:.4f}"
+    )
+
+
+def report_wrong(found, log_prior, exponent, label):
+    """Print the images whose most probable class is wrong, with both posteriors."""
+    log_p, error = found.log_posterior(log_prior), found.standard_error(log_prior)
+    tempered = found.log_posterior(log_prior, exponent)
+    wrong = (log_p.argmax(-1) != label).nonzero().squeeze(-1).tolist()
+    print(
+        f"\n{len(wrong)} wrong decisions: posterior ± Monte Carlo error (posterior with the exponent)"
+    )
     for i in wrong:
-        state = "decided" if decided[i] else "undecided"
-        print(
-            f"  image {i:3}, a {label[i]}: {in_words(plain[i])} ({in_words(tempered[i])}), {state}"
+        classes = log_p[i].topk(3).indices.tolist()
+        words = (
+            f"{c} {log_p[i, c].exp():.3f} ± {log_p[i, c].exp() * error[i, c]:.3f} ({tempered[i, c].exp():.3f})"
+            for c in classes
         )
-    return wrong
-
-
-def in_words(log_posterior, most=3):
-    """The most probable classes, "8 0.73, 1 0.26"."""
-    p, classes = log_posterior.exp().topk(most)
-    return ", ".join(f"{c} {q:.2f}" for c, q in zip(classes, p, strict=True) if q > 0.01)
+        state = "decided" if found.decided[i] else "undecided"
+        print(f"  image {i:3}, a {label[i]}, {state}: {', '.join(words)}")
 
 
 def write(folder, posteriors, exponent, label):
@@ -381,29 +417,27 @@ def write(folder, posteriors, exponent, label):
         os.replace(aside, folder / name)
 
 
-def plot(folder, posteriors, images, label, wrong, most=8):
-    """The reliability of the classifiers, and beside it the wrong decisions with their posterior."""
+def plot(folder, posteriors, images, label):
+    """The reliability of the classifiers; beside it the wrong and the least certain decisions."""
     fig = plt.figure(figsize=(11, 5), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(1, 1.25))
     plot_reliability(left.subplots(), posteriors, label)
-    shown = wrong[:most]
-    right.suptitle(
-        f"{len(shown)} of {len(wrong)} wrong decisions: the image, and its posterior with the exponent"
-    )
+    right.suptitle("wrong decisions (red), and the least certain of the others")
     p = list(posteriors.values())[1].exp()
+    top, guess = p.max(-1)
     cells = right.subplots(4, 4, height_ratios=(1.5, 1, 1.5, 1))
     pairs = zip(cells[::2].flat, cells[1::2].flat, strict=True)
-    for i, (top, below) in zip_longest(shown, pairs):
-        top.axis("off")
-        if i is None:
-            below.axis("off")
-            continue
-        top.imshow(images[i], cmap="gray_r", vmin=0, vmax=NUM_LEVELS - 1)
-        top.set_title(f"a {label[i]}", fontsize="medium")
-        colors = ["C2" if c == label[i] else "C0" for c in range(NUM_CLASSES)]
-        below.bar(range(NUM_CLASSES), p[i], color=colors)
+    for i, (above, below) in zip((top + (guess == label)).argsort(), pairs, strict=False):
+        above.imshow(images[i], cmap="gray_r", vmin=0, vmax=NUM_LEVELS - 1)
+        above.axis("off")
+        color = "C3" if guess[i] != label[i] else "black"
+        above.set_title(f"a {label[i]}", color=color, fontsize="medium")
+        below.bar(
+            range(NUM_CLASSES), p[i], color=["C2" if c == label[i] else "C0" for c in range(10)]
+        )
         below.set(ylim=(0, 1), yticks=(0, 1), xticks=range(NUM_CLASSES))
         below.tick_params(labelsize="x-small")
+    right.supxlabel("posterior with the exponent; the true class is green", fontsize="medium")
     path, aside = folder / "classify.png", folder / ".classify.part"
     fig.savefig(aside, dpi=120, format="png")
     os.replace(aside, path)
@@ -451,7 +485,7 @@ def parse_arguments():
     args = parser.parse_args()
     args.num_timesteps = 30 if args.smoke else 1000
     args.steps = 10 if args.smoke else 2000
-    args.looks = (4, 8) if args.smoke else LOOKS
+    args.looks = (3, 6) if args.smoke else LOOKS
     return args
 
 
