@@ -6,6 +6,8 @@ turns the ten bounds of an image into a posterior of its class,
 .. math::
     p(c \mid x) \propto p(c) \, \exp\big(\mathrm{ELBO}(x \mid c)\big) .
 
+A bound is below :math:`\log p(x \mid c)` by a gap that is not known, so this posterior is an approximation.
+
 The data are the 1,797 digits that come with scikit-learn: 8×8 pixels of 17 grey levels. 360 of them are held
 out, by the split of ``digits.py``, and 1,437 are for training. Of these, 180 are used for validation: the
 weights and the exponent (below) are chosen with them.
@@ -187,7 +189,7 @@ class Race(NamedTuple):
         return (log_prior + exponent * self.difference.nanmean(0)).log_softmax(-1)
 
     def noise(self, log_prior, exponent=1.0):
-        """What each round adds to the Monte Carlo error of ``log_posterior``, to first order, ``(R, N, K)``."""
+        """What a round adds to the Monte Carlo error of ``log_posterior``, to first order, ``(R, N, K)``."""
         p = self.log_posterior(log_prior, exponent).exp()
         count = (~self.difference.isnan()).sum(0)
         noise = (self.difference - self.difference.nanmean(0)) / (count * (count - 1)).sqrt()
@@ -307,37 +309,33 @@ def others(data):
 
 def report_race(found, num_timesteps, error):
     """Print what the race has decided, and what it cost."""
-    rows, full = (
-        DRAWS * int((~found.difference.isnan()).sum()),
-        found.racing.numel() * num_timesteps,
-    )
+    rows = DRAWS * int((~found.difference.isnan()).sum())
+    full = found.racing.numel() * num_timesteps
     decided, rounds = int(found.decided.sum()), len(found.difference)
     print(
-        f"\n{decided} of {len(found.racing)} images decided within {rounds} rounds; each has lost the class "
-        f"of its\ngreatest bound with a probability of at most {error:g}"
+        f"\n{decided} of {len(found.racing)} images decided within {rounds} rounds. For each image, "
+        f"the class of the\ngreatest bound has left the race with a probability of at most {error:g}."
         f"\n{rows:,} network rows, {rows / full:.2%} of the {full:,} of full sums"
     )
 
 
 def report(posteriors, label):
     """Print the accuracy, the log score and the calibration of each classifier."""
-    print(f"\n{len(label)} held-out images")
-    print(f"{'':32}accuracy            log score, nats     calibration error")
+    print(f"\n{len(label)} held-out images, ± sampling error")
+    print(f"{'':32}accuracy          log score, nats      calibration error")
     for name, log_p in posteriors.items():
         right, score = (log_p.argmax(-1) == label).double(), log_score(log_p, label)
         share, error = right.mean().item(), score.std().item() / len(label) ** 0.5
         binomial = (share * (1 - share) / len(label)) ** 0.5
         print(
-            f"{name:32}{share:.4f} ± {binomial:.4f}   {score.mean():8.4f} ± {error:.4f}"
+            f"{name:32}{share:.4f} ± {binomial:.4f}   {score.mean():.4f} ± {error:.4f}"
             f"   {calibration_error(log_p, label):.4f}"
         )
     for name, log_p in list(posteriors.items())[:2]:
         print(f"\n{name}: how often the most probable class is right")
-        print("posterior      images   mean posterior   right")
+        print("posterior      images   mean posterior   right, ± if the posterior is right")
         for low, high, count, mean, share, error in reliability(log_p, label):
-            print(
-                f"{low:.2f} … {high:.2f}   {count:6}   {mean:14.3f}   {share:.3f}, expected ± {error:.3f}"
-            )
+            print(f"{low:.2f} … {high:.2f}   {count:6}   {mean:14.3f}   {share:.3f} ± {error:.3f}")
 
 
 def reliability(log_posterior, label):
@@ -371,7 +369,7 @@ def report_errors(found, log_prior, exponent, label):
         errors.append(of_label.mean(1).square().sum().sqrt().item())
     gain = scores[1] - scores[0]
     print(
-        f"\nMonte Carlo errors of the log scores by bounds: {errors[0]:.4f}, with the exponent {errors[1]:.4f}"
+        f"\nMonte Carlo error of the log score {errors[0]:.4f}, with the exponent {errors[1]:.4f}"
         f"\nlog score with the exponent less without: {gain.mean():.4f} ± {gain.std() / len(gain) ** 0.5:.4f}"
     )
 
@@ -379,23 +377,20 @@ def report_errors(found, log_prior, exponent, label):
 def report_wrong(found, log_prior, exponent, label):
     """Print the images whose most probable class is wrong, with both posteriors."""
     log_p, error = found.log_posterior(log_prior), found.standard_error(log_prior)
-    tempered = found.log_posterior(log_prior, exponent)
+    p, tempered = log_p.exp(), found.log_posterior(log_prior, exponent).exp()
     wrong = (log_p.argmax(-1) != label).nonzero().squeeze(-1).tolist()
-    print(
-        f"\n{len(wrong)} wrong decisions: posterior ± Monte Carlo error (posterior with the exponent)"
-    )
+    print(f"\n{len(wrong)} wrong decisions: posterior ± Monte Carlo error (with the exponent)")
     for i in wrong:
-        classes = log_p[i].topk(3).indices.tolist()
-        words = (
-            f"{c} {log_p[i, c].exp():.3f} ± {log_p[i, c].exp() * error[i, c]:.3f} ({tempered[i, c].exp():.3f})"
-            for c in classes
-        )
+        words = [
+            f"{c} {p[i, c]:.3f} ± {p[i, c] * error[i, c]:.3f} ({tempered[i, c]:.3f})"
+            for c in p[i].topk(3).indices.tolist()
+        ]
         state = "decided" if found.decided[i] else "undecided"
         print(f"  image {i:3}, a {label[i]}, {state}: {', '.join(words)}")
 
 
 def write(folder, posteriors, exponent, label):
-    """Write the posteriors and the numbers, each under another name first."""
+    """Write the numbers, under another name first."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
         name: {
@@ -405,16 +400,9 @@ def write(folder, posteriors, exponent, label):
         }
         for name, log_p in posteriors.items()
     }
-    writers = {
-        "posteriors.pt": lambda path: torch.save(posteriors | {"label": label}, path),
-        "result.json": lambda path: path.write_text(
-            json.dumps({"exponent": exponent} | numbers, indent=2) + "\n"
-        ),
-    }
-    for name, save in writers.items():
-        aside = folder / f".{name}.part"
-        save(aside)
-        os.replace(aside, folder / name)
+    aside = folder / ".result.part"
+    aside.write_text(json.dumps({"exponent": exponent} | numbers, indent=2) + "\n")
+    os.replace(aside, folder / "result.json")
 
 
 def plot(folder, posteriors, images, label):
