@@ -154,12 +154,7 @@ def drawn_bounds(diffusion, x_0, draws, images_at_a_time=64):
 
     def draw_batch(image, label):
         _, which, counts = image.unique_consecutive(return_inverse=True, return_counts=True)
-        shared = SharedNoise((counts.cumsum(0) - counts)[which])
-
-        def guide(x_0, **given):
-            with shared:
-                pair.guide(x_0, **given)
-
+        guide = SharedNoise((counts.cumsum(0) - counts)[which])(pair.guide)
         return bound_by_datum(pair.model, guide, x_0[image], context=label)
 
     def draw(image, label):
