@@ -18,11 +18,11 @@ the noise cancels in the difference of two bounds. A class leaves the race when 
 behind the leader that the noise cannot explain it. An image with one class left is decided: it is known which
 class has the greatest bound. Its posterior may still be uncertain, because the bounds may be close.
 
-Are the differences between the bounds of such a small network too large? The script measures it with an
-exponent, :math:`p(c) \exp(a\, \mathrm{ELBO}(x \mid c))`: the :math:`a` of the best log score on the 180
-validation images. An exponent below one says that the posterior is too sure of itself. Few images are
-classified wrongly, so that the exponent is not known well. Both posteriors are reported. Logistic regression
-and k nearest neighbours are there for comparison, fitted to all 1,437 training images.
+The network has seen few images, and the differences between its bounds may be too large. The script measures
+this with an exponent, :math:`p(c) \exp(a\, \mathrm{ELBO}(x \mid c))`. It takes the :math:`a` of the best log
+score on the 180 validation images. An exponent below one says that the posterior is too sure. Few images are
+classified wrongly, so the exponent is not known well, and both posteriors are reported. Logistic regression
+and k nearest neighbours are there for comparison. They are fitted to all 1,437 training images.
 
 The U-Net needs ``pip install 'pyro-diffusion[examples,images,lightning]'``.
 
