@@ -322,13 +322,13 @@ def report_race(found, num_timesteps, error):
 def report(posteriors, label):
     """Print the accuracy, the log score and the calibration of each classifier."""
     print(f"\n{len(label)} held-out images, ± sampling error")
-    print(f"{'':32}accuracy          log score, nats      calibration error")
+    print(f"{'':34}accuracy          log score, nats      calibration error")
     for name, log_p in posteriors.items():
         right, score = (log_p.argmax(-1) == label).double(), log_score(log_p, label)
         share, error = right.mean().item(), score.std().item() / len(label) ** 0.5
         binomial = (share * (1 - share) / len(label)) ** 0.5
         print(
-            f"{name:32}{share:.4f} ± {binomial:.4f}   {score.mean():.4f} ± {error:.4f}"
+            f"{name:34}{share:.4f} ± {binomial:.4f}   {score.mean():.4f} ± {error:.4f}"
             f"   {calibration_error(log_p, label):.4f}"
         )
     for name, log_p in list(posteriors.items())[:2]:
@@ -433,12 +433,13 @@ def plot(folder, posteriors, images, label):
 
 
 def plot_reliability(ax, posteriors, label):
-    """The share of right decisions against the mean posterior of the decided class, by band."""
+    """The share of right decisions against the mean posterior, by band; large bands have large marks."""
     ax.plot((0, 1), (0, 1), color="gray", linewidth=1)
     for i, (name, log_p) in enumerate(posteriors.items()):
-        _, _, _, mean, share, error = zip(*reliability(log_p, label), strict=True)
+        _, _, count, mean, share, error = zip(*reliability(log_p, label), strict=True)
         x = [m + 0.006 * (i - 1.5) for m in mean]  # so that error bars do not hide each other
-        ax.errorbar(x, share, error, marker="o", markersize=4, linewidth=1, label=name)
+        ax.errorbar(x, share, error, fmt="none", color=f"C{i}", linewidth=1)
+        ax.scatter(x, share, [12 * n**0.5 for n in count], color=f"C{i}", label=name, alpha=0.8)
     ax.set(
         xlabel="mean posterior of the most probable class", ylabel="share of right decisions",
         xlim=(0, 1.03), ylim=(0, 1.03),
