@@ -99,9 +99,10 @@ class Given(NamedTuple):
             if part.dim() == 0 or (shared and len(part) == 1):
                 part = part.expand(count, *part.shape[1:])
             if len(part) != count:
+                for_all = "Pass context[None] for one" if shared else "Expand a context"
                 raise ValueError(
                     f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
-                    "each datum. Expand a context that all data share, and slice it together with the data."
+                    f"each datum. {for_all} that all data share, and slice it together with the data."
                 )
             return self._checked(part)
 
@@ -124,11 +125,11 @@ class Given(NamedTuple):
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
+        if self.null is not None:  # a gap, or a label that does not exist, may stand there
+            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
+            context = context.masked_fill(null, 0)
         if not context.is_floating_point():
             return context
-        if self.null is not None:
-            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
-            context = context.masked_fill(null, 0.0)
         remedy = "Fill the gaps, or drop the context of those rows: null=context.isnan().any(-1)."
         return check_finite("argument 'context'", context, remedy)
 

@@ -6,6 +6,7 @@ Along the exact reverse chain every path weighs log p(x∣c), so that all estima
 import math
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -36,6 +37,8 @@ from pyro_diffusion import (
     evaluate_bound,
     importance_evidence,
     ode_log_likelihood,
+    plot_denoised,
+    plot_trajectory,
     smc_evidence,
     to_arviz,
 )
@@ -430,6 +433,19 @@ def test_programs_inside_of_a_handler_of_pyro_get_their_context(oracle):
     assert torch.equal(torch.tensor(draws["constant_data"]["context"].values), context)
 
 
+@pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
+def test_pictures_of_conditional_states(plot):
+    pyro.set_rng_seed(0)
+    diffusion = DiffusionModel(regression())
+    x_0, context, _ = regression_data()
+    assert plot(diffusion, x_0, timesteps=[1, 3], context=context).shape == (2, 2)
+    with pytest.raises(ValueError, match="argument 'context': got none"):
+        plot(diffusion, x_0)
+    with pytest.raises(ValueError, match="expected a row for each"):
+        plot(diffusion, x_0, context=context[:2])
+    plt.close("all")
+
+
 def test_parts_of_a_context_keep_their_names_in_arviz():
     class Both(nn.Module):
         def __init__(self):
@@ -459,7 +475,7 @@ BOTH = {"num_classes": 3, "null_token": True}
 LABELS, C = torch.tensor([0, 1, 2, 3]), torch.zeros(4, 3)
 BAD = {
     "rows": (NUMBERS, {"context": C[:3]}, "4 data; expected a row for each"),
-    "shape": (NUMBERS, {"context": C[:, 1:]}, r"of shape \(\d+, 2\).*\(N,\) \+ \(3,\)"),
+    "shape": (NUMBERS, {"context": C[:, 1:]}, r"of shape \(N,\) \+ \(2,\) and .*\(N,\) \+ \(3,\)"),
     "labels": (CLASSES, {"context": LABELS}, "the value 3; expected a whole"),
     "real labels": (CLASSES, {"context": C[:, 0]}, r"float32; expected a whole number 0 … 2"),
     "NaN": (NUMBERS, {"context": math.nan * C}, "12 NaN or infinite values"),
@@ -521,6 +537,16 @@ def test_a_context_on_another_device_is_an_error():
         denoiser(X_0, 3, context=torch.zeros(4, 3, device="meta"))
 
 
+def test_one_context_without_an_axis_of_data_is_an_error_with_a_remedy():
+    diffusion, context = neural(context_shape=(3,)), torch.zeros(3)
+    for draw in (diffusion.sample, AncestralSampler(diffusion)):
+        with pytest.raises(
+            ValueError, match=r"shape \(3,\) for 5 data; .* Pass context\[None\] for one"
+        ):
+            draw(5, context=context)
+        assert draw(5, context=context[None]).shape == (5, 2)
+
+
 def test_a_gap_in_the_context_of_a_dropped_row_does_not_matter():
     """NaN where the context was dropped: neither the bound nor a gradient sees it."""
     pyro.set_rng_seed(0)
@@ -552,7 +578,7 @@ def test_errors_of_guidance_and_of_oracles():
         ODESampler(diffusion, guidance=Guidance(2.0))(3)
     with pytest.raises(ValueError, match="argument 'denoised': got an estimate alone"):
         AncestralSampler(diffusion, guidance=Guidance(2.0))(3, context=1)
-    with pytest.raises(ValueError, match="without a null token"):
+    with pytest.raises(ValueError, match="sampler with guidance: .* without a null token"):
         ODESampler(neural(num_classes=3), guidance=Guidance(2.0))(3, context=1)
     with pytest.raises(ValueError, match="argument 'weight': got shape"):
         GaussianDenoiser.from_regression(WEIGHT.T, BIAS, STD, schedule())

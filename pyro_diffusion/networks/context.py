@@ -114,11 +114,10 @@ class ContextEmbedding(nn.Module):
 
     def _checked(self, context: Any, count: int) -> Tensor:
         """Labels ``(B,)``, or numbers ``(B, size)``."""
-        whole = isinstance(context, Tensor) and not (
-            context.is_floating_point() or context.is_complex()
-        )
+        real = isinstance(context, Tensor) and not context.is_complex()
+        whole = real and not context.is_floating_point()
         if self.num_classes is None:
-            fit = isinstance(context, Tensor) and context.shape == (count, *self.shape)
+            fit = real and context.shape == (count, *self.shape)
             expected = f"real numbers of shape (N,) + {tuple(self.shape)}"
             remedy = "Reshape it, or build the network with the shape of your context_shape."
         else:
@@ -127,8 +126,10 @@ class ContextEmbedding(nn.Module):
             remedy = (
                 "Pass labels.long(), or build the network with context_shape= for real numbers."
             )
-        kind = f" and {context.dtype}" if isinstance(context, Tensor) else ""
-        require(fit, "argument 'context'", described(context) + kind, expected, remedy)
+        got = described(context)
+        if isinstance(context, Tensor) and context.shape[:1] == (count,):
+            got = f"a Tensor of shape (N,) + {tuple(context.shape[1:])} and {context.dtype}"
+        require(fit, "argument 'context'", got, expected, remedy)
         if self.num_classes is None:
             return context.reshape(count, -1).to(network_dtype(self))
         labels = context.long()

@@ -115,7 +115,10 @@ class GuidedDenoiser(Denoiser):
             partial(repeated, times=2), x_t.flatten(0, -1 - self.event_dim), rows
         )
         null = torch.arange(2 * count, device=x_t.device) >= count
-        said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
+        try:
+            said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
+        except ValueError as error:
+            raise ValueError(f"sampler with guidance: {error}") from error
 
         def guided(x: Tensor) -> Tensor:
             """The value in the guided direction, from those with and without the context."""
