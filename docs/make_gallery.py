@@ -31,6 +31,7 @@ RUNS = {
     "digits": ("", "samples.png"),
     "estimator_variance": ("", "estimator_variance.png"),
     "gaussian_oracle": ("", None),
+    "guidance": ("", "guidance.png"),
     "lecture": ("", None),
     "lightning_digits": ("", "denoised.png"),
     "poisson_counts": ("", "counts.png"),
