@@ -220,11 +220,11 @@ def run(program: Callable[..., Any], x_0: Any, given: dict[str, Any]) -> Any:
 
 def _is_wrapped(program: Callable[..., Any]) -> bool:
     """Whether a program is inside of a handler, whose own argument ``context`` is in the way."""
-    return (
-        isinstance(program, partial)
-        and "context" in _parameters(program.func)
-        and "context" not in _parameters(program)
-    )
+    function: Any = program
+    while isinstance(function, partial):
+        function = function.func
+    bound = function is not program and "context" in _parameters(function)
+    return bound and "context" not in _parameters(program)
 
 
 def heard(
