@@ -3,6 +3,7 @@
 Along the exact reverse chain every path weighs log p(x∣c), so that all estimators agree datum by datum.
 """
 
+import functools
 import math
 import re
 
@@ -444,6 +445,19 @@ def test_pictures_of_conditional_states(plot):
     with pytest.raises(ValueError, match="expected a row for each"):
         plot(diffusion, x_0, context=context[:2])
     plt.close("all")
+
+
+def test_a_program_that_takes_anything_by_name_gets_its_context_by_name(oracle):
+    diffusion, x_0, context, exact = oracle
+
+    def guide(x_0, **given):
+        assert set(given) == {"context"}
+        diffusion.guide(x_0, **given)
+
+    terms = elbo_terms(diffusion.model, guide, x_0, analytic_kl=False, context=context)
+    equal(terms.elbo, exact)
+    again = functools.partial(guide)
+    equal(elbo_terms(diffusion.model, again, x_0, analytic_kl=False, context=context).elbo, exact)
 
 
 def test_parts_of_a_context_keep_their_names_in_arviz():

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: What each script prints, in any case, when run with ``--smoke``.
 LISTED = {
+    "classify.py": ["images decided", "network rows", "nearest neighbour", "wrong decisions"],
     "diffusion_vs_hvae.py": ["arviz.compare", "log-ratio at x_1", "active units", "diffusion.nc"],
     "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "ladder VAE"],
     "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
