@@ -17,6 +17,7 @@ from pyro_diffusion import (
     AncestralSampler,
     DiffusionModel,
     GaussianDenoiser,
+    GaussianMixtureDenoiser,
     Guidance,
     HierarchicalVAE,
     LogSNRSchedule,
@@ -237,6 +238,30 @@ def test_ranks_of_simulations_take_any_form(form):
         exact, lambda states: states["x_3"][:, 0], context=form(torch.randn(12, 3)), num_draws=3
     )
     assert ranks.shape == (12,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16])
+def test_components_of_a_mixture_are_looked_up_by_any_whole_number(dtype):
+    """A bit or a byte as an index selects rows: the law would be that of other components."""
+    means = torch.tensor([[-1.5, 0.0], [1.5, 0.5], [0.0, 2.0]])
+    denoiser = GaussianMixtureDenoiser([0.5, 0.3, 0.2], means, 0.6, LogSNRSchedule(6))
+    k = torch.tensor([0, 1, 0])
+    found = denoiser.conditional_distribution(k.to(dtype)).mean
+    assert torch.equal(found, means[k])
+    x_t, level = torch.randn(3, 2), torch.tensor(0.0)
+    exact = denoiser.x_0_hat(x_t, level, context=k)
+    torch.testing.assert_close(denoiser.x_0_hat(x_t, level, context=k.to(dtype)), exact)
+
+
+def test_arviz_has_the_names_and_the_dropped_rows_of_a_context(data, tmp_path):
+    x_0, c = data
+    model = DiffusionModel(NeuralDenoiser(OfConditions(), LogSNRSchedule(6), (2,)))
+    named = to_arviz(model, x_0, context=Conditions(LABELS, c), num_draws=25)["constant_data"]
+    assert {"context_label", "context_numbers"} <= set(named.data_vars)
+    null = LABELS == 2
+    dropped = to_arviz(of_labels(), x_0, context=LABELS, null=null, num_draws=25)
+    dropped.to_netcdf(tmp_path / "draws.nc")
+    assert (dropped["constant_data"]["null"].values == null.numpy()).all()
 
 
 @pytest.mark.parametrize("curves", [False, True])

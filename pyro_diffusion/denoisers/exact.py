@@ -322,12 +322,12 @@ class GaussianMixtureDenoiser(Denoiser):
         return Denoised((r * x_0_hats).sum(-self.event_dim - 1), log_r)
 
     def _labels(self, context: Any) -> Tensor:
-        count = len(self.means)
         whole = isinstance(context, Tensor) and not context.is_floating_point()
-        expected = f"the number of a component, 0 … {count - 1}, for each datum"
+        expected = f"the number of a component, 0 … {len(self.means) - 1}, for each datum"
         remedy = "Pass labels.long(), counted from 0."
         require(whole, "argument 'context'", described(context), expected, remedy)
-        valid = (context >= 0) & (context < count)
+        context = context.long()  # bits and bytes would select rows, and not look them up
+        valid = (context >= 0) & (context < len(self.means))
         return check_values("argument 'context'", context, valid, expected, remedy)
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
