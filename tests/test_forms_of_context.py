@@ -264,6 +264,19 @@ def test_arviz_has_the_names_and_the_dropped_rows_of_a_context(data, tmp_path):
     assert (dropped["constant_data"]["null"].values == null.numpy()).all()
 
 
+def test_oracles_refuse_a_context_with_another_axis(data):
+    x_0, c = data
+    schedule = LogSNRSchedule(6)
+    with pytest.raises(ValueError, match="'weight': got 1 NaN"):
+        GaussianDenoiser.from_regression(torch.tensor([[0.0], [torch.nan]]), [0, 0], 1, schedule)
+    regression = GaussianDenoiser.from_regression(torch.ones(2, 3), [0, 0], 1, schedule)
+    mixture = GaussianMixtureDenoiser([0.5, 0.5], torch.randn(2, 2), 0.6, schedule)
+    for denoiser, context in ((regression, c[:, None]), (mixture, LABELS[:, None] % 2)):
+        with pytest.raises(ValueError, match="argument 'context': got a Tensor of shape") as error:
+            elbo_terms(DiffusionModel(denoiser), x_0, context=context)
+        beats(str(error.value))
+
+
 @pytest.mark.parametrize("curves", [False, True])
 def test_a_guided_denoiser_takes_a_timestep_for_each_row(curves, data):
     x_t, _ = data
