@@ -1,12 +1,12 @@
 r"""How good are posteriors from simulations alone, by task and number of simulations?
 
 The benchmark runs ``examples/simulation_based_inference.py`` for each task and budget, with one setting for
-all. C2ST is the accuracy of a classifier that tells draws from those of a reference posterior, 10,000 of each:
-0.5 is perfect. It is the mean over the observations that have a reference, with its standard deviation over
-them. The bound, the flow's log-density and the KL divergence from the exact posterior are of new simulations
-and in nats per datum. The settings were chosen by the bound at 10,000 simulations. The references are those of
-Lueckmann et al. (2021), https://arxiv.org/abs/2101.04653, whose own results for neural posterior estimation
-are the column NPE. Without ``--data`` there is no C2ST.
+all. C2ST is the accuracy of a classifier that tells draws from those of a reference posterior, 10,000 of
+each: 0.5 is perfect. It is the mean over the observations that have a reference, with its standard deviation
+over them. The bound, the flow's log-density and the KL divergence from the exact posterior are of new
+simulations and in nats per datum. The settings were chosen by the bound at 10,000 simulations. The references
+are those of Lueckmann et al. (2021), https://arxiv.org/abs/2101.04653, whose own results for neural posterior
+estimation are the column NPE. Without ``--data`` there is no C2ST.
 
     python benchmarks/sbi.py [--tasks two_moons slcp] [--simulations 10000 100000] [--data FOLDER]
         [--device cuda] [--smoke] [--output benchmarks/results]
@@ -62,7 +62,7 @@ def measure(name, simulations, args):
     row = {"task": name, "simulations": options.simulations, "steps": fitted.num_steps}
     row["fit_seconds"] = round(time.perf_counter() - start, 1)
     row |= sbi.score(task, posterior, options)
-    ranks, credibility = sbi.calibrate(task, posterior, options).values()
+    credibility = sbi.calibrate(task, posterior, options)["credibility"]
     row["coverage"] = {p: (credibility <= p).double().mean().item() for p in sbi.LEVELS}
     if args.data is not None:
         row["c2st"] = sbi.compare(posterior, sbi.reference(options), options)

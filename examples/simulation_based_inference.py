@@ -102,7 +102,7 @@ class Task(NamedTuple):
     def transform(self):
         """The bijection from the support of the prior to the real line that makes the prior N(0, I)."""
         if self.half_width is None:
-            return Standardize(torch.zeros(self.num_parameters), VARIANCE**0.5)
+            return Standardize(self.prior.mean, self.prior.stddev)
         to_unit = AffineTransform(0.5, 0.5 / self.half_width)
         return ComposeTransform([to_unit, CumulativeDistributionTransform(Normal(0.0, 1.0)).inv])
 
@@ -317,25 +317,32 @@ def labelled(draws, x):
 
 
 def picture(tree, known, calibration):
-    """Draws for one observation, reference draws above the diagonal; ranks and coverage by ArviZ."""
+    """Draws for one observation, with reference draws above the diagonal; ranks and coverage."""
     fig = plt.figure(figsize=(11, 5.2), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(1.25, 1))
     names = list(tree.posterior.data_vars)[:4]
     axes = left.subplots(len(names), len(names), squeeze=False)
     dots = {"s": 2, "alpha": 0.3, "edgecolors": "none"}
-    for colour, shown in (("C1", known), ("C0", tree)):
-        if shown is not None:
+    for colour, size, drawn in (("C1", 0, known), ("C0", 2, tree)):
+        if drawn is not None:
             az.plot_pair(
-                shown, var_names=names, marginals=True, ax=axes, textsize=9,
-                scatter_kwargs={"color": colour, **dots}, marginal_kwargs={"color": colour},
+                drawn, var_names=names, marginals=True, ax=axes, textsize=9,
+                scatter_kwargs={"color": colour, **dots, "s": size}, marginal_kwargs={"color": colour},
             )  # fmt: skip
-    fig.suptitle("draws given one observation (blue), reference (orange)", fontsize=10)
+    title = "draws for one observation (blue)" + (known is not None) * ", reference (orange)"
+    for n, m in np.argwhere(np.tri(len(names), k=-1)) if known is not None else ():
+        mirrored, ours = left.add_subplot(axes[m, n].get_subplotspec()), axes[n, m]
+        mirrored.scatter(known.posterior[names[n]], known.posterior[names[m]], color="C1", **dots)
+        mirrored.set(xlim=ours.get_ylim(), ylim=ours.get_xlim(), xticks=[], yticks=[])
+    left.suptitle(title, fontsize="medium")
     ranks, coverage = right.subplots(2, 1)
     for rank in calibration["ranks"].T:
         plot_pit(rank, ranks)
+    for band in ranks.collections[1:]:  # the same for each parameter
+        band.remove()
     plot_pit(calibration["credibility"], coverage)
-    ranks.set_title("ranks of the parameters")
-    coverage.set_title("expected coverage")
+    ranks.set_title("ranks of each parameter", fontsize="medium")
+    coverage.set_title("expected coverage", fontsize="medium")
     return fig
 
 

@@ -19,7 +19,12 @@ LISTED = {
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],
     "proportions.py": ["exact log p", "mixture of 30", "paired", "proportions.png"],
     "scale_out.py": ["bits/dim", "Monte Carlo", "sampling", "draws of", "ranks"],
-    "simulation_based_inference.py": ["bound on log q", "KL(exact ‖ q)", "coverage", "posterior.nc"],
+    "simulation_based_inference.py": [
+        "bound on log q",
+        "KL(exact ‖ q)",
+        "coverage",
+        "posterior.nc",
+    ],
     "two_moons.py": ["entropy", "sequential", "subsampled"],
 }
 

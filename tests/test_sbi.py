@@ -30,9 +30,7 @@ def assert_moments(x, mean, covariance):
     assert ((x.mean(0) - mean).abs() < 5 * error).all(), (x.mean(0), mean)
     products = (x - mean)[:, :, None] * (x - mean)[:, None, :]
     error = products.std(0) / len(x) ** 0.5
-    assert ((products.mean(0) - covariance).abs() < 5 * error).all(), (
-        products.mean(0) - covariance
-    )
+    assert ((products.mean(0) - covariance).abs() < 5 * error).all(), products.mean(0) - covariance
 
 
 def test_gaussian_linear(sbi):
@@ -46,9 +44,10 @@ def test_gaussian_linear(sbi):
 def test_the_exact_posterior_is_that_of_bayes(sbi):
     """p(θ∣x) = p(θ) p(x∣θ) / p(x) with x ~ N(0, 0.2 I)."""
     theta, x = sbi.TASKS["gaussian_linear"].pairs(7, "cpu")
-    log_normal = lambda x, variance: (
-        torch.distributions.Normal(0.0, variance**0.5).log_prob(x).sum(-1)
-    )
+
+    def log_normal(x, variance):
+        return torch.distributions.Normal(0.0, variance**0.5).log_prob(x).sum(-1)
+
     expected = log_normal(theta, 0.1) + log_normal(x - theta, 0.1) - log_normal(x, 0.2)
     torch.testing.assert_close(sbi.exact_posterior(x).log_prob(theta), expected)
 
