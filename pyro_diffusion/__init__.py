@@ -72,7 +72,7 @@ from pyro_diffusion.processes import (
     forward_transition,
     terminal_prior,
 )
-from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, ODESampler
+from pyro_diffusion.samplers import AncestralSampler, DDIMSampler, Guidance, ODESampler
 from pyro_diffusion.schedules import (
     AlphaSchedule,
     CosineSchedule,
@@ -147,6 +147,7 @@ __all__ = [
     "GaussianLayer",
     "GaussianLikelihood",
     "GaussianMixtureDenoiser",
+    "Guidance",
     "HierarchicalVAE",
     "ImportanceTimesteps",
     "KLWarmup",

@@ -111,7 +111,7 @@ class Family(ParamScope, metaclass=Listing):
 
         Args:
             num_samples: Number of data ``n``.
-            context: Context of conditional data, a row for each datum.
+            context: Context of conditional data: a row for each datum, or one row (or number) for all.
 
         Returns:
             Data in the user's units, shape ``(n,)`` + the datum's shape.

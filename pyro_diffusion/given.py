@@ -14,7 +14,7 @@ not matter, and may be NaN.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
-from pyro_diffusion.checks import require, widened
+from pyro_diffusion.checks import as_numbers, check_finite, require, widened
 from pyro_diffusion.distributions import WrappedSite
 from pyro_diffusion.typed import TorchDistribution
 
@@ -34,6 +34,8 @@ __all__ = [
     "Given",
     "ObservedEntries",
     "as_real",
+    "beside",
+    "by_position",
     "chunks",
     "first_repeated",
     "flattened",
@@ -70,17 +72,57 @@ class Given(NamedTuple):
             "mask=, context= or null=",
             "Check the spelling.",
         )
-        return cls(**given)
+        return cls(**given | {"context": _numbers(given.get("context"))})
 
-    def check_rows(self, count: int) -> None:
-        """Raise a ``ValueError`` if a context has another number of rows than the data."""
-        for part in pytree.tree_leaves((self.context, self.null)):
-            rows = len(part) if isinstance(part, Tensor) and part.dim() else count
-            if rows != count:
+    def with_rows(self, count: int, *, shared: bool = False) -> "Given":
+        """The same with a row for each datum: a single number is for all data.
+
+        Args:
+            count: Number of data.
+            shared: Whether a context of a single row is for all, as it is for data that are drawn.
+
+        Raises:
+            ValueError: Another number of rows, a context that is not finite, or dropped rows of none.
+        """
+        self._check_null(count)
+        if self.context is None:
+            return self
+
+        def of(part: Tensor) -> Tensor:
+            """A row for each datum."""
+            if part.dim() == 0 or (shared and len(part) == 1):
+                part = part.expand(count, *part.shape[1:])
+            if len(part) != count:
                 raise ValueError(
                     f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
                     "each datum. Expand a context that all data share, and slice it together with the data."
                 )
+            return self._checked(part)
+
+        return self._replace(context=pytree.tree_map(of, self.context))
+
+    def _check_null(self, count: int) -> None:
+        if self.null is None:
+            return
+        fit = isinstance(self.null, Tensor) and self.null.dtype == torch.bool
+        require(
+            fit and self.null.shape == (count,) and self.context is not None,
+            "argument 'null'",
+            f"{self.null.dtype} of shape {tuple(self.null.shape)} for {count} data" if fit else "no booleans"
+            if self.context is not None else "dropped rows without a context",
+            "a boolean for each datum beside context=, true where its context is dropped",
+            "Leave out both for data without a context.",
+        )  # fmt: skip
+
+    def _checked(self, context: Tensor) -> Tensor:
+        """A context, if it is finite where it was not dropped; zero where it was."""
+        if not context.is_floating_point():
+            return context
+        if self.null is not None:
+            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
+            context = context.masked_fill(null, 0.0)
+        remedy = "Fill the gaps, or drop the context of those rows: null=context.isnan().any(-1)."
+        return check_finite("argument 'context'", context, remedy)
 
     def arguments(self) -> dict[str, Any]:
         """What is given, by the names of a program's arguments."""
@@ -89,6 +131,17 @@ class Given(NamedTuple):
     def of_kernels(self) -> dict[str, Any]:
         """The arguments of a kernel: the context, and the rows without one."""
         return {name: value for name, value in self.arguments().items() if name != "mask"}
+
+
+def _numbers(context: Any) -> Any:
+    """A context with tensors in place of arrays, numbers and lists of numbers."""
+    if context is None or isinstance(context, Tensor):
+        return context
+    if isinstance(context, Mapping):
+        return {name: _numbers(part) for name, part in context.items()}
+    if isinstance(context, tuple):
+        return tuple(map(_numbers, context))
+    return as_numbers("context", context)
 
 
 def together(
@@ -123,8 +176,34 @@ def flattened(context: Any, batch_shape: torch.Size) -> Any:
     return _each(lambda c: c.expand(batch_shape + c.shape[1:]).reshape(-1, *c.shape[1:]), context)
 
 
+def by_position(x_0: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a program under Pyro's handlers, which have an argument ``context`` of their own."""
+    rest = {name: value for name, value in given.items() if name != "context"}
+    return [x_0] + ([given["context"]] if given.get("context") is not None else []), rest
+
+
+def beside(state: Tensor, context: Any) -> Any:
+    """A context in the dtype of a state, if it is on the same device; whole numbers stay whole."""
+
+    def of(part: Tensor) -> Tensor:
+        """The same for one tensor."""
+        if part.device != state.device:
+            raise ValueError(
+                f"argument 'context': got a tensor on {part.device}; expected {state.device}, where the "
+                f"model is. Call context.to({str(state.device)!r})."
+            )
+        return part.to(state.dtype) if part.is_floating_point() else part
+
+    return _each(of, context)
+
+
 def takes(function: Callable[..., Any], argument: str) -> bool:
-    """Whether a function, or a module's forward, has an argument of that name (or takes any)."""
+    """Whether a function, or a module's forward, has an argument of that name (or takes any).
+
+    A module that has the argument, and may have been built without a context, says so by ``takes_context``.
+    """
+    if argument in ("context", "null") and hasattr(function, "takes_context"):
+        return bool(function.takes_context)
     function = function.forward if isinstance(function, nn.Module) else function
     parameters = inspect.signature(function).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

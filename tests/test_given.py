@@ -159,9 +159,9 @@ def test_networks_and_oracles_without_a_context_refuse_one_in_words():
     bits = DiffusionModel(EnumeratedDenoiser(torch.eye(2), LinearDecaySchedule(3)))
     context, says = (
         torch.zeros(2, 1),
-        r"site 'x_2': argument 'network': got MLP, .*\(x_t, log_snr, ",
+        r"site 'x_2': argument 'context': got one for a NeuralDenoiser whose network, MLP, takes none",
     )
-    with pytest.raises(ValueError, match=rf"{says}context\): too many"):
+    with pytest.raises(ValueError, match=says):
         neural.model(torch.zeros(2, 2), context)
     with pytest.raises(
         ValueError, match="site 'x_2': argument 'context': got one for a Enumerated"

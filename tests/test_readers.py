@@ -414,9 +414,7 @@ def test_smc_of_the_observed_part():
     torch.testing.assert_close(by_weights.log_evidence, expected, rtol=0, atol=1e-6)
     whole = summary(diffusion, x_0.where(mask, math.nan), mask=mask)
     assert "probability flow" not in whole.groups()
-    with pytest.raises(
-        ValueError, match="argument 'mask': got a value for the density of the flow"
-    ):
+    with pytest.raises(ValueError, match="argument 'mask': got one for the density of the flow"):
         ode_log_likelihood(diffusion, x_0, mask=mask)
 
 

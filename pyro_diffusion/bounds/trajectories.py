@@ -88,7 +88,7 @@ def trajectory_terms(
     refuse_gradients((x_0, given))
     num_particles = check_count("num_particles", num_particles, 1, PARTICLES)
     x_0 = check_data(x_0, given.mask)
-    given.check_rows(len(x_0))
+    given = given.with_rows(len(x_0))
     batch_size = (
         _rows_at_a_time(model, guide, x_0, given, num_particles)
         if batch_size is None

@@ -5,6 +5,7 @@ the owner's parameters, the scale and the plate of the data, and the handlers of
 :class:`Kernel` adds the name of the site to an error from a kernel.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -47,7 +48,13 @@ class Kernel:
 
     def __call__(self, *states: Any, **given: Any) -> Any:
         """The distribution of the site, given the states before it."""
-        given = {name: value for name, value in given.items() if self.hears(name)}
+        heard = {name: value for name, value in given.items() if self.hears(name)}
+        require(
+            "null" not in given or "context" not in heard or "null" in heard,
+            "argument 'null'", "dropped rows for a kernel that takes a context alone",
+            "one that takes null= as well", "Give the kernel the argument null, or leave out dropped rows.",
+        )  # fmt: skip
+        given = heard
         try:
             return self.function(*states, **given)
         except ValueError as error:
@@ -61,6 +68,19 @@ class Kernel:
         if argument not in self._hears:
             self._hears[argument] = argument == "mask" or takes(self.function, argument)
         return self._hears[argument]
+
+
+def later(kernel: Callable[..., Any], steps: int, *s: int) -> Callable[..., Any]:
+    """A kernel some timesteps later: at ``s``, its last argument, it is the kernel at ``s + steps``."""
+
+    def shifted(*states: Any, **given: Any) -> Any:
+        """The kernel, at a later timestep."""
+        arguments: list[Any] = [*states, *s]
+        return kernel(*arguments[:-1], arguments[-1] + steps, **given)
+
+    heard = kernel.forward if isinstance(kernel, nn.Module) else kernel
+    shifted.__signature__ = inspect.signature(heard)  # type: ignore[attr-defined]  # what takes() reads
+    return shifted
 
 
 class Run(NamedTuple):
@@ -154,7 +174,7 @@ class Program(nn.Module):
         of_state = state_mask(given.mask) if state_mask and given.mask is not None else None
         size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
         if plate or x_0 is not None:
-            given.check_rows(size)
+            given = given.with_rows(size, shared=x_0 is None)
         require(
             plate or num_data is None,
             "argument 'num_data'",

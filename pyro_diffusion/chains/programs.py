@@ -29,7 +29,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_diffusion.chains.base import GenerativeProgram, GuideProgram, Kernel
+from pyro_diffusion.chains.base import GenerativeProgram, GuideProgram, Kernel, later
 from pyro_diffusion.checks import check_event_shape
 from pyro_diffusion.distributions import BottomUpSite
 from pyro_diffusion.given import STATE, Given, as_real
@@ -96,12 +96,9 @@ class GenerativeChain(GenerativeProgram):
             t: Timestep of the state in ``{1, …, T − 1}``.
         """
         kernel, steps = self.transition.function, self.num_timesteps - t
+        reverse, last = later(kernel, t), later(kernel, t, 1)
         return GenerativeChain(
-            self.prior.function,
-            lambda x_s, s: kernel(x_s, s + t),
-            lambda x_next: kernel(x_next, t + 1),
-            num_timesteps=steps,
-            owner=self.owner,
+            self.prior.function, reverse, last, num_timesteps=steps, owner=self.owner
         )
 
 
@@ -149,10 +146,10 @@ class BottomUpGuide(GuideProgram):
         Args:
             t: Timestep of the state in ``{1, …, T − 1}``.
         """
-        kernel, steps = self.transition.function, self.num_timesteps - t
+        kernel, steps = later(self.transition.function, t), self.num_timesteps - t
         return BottomUpGuide(
-            lambda x_s, s: kernel(x_s, s + t),
-            num_timesteps=steps, embed=lambda x, mask=None: as_real(x), owner=self.owner, below=self.below,
+            kernel, num_timesteps=steps, embed=lambda x, mask=None: as_real(x), owner=self.owner,
+            below=self.below,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_argument, check_finite, check_shape, require
 from pyro_diffusion.display import size_in_words
-from pyro_diffusion.given import flattened, takes
+from pyro_diffusion.given import beside, flattened, takes
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.params import shared_copy
 from pyro_diffusion.processes import Denoised, ForwardProcess, GaussianProcess, pad
@@ -159,12 +159,22 @@ class Denoiser(nn.Module, ABC):
         signal, noise = (pad(c, self.missing_dim, x_t.dtype) for c in self.schedule.scales(log_snr))
         return (signal * self.x_0_hat(x_t, log_snr, **given) - x_t) / noise**2
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether it estimates conditional data."""
+        return takes(self.denoise, "context")
+
     def check_given(self, given: dict[str, Any]) -> dict[str, Any]:
         """``given``, if it is empty or the denoiser takes a context."""
-        if given and not takes(self.denoise, "context"):
+        if given and not self.is_conditional:
+            network = getattr(self, "network", None)
+            whose = (
+                "" if network is None else f" whose network, {type(network).__name__}, takes none"
+            )
             raise ValueError(
-                f"argument 'context': got one for a {type(self).__name__}, which takes none; expected data "
-                "alone. Leave it out, or use a NeuralDenoiser whose network takes a context."
+                f"argument 'context': got one for a {type(self).__name__}{whose or ', which takes none'}; "
+                "expected data alone. Leave it out, or use a NeuralDenoiser whose network takes a context, "
+                "such as MLP(event_shape, context_shape=(8,)) or MLP(event_shape, num_classes=10)."
             )
         return given
 
@@ -193,6 +203,13 @@ class Networked:
     """A denoiser with a network: the dtype of its states, and the call of the network."""
 
     network: nn.Module
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network takes a context, as its third argument."""
+        known = getattr(self.network, "takes_context", None)
+        fits = (_misfit(self.network, _ARGUMENTS[:count]) is None for count in (3, 4))
+        return any(fits) if known is None else bool(known)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -233,12 +250,12 @@ class Networked:
         """
         network, dtype = self.network, network_dtype(self.network)
         flat = state.reshape(-1, *state.shape[len(batch_shape) :]).to(dtype)
-        extra = [flattened(c, batch_shape) for c in (context, null) if c is not None]
+        extra = [beside(flat, flattened(c, batch_shape)) for c in (context, null) if c is not None]
         level = log_snr.expand(batch_shape).reshape(-1).to(dtype)
         try:
             output = network(flat, level, *extra)
         except TypeError:
-            _check_signature(network, _ARGUMENTS[: 2 + len(extra)])
+            check_signature(network, 2 + len(extra))
             raise
         per_entry = (count,) if count > 1 else ()
         check_argument("network", output, Tensor, "the output alone from its forward")
@@ -270,14 +287,15 @@ def check_network(network: Any, example: str) -> nn.Module:
     return network
 
 
-def _check_signature(network: nn.Module, arguments: tuple[str, ...]) -> None:
-    """Raise a ``ValueError`` if a network cannot be called with these arguments."""
+def check_signature(network: nn.Module, count: int) -> None:
+    """Raise a ``ValueError`` if a network cannot be called with so many arguments."""
+    arguments = _ARGUMENTS[:count]
     misfit = _misfit(network, arguments)
     if misfit is not None:
         raise ValueError(
             f"argument 'network': got {type(network).__name__}, whose forward does not take "
-            f"({', '.join(arguments)}): {misfit}; expected one that does. Pass a context only if the network "
-            "has this argument."
+            f"({', '.join(arguments)}): {misfit}; expected one that does. Pass context= if the network takes "
+            "one, and null= if it has a null token as well; leave out what it does not take."
         ) from misfit
 
 

@@ -1,15 +1,28 @@
 r"""Exact denoisers: the reverse chains of Gaussian data and of Gaussian mixtures, in closed form.
 
+Both have a conditional form: :math:`p(x_0 \mid c) = N(W c + b, \operatorname{diag} s^2)`, and the component
+:math:`k` of a mixture as the context.
+
 Under an exact denoiser :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on every
 path, up to the part of the datum that is left at the end of the chain. These denoisers are the package's
 oracles.
 """
 
+import math
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import as_numbers, check_argument, check_finite, require
+from pyro_diffusion.checks import (
+    as_numbers,
+    check_argument,
+    check_finite,
+    check_values,
+    described,
+    require,
+)
 from pyro_diffusion.denoisers.base import Denoiser
 from pyro_diffusion.denoisers.variances import exact_variance
 from pyro_diffusion.distributions import gaussian
@@ -26,7 +39,8 @@ class GaussianDenoiser(Denoiser):
         \operatorname{Var}[x_0 \mid x_t] = \frac{s^2 \sigma_t^2}{a_t^2 s^2 + \sigma_t^2},
 
     so that :math:`\log p(x_{0:T}) - \log q(x_{1:T} \mid x_0)` is :math:`\log p(x_0)` on every path, up to
-    :math:`\sqrt{\bar\alpha_T}` times the mean. For a full covariance use :meth:`from_covariance`.
+    :math:`\sqrt{\bar\alpha_T}` times the mean. For a full covariance use :meth:`from_covariance`, for a mean
+    that depends on a context :meth:`from_regression`.
 
     Args:
         mean: Mean :math:`m`, shape ``event_shape``.
@@ -45,6 +59,7 @@ class GaussianDenoiser(Denoiser):
     mean: Tensor
     variance: Tensor
     rotation: Tensor | None
+    weight: Tensor | None
 
     def __init__(self, mean: Tensor, std: Tensor, schedule: NoiseSchedule) -> None:
         mean = as_numbers("mean", mean).clone()  # the buffer is not the caller's tensor
@@ -56,6 +71,41 @@ class GaussianDenoiser(Denoiser):
         self.register_buffer("mean", mean)
         self.register_buffer("variance", std**2)
         self.register_buffer("rotation", None)
+        self.register_buffer("weight", None)
+
+    @classmethod
+    def from_regression(
+        cls, weight: Tensor, bias: Tensor, std: Tensor, schedule: NoiseSchedule
+    ) -> "GaussianDenoiser":
+        r"""Exact for conditional data, :math:`x_0 \mid c \sim N(W c + b, \operatorname{diag}(s^2))`.
+
+        Args:
+            weight: :math:`W`, shape ``event_shape + (P,)``; a context has the shape ``(N, P)``.
+            bias: :math:`b`, shape ``event_shape``.
+            std: Standard deviations :math:`s > 0`, broadcastable to ``event_shape``.
+            schedule: Noise schedule of the chain.
+
+        Raises:
+            ValueError: A weight of another shape. From a call: a context of another shape, or none.
+
+        Example:
+            >>> denoiser = GaussianDenoiser.from_regression(
+            ...     torch.ones(2, 1), torch.zeros(2), torch.ones(2), LogSNRSchedule(5)
+            ... )
+            >>> denoiser.conditional_distribution(torch.tensor([[3.0]])).mean
+            tensor([[3., 3.]])
+        """
+        denoiser = cls(bias, std, schedule)
+        weight = as_numbers("weight", weight, like=denoiser.mean)
+        require(
+            weight.dim() > 0 and weight.shape[:-1] == denoiser.event_shape,
+            "argument 'weight'",
+            f"shape {tuple(weight.shape)} with a bias of shape {tuple(denoiser.event_shape)}",
+            "the bias's shape and one more axis, that of the context",
+            "Pass weight[..., None] for a context of one number.",
+        )
+        denoiser.register_buffer("weight", weight.clone())
+        return denoiser
 
     @classmethod
     def from_covariance(
@@ -108,18 +158,47 @@ class GaussianDenoiser(Denoiser):
         return self.mean.dtype
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether the mean depends on a context."""
+        return self.weight is not None
+
+    @property
     def data_distribution(self) -> TorchDistribution:
         """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
-        return self._gaussian(self.mean, self.variance)
+        return self._gaussian(self._mean(None), self.variance)
 
-    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+    def conditional_distribution(self, context: Tensor) -> TorchDistribution:
+        r""":math:`p(x_0 \mid c)` for a context ``(N, P)``, batch shape ``(N,)``."""
+        return self._gaussian(self._mean(context), self.variance)
+
+    def _mean(self, context: Any, null: Tensor | None = None) -> Tensor:
+        r""":math:`W c + b`."""
+        if self.weight is None and context is None:
+            return self.mean
+        size = None if self.weight is None else self.weight.shape[-1]
+        fit = isinstance(context, Tensor) and context.dim() > 0 and context.shape[-1] == size
+        require(
+            fit and null is None,
+            "argument 'context'",
+            "dropped rows" if fit else "none" if context is None else described(context),
+            "none" if size is None else f"a tensor of shape (N, {size})",
+            "A Gaussian regression is conditional at every row; a GaussianMixtureDenoiser is with and "
+            "without a context.",
+        )
+        assert self.weight is not None
+        return self.mean + torch.tensordot(context.to(self.weight), self.weight, ([-1], [-1]))
+
+    def denoise(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Denoised:
         self.batch_shape(x_t)
+        mean = self._mean(context, null)
         signal, noise = (
             pad(s, self.missing_dim, torch.float64) for s in self.schedule.scales(log_snr)
         )
         gain, _ = _wiener(self.variance.double(), signal, noise)
-        error = x_t - signal.to(x_t.dtype) * self.mean
-        return Denoised(self.mean + self._scale_axes(gain.to(x_t.dtype), error))
+        error = x_t - signal.to(x_t.dtype) * mean
+        return Denoised(mean + self._scale_axes(gain.to(x_t.dtype), error))
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
         step = chain_step(t, self.schedule)
@@ -157,6 +236,11 @@ class GaussianMixtureDenoiser(Denoiser):
 
     with :math:`\hat x_{0,k}` and :math:`\Sigma_{t,k}` as in :class:`GaussianDenoiser`. The reverse kernel is
     this mixture. The bound of every path is therefore :math:`\log p(x_0)` for multimodal data as well.
+
+    The number of the component may be given as a context :math:`c`, whole numbers ``(N,)``. Then :math:`r_k`
+    is one for :math:`k = c`, the data are :math:`N(m_c, \operatorname{diag}(s_c^2))`, and the bound is
+    :math:`\log p(x_0 \mid c)`. In rows whose context was dropped, as without a context, it is
+    :math:`\log p(x_0)`. This makes the denoiser the oracle of conditional models and of guidance.
 
     Args:
         weights: Weights :math:`w_k`, shape ``(K,)``; they are normalised.
@@ -219,15 +303,42 @@ class GaussianMixtureDenoiser(Denoiser):
         """The law of the data for which the denoiser is exact, event shape ``event_shape``."""
         return self._mixture(self.log_weights, self.means, self.variances)
 
-    def denoise(self, x_t: Tensor, log_snr: Tensor) -> Denoised:
+    def conditional_distribution(self, context: Tensor) -> TorchDistribution:
+        """The law of a component for each number in ``context``, whole numbers ``(N,)``."""
+        k = self._labels(context)
+        return gaussian(self.means[k], self.variances[k].sqrt(), self.event_dim)
+
+    def denoise(
+        self, x_t: Tensor, log_snr: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> Denoised:
         self.batch_shape(x_t)
         log_r, x_0_hats = self._components(x_t, *self.schedule.scales(log_snr))
+        if context is not None:
+            k = torch.arange(len(self.means), device=x_t.device)
+            possible = self._labels(context)[..., None] == k
+            possible = possible if null is None else possible | null[..., None]
+            log_r = log_r.masked_fill(~possible, -math.inf).log_softmax(-1)
         r = pad(log_r.exp(), self.event_dim, x_t.dtype)
-        return Denoised((r * x_0_hats).sum(-self.event_dim - 1))
+        return Denoised((r * x_0_hats).sum(-self.event_dim - 1), log_r)
+
+    def _labels(self, context: Any) -> Tensor:
+        count = len(self.means)
+        whole = isinstance(context, Tensor) and not context.is_floating_point()
+        expected = f"the number of a component, 0 … {count - 1}, for each datum"
+        remedy = "Pass labels.long(), counted from 0."
+        require(whole, "argument 'context'", described(context), expected, remedy)
+        valid = (context >= 0) & (context < count)
+        return check_values("argument 'context'", context, valid, expected, remedy)
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
-        step = chain_step(t, self.schedule)
-        log_r, x_0_hats = self._components(x_t, step.signal, step.noise)
+        if denoised.logits is None:
+            raise ValueError(
+                "argument 'denoised': got an estimate alone; expected the log-probabilities of the "
+                "components beside it, because the kernel is a mixture. Use a DDIMSampler or an ODESampler, "
+                "which take estimates."
+            )
+        step, log_r = chain_step(t, self.schedule), denoised.logits
+        _, x_0_hats = self._components(x_t, step.signal, step.noise)
         step = ChainStep(*(self._for_components(c) for c in step))
         means = posterior_mean(
             x_t.unsqueeze(-self.event_dim - 1), x_0_hats, step, missing_dim=self.missing_dim

@@ -172,7 +172,7 @@ def active_units(
     """
     what = Given.of(**given)
     x_0 = check_data(x_0, what.mask)
-    what.check_rows(len(x_0))
+    what = what.with_rows(len(x_0))
     guide = programs(guide)[1] if isinstance(guide, Family) else guide
     remedy = "Pass more: a variance over data is compared with the noise of its means."
     check_count("len(x_0)", len(x_0), 2, remedy)

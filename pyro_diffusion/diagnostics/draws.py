@@ -12,11 +12,13 @@ References:
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 from tqdm.auto import tqdm
 
 from pyro_diffusion import arviz_bridge
@@ -34,7 +36,7 @@ from pyro_diffusion.diagnostics.recording import (
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.family import Family, Pair, unpacked
-from pyro_diffusion.given import Given
+from pyro_diffusion.given import Given, chunks, repeated, together
 from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS, ReverseWalk
 
@@ -92,7 +94,9 @@ def to_arviz(  # type: ignore[misc]
     be meaningless. Use :func:`~pyro_diffusion.diagnostics.comparison.compare` to compare models. Latents of
     different shapes (those of a hierarchical VAE or of an ordinary program) are all kept, each as a variable
     with the name of its site. The groups ``prior`` and ``prior_predictive`` of an ordinary program have a
-    dimension ``data``, and its reconstructions have no ``timestep``.
+    dimension ``data``, and its reconstructions have no ``timestep``. With a context the model's own draws are
+    conditional: ``prior`` and ``prior_predictive`` have a dimension ``data``, and ``constant_data`` has the
+    context.
 
     Args:
         family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
@@ -108,13 +112,13 @@ def to_arviz(  # type: ignore[misc]
         progress: Show a progress bar if it takes more than five seconds.
         given: What goes with the data: ``mask=``, true where an entry is observed. With it, ``lp``,
             ``log_q``, the weights and the bound are those of the observed entries, and ``observed_data`` has
-            a variable ``observed``.
+            a variable ``observed``; ``context=`` of conditional data.
 
     Returns:
         The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
 
     Raises:
-        ValueError: No draw, timesteps outside ``1 … T``, a context, and the errors of
+        ValueError: No draw, timesteps outside ``1 … T``, and the errors of
             :func:`~pyro_diffusion.bounds.elbo_terms`: latents that differ between the programs, a latent
             outside the data plate, weights that are not finite.
 
@@ -126,13 +130,14 @@ def to_arviz(  # type: ignore[misc]
     """
     num_draws = _check_num_draws(num_draws)
     model, guide, x_0 = unpacked(family, guide, x_0)
-    timesteps, what = _kept_timesteps(family, timesteps), _without_context(Given.of(**given))
+    timesteps, what = _kept_timesteps(family, timesteps), Given.of(**given)
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
     drawn = _draw(model, guide, x_0, what, num_draws, keep, batch_size, progress)
+    what = what.with_rows(len(x_0))
     with reading(model, guide):
         rows = _rows_at_a_time(family, x_0, what) if batch_size is None else batch_size
         if isinstance(family, Family):
-            predictions = _family_predictions(family, drawn, x_0, timesteps, rows, progress)
+            predictions = _family_predictions(family, drawn, x_0, what, timesteps, rows, progress)
         else:
             predictions = _pair_predictions(model, drawn, x_0, what, rows)
     if what.mask is not None:
@@ -146,8 +151,10 @@ def to_arviz(  # type: ignore[misc]
             average(drawn.log_weight)._replace(data=fingerprint(x_0, what.mask))
         ),
     }
-    if isinstance(family, DiffusionModel):
-        groups["constant_data"] = _curves(family)
+    constants = [_curves(family)] if isinstance(family, DiffusionModel) else []
+    constants += [] if what.context is None else [_context(what.context)]
+    if constants:
+        groups["constant_data"] = constants[0].merge(constants[-1])
     return arviz_bridge.as_arviz(groups)
 
 
@@ -161,14 +168,6 @@ def _check_num_draws(num_draws: Any) -> int:
             stacklevel=3,
         )
     return num_draws
-
-
-def _without_context(given: Given) -> Given:
-    require(
-        given.context is None, "argument 'context'", "one",
-        "data alone, because the group 'prior' is drawn without a context", "Use importance_evidence.",
-    )  # fmt: skip
-    return given
 
 
 def _rows_at_a_time(family: Any, x_0: Tensor, given: Given) -> int:
@@ -230,10 +229,10 @@ def _draw(
     ):  # fmt: skip
         moments.update(start, sites)
         kept = ((states[name], x_t) for name, x_t in sites.states.items())
-        for chunks, values in ((weights, sites.log_weight), (log_qs, sites.log_q), *kept):
-            chunks[start].append(values)
+        for parts, values in ((weights, sites.log_weight), (log_qs, sites.log_q), *kept):
+            parts[start].append(values)
     return _Drawn(
-        states={name: join_chunks(chunks) for name, chunks in states.items()},
+        states={name: join_chunks(parts) for name, parts in states.items()},
         log_weight=join_chunks(weights),
         log_q=join_chunks(log_qs),
         terms=moments.terms(),
@@ -244,13 +243,27 @@ def _family_predictions(
     family: Family,
     drawn: _Drawn,
     x_0: Tensor,
+    given: Given,
     timesteps: list[int] | None,
     rows: int,
     progress: bool,
 ) -> "dict[str, xarray.Dataset]":
-    """Draws of a family's model, without data and from every kept state."""
-    model = family.model
-    prior = Record([*drawn.states, "x_0"]).of(model, num_samples=len(drawn.log_weight))
+    """Draws of a family's model, without data and from every kept state.
+
+    With a context the model's own draws are given the context of each datum.
+    """
+    model, shape = family.model, drawn.log_weight.shape
+    each = partial(repeated, times=shape[0])  # a row for each draw of each datum
+    numbers, given = together(each, torch.arange(shape[1]), given._replace(mask=None))
+    names, dims = [*drawn.states, "x_0"], tuple(DRAWS)
+    if given.context is None:
+        prior, dims = Record(names).of(model, num_samples=shape[0]), DRAWS[:2]
+    else:
+        parts = [
+            Record(names).of(model, num_samples=len(part), **own.of_kernels())
+            for _, part, own in chunks(numbers, given, rows)
+        ]
+        prior = {name: x.unflatten(0, shape) for name, x in joined(parts, 0).items()}
     data = prior.pop("x_0")
     levels = [t for t, name in enumerate(model.site_names) if name in drawn.states]
     reconstructions = []
@@ -258,13 +271,15 @@ def _family_predictions(
         levels, "reconstructions", unit="state", delay=5, disable=not progress, leave=False
     ):
         x_t = drawn.states[f"x_{t}"]
-        parts = x_t.flatten(0, 1).split(rows)
-        again = torch.cat([model.from_state(part, t)(num_samples=len(part)) for part in parts])
-        reconstructions.append(again.unflatten(0, x_t.shape[:2]))
+        again = [
+            model.from_state(part, t)(num_samples=len(part), **own.of_kernels())
+            for _, part, own in chunks(x_t.flatten(0, 1), given, rows)
+        ]
+        reconstructions.append(torch.cat(again).unflatten(0, shape))
     posterior = {"x_0": torch.stack(reconstructions, dim=2)}
     return {
-        "prior": states_dataset(("chain", "draw"), prior, timesteps),
-        "prior_predictive": dataset(("chain", "draw"), {"x_0": data}),
+        "prior": states_dataset(dims, prior, timesteps),
+        "prior_predictive": dataset(dims, {"x_0": data}),
         "posterior_predictive": dataset((*DRAWS, "timestep"), posterior, timestep=levels),
         "observed_data": dataset(("data",), {"x_0": x_0}),
     }
@@ -314,6 +329,15 @@ def _importance(evidence: Evidence) -> "xarray.Dataset":
         units="nats per datum", estimator=evidence.estimator, data=evidence.data,
         num_particles=evidence.num_particles,
     )  # fmt: skip
+
+
+def _context(context: Any) -> "xarray.Dataset":
+    """The context of each datum; a variable for each tensor of it."""
+    leaves, _ = tree_flatten_with_path(context)
+    named = {
+        "_".join(["context", *(str(key)[1:-1].strip("'") for key in path)]): x for path, x in leaves
+    }
+    return dataset(("data",), named)
 
 
 def _curves(diffusion: DiffusionModel) -> "xarray.Dataset":

@@ -29,11 +29,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_diffusion.checks import check_count, check_data, check_positive, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
-from pyro_diffusion.given import Given
+from pyro_diffusion.given import Given, chunks, first_repeated
 from pyro_diffusion.reading import alone, footprint, rows_within
 from pyro_diffusion.walk import Walked, diffusion_of, look
 
@@ -94,7 +95,8 @@ def ode_log_likelihood(  # type: ignore[misc]
         rtol: Relative tolerance of the solver.
         atol: Absolute tolerance of the solver.
         batch_size: Data that share the solver's steps; by default as many as fit into 256 MiB, at most 256.
-        given: An error: the flow has no density of a part of the data, and no context.
+        given: ``context=`` of conditional data, for :math:`\log p(x_0 \mid c)`. A mask is an error, because
+            the flow has no density of a part of the data.
 
     Returns:
         :class:`~pyro_diffusion.evidence.Evidence`. Its standard error is the error of the stochastic trace,
@@ -103,8 +105,8 @@ def ode_log_likelihood(  # type: ignore[misc]
 
     Raises:
         ValueError: A model with a likelihood, over levels or bits, or with a curve for each entry;
-            a timestep outside ``0 … T``; fewer than two probes; a mask or a context; data that the
-            programs do not take.
+            a timestep outside ``0 … T``; fewer than two probes; a mask; data or a context that the programs
+            do not take.
 
     Example:
         >>> schedule = LogSNRSchedule(5, log_snr_max=15, log_snr_min=-20)
@@ -118,17 +120,22 @@ def ode_log_likelihood(  # type: ignore[misc]
     """
     diffusion, x_0 = diffusion_of(diffusion, guide, x_0)
     _check(diffusion, state, num_probes)
-    _check_given(given)
+    what = _check_given(given)
     rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
     x_0 = check_data(x_0)
+    what = what.with_rows(len(x_0))
+    diffusion.denoiser.check_given(what.of_kernels())
     if state == 0:  # the flow follows the whole curve, even for a chain of one step
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
     with torch.inference_mode(False), alone(diffusion):
         x_0 = x_0.clone() if x_0.is_inference() else x_0
-        size = _rows_at_a_time(diffusion, x_0, num_probes, batch_size)
-        parts = [_solve(diffusion, x, state, num_probes, rtol, atol) for x in x_0.split(size)]
+        size = _rows_at_a_time(diffusion, x_0, what, num_probes, batch_size)
+        parts = [
+            _solve(diffusion, x, own, state, num_probes, rtol, atol)
+            for _, x, own in chunks(x_0, what, size)
+        ]
     log_p = torch.cat(parts, dim=1)
     exact = num_probes is None
     error = torch.zeros_like(log_p[0]) if exact else log_p.std(0) / math.sqrt(len(log_p))
@@ -148,6 +155,7 @@ def ode_log_likelihood(  # type: ignore[misc]
 def _solve(
     diffusion: DiffusionModel,
     x_0: Tensor,
+    given: Given,
     state: int,
     num_probes: int | None,
     rtol: float,
@@ -169,9 +177,11 @@ def _solve(
     probes = _probes(x, num_probes)
     divergence = x.new_zeros(1 if num_probes is None else num_probes, len(x), dtype=torch.float64)
     start = (x.double(), divergence)
-    velocity = _velocity(diffusion, probes, exact=num_probes is None)
+    velocity = _velocity(diffusion, probes, given, exact=num_probes is None)
     if ends[0] < ends[1]:
-        start = _integrated(velocity, start, schedule.log_snr(ends), diffusion, rtol, atol)
+        # The parameters of an exact denoiser are buffers.
+        numbers = [*diffusion.parameters(), *diffusion.buffers(), *tree_leaves(given.context)]
+        start = _integrated(velocity, start, schedule.log_snr(ends), numbers, rtol, atol)
     x_T, divergence = start
     prior = diffusion.prior().log_prob(x_T.to(diffusion.dtype)).double()
     return prior + divergence + log_volume
@@ -181,16 +191,17 @@ def _integrated(
     velocity: Callable[..., Any],
     start: tuple[Tensor, Tensor],
     log_snr: Tensor,
-    diffusion: DiffusionModel,
+    numbers: list[Any],
     rtol: float,
     atol: float,
 ) -> tuple[Tensor, Tensor]:
-    """State and integrated divergence at the second log-SNR, from those at the first."""
+    """State and integrated divergence at the second log-SNR, from those at the first.
+
+    ``numbers`` are what the velocity depends on besides: parameters, and a context.
+    """
     from torchdiffeq import odeint, odeint_adjoint
 
-    # The parameters of an exact denoiser are buffers.
-    numbers = (*diffusion.parameters(), *diffusion.buffers())
-    parameters = [x for x in numbers if x.requires_grad]
+    parameters = [x for x in numbers if isinstance(x, Tensor) and x.requires_grad]
     wanted = any(x.requires_grad for x in (*start, log_snr, *parameters))
     # The solver's own choice of a first step evaluates log-SNRs far outside the curve, and can be zero.
     first = 0.01 * (log_snr[1] - log_snr[0]).abs().detach()
@@ -210,7 +221,7 @@ def _integrated(
 
 
 def _velocity(
-    diffusion: DiffusionModel, probes: Tensor, *, exact: bool
+    diffusion: DiffusionModel, probes: Tensor, given: Given, *, exact: bool
 ) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
     """dx/dλ and its divergence, as a function for the solver."""
     size = diffusion.event_shape.numel()
@@ -224,6 +235,7 @@ def _velocity(
             x,
             log_snr,
             pull=lambda said, part: [said.x_0_hat * e[part] for e in probes],
+            **given.of_kernels(),
         )
         trace = (torch.stack(products) * probes).reshape(*probes.shape[:2], -1).double().sum(2)
         trace = trace.sum(0, keepdim=True) if exact else trace
@@ -258,7 +270,11 @@ def _probes(x: Tensor, num_probes: int | None) -> Tensor:
 
 
 def _rows_at_a_time(
-    diffusion: DiffusionModel, x_0: Tensor, num_probes: int | None, batch_size: int | None
+    diffusion: DiffusionModel,
+    x_0: Tensor,
+    given: Given,
+    num_probes: int | None,
+    batch_size: int | None,
 ) -> int:
     """``batch_size``, or the number of data whose solver step fits into the budget of memory."""
     if batch_size is not None:
@@ -268,8 +284,9 @@ def _rows_at_a_time(
         """Bytes needed for the solver's stages, each as large as one step."""
         shape = (count, *diffusion.event_shape)
         x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
+        _, own = first_repeated(x_0, given, count)
         signs = x.expand(num_probes, *shape) + 1 if num_probes is not None else _probes(x, None)
-        velocity = _velocity(diffusion, signs, exact=num_probes is None)
+        velocity = _velocity(diffusion, signs, own, exact=num_probes is None)
         level, start = (
             diffusion.schedule.log_snr(1).detach(),
             (x.double(), x.new_zeros(len(signs), count)),
@@ -281,15 +298,16 @@ def _rows_at_a_time(
     return rows_within(cost, min(len(x_0), _MOST))
 
 
-def _check_given(given: dict[str, Any]) -> None:
+def _check_given(given: dict[str, Any]) -> Given:
     what = Given.of(**given)
     require(
-        what == Given(),
-        f"argument {next(iter(given), '')!r}",
-        "a value for the density of the flow",
-        "complete data without a context, because the flow has no density of the observed part alone",
+        what.mask is None,
+        "argument 'mask'",
+        "one for the density of the flow",
+        "complete data, because the flow has no density of the observed part alone",
         "Use importance_evidence(diffusion, x_0, mask=…).",
     )
+    return what
 
 
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:

@@ -101,6 +101,7 @@ def importance_evidence(  # type: ignore[misc]
         q = _check_guide(chain, forward, state, given)
         refuse_gradients(x_0)
         if state == chain.num_timesteps:
+            Given.of(**given).with_rows(len(x_0))
             return at_the_end(chain.prior(), x_0, num_particles)
         chain, q = chain.of_state(state), q.of_state(state)
     chunks: dict[int, list[Tensor]] = defaultdict(list)
@@ -116,12 +117,12 @@ def importance_evidence(  # type: ignore[misc]
 
 def _check_guide(model: Any, guide: Any, state: int, given: dict[str, Any]) -> Any:
     """``guide``, if the two programs have the evidence of a state."""
-    besides = f" with a {next(iter(given))}" if given else ""
+    besides = " with a mask" if given.get("mask") is not None else ""
     require(
-        isinstance(model, GenerativeChain) and isinstance(guide, BottomUpGuide) and not given,
+        isinstance(model, GenerativeChain) and isinstance(guide, BottomUpGuide) and not besides,
         "argument 'state'",
         f"{state!r} for a {type(model).__name__} and a {type(guide).__name__}{besides}",
-        "the chain and its forward guide, without a mask or a context",
+        "the chain and its forward guide, without a mask, because states have no gaps",
         "Pass diffusion.model and diffusion.guide.",
     )
     check_state(state, model.num_timesteps)

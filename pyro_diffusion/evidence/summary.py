@@ -124,8 +124,8 @@ def summary(  # type: ignore[misc]
 
     Sequential Monte Carlo costs ``(num_runs · num_particles + 128) · T`` network rows a datum and importance
     weights cost ``num_particles · T``: begin with few data. Estimates that do not exist for a model are left
-    out: the continuous chain for an ``AlphaSchedule``; the flow for data with a mass, a likelihood, a mask or
-    a context, and for a schedule with a curve for each entry; sequential Monte Carlo for bits; all but the
+    out: the continuous chain for an ``AlphaSchedule``; the flow for data with a mass, a likelihood or a
+    mask, and for a schedule with a curve for each entry; sequential Monte Carlo for bits; all but the
     first density for a model that is not a diffusion.
 
     Args:
@@ -168,7 +168,8 @@ def summary(  # type: ignore[misc]
             rows.append(_bound("chain, T → ∞", diffusion, x_0, standard_error, given, math.inf))
         if has_flow:
             with torch.no_grad():
-                rows.append(_estimate("probability flow", ode_log_likelihood(diffusion, x_0)))
+                flow = ode_log_likelihood(diffusion, x_0, **given)
+                rows.append(_estimate("probability flow", flow))
     result = Summary(tuple(rows))
     result.check()
     return result
@@ -185,7 +186,8 @@ def _applies(diffusion: DiffusionModel, measure: str, given: dict[str, Any]) -> 
     while hasattr(curve, "schedule"):  # on another scale, or some of its timesteps
         curve = curve.schedule
     has_curve = not isinstance(curve, AlphaSchedule)
-    has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim and not given
+    whole = given.get("mask") is None
+    has_flow = diffusion.likelihood is None and not diffusion.schedule.event_dim and whole
     has_flow = has_flow and (has_curve or curve.num_timesteps > 1)
     return has_curve, has_flow and measure == "density"
 

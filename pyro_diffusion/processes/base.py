@@ -29,7 +29,8 @@ class Denoised(NamedTuple):
     r"""The output of a denoiser at a state, from one call of the network."""
 
     x_0_hat: Tensor  #: the estimate of :math:`x_0`, ``batch_shape + event_shape``
-    #: logits of each value, ``batch_shape + event_shape + (K,)``; for bits the logit of a one
+    #: logits of each value, ``batch_shape + event_shape + (K,)``; for bits the logit of a one; for a mixture
+    #: those of its components, ``batch_shape + (K,)``
     logits: Tensor | None = None
     #: the weight by which :class:`~pyro_diffusion.denoisers.LearnedVariance` interpolates
     variance: Tensor | None = None

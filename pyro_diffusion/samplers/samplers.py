@@ -17,8 +17,9 @@ sampler                a step is                                   in the limit 
 ====================== =========================================== =====================================
 
 With ``eta = 1``, ``DDIMSampler`` and ``ODESampler`` draw the chain's noise as well, and solve the reverse
-diffusion. Where the estimate is linear in a network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, a step
-is one call of the network, a normal draw and a few additions. The last step is the model's
+diffusion. Conditional data are drawn by ``sampler(n, context=c)``. Where the estimate is linear in a
+network's output, :math:`\hat x_0 = p_t\, o + q_t\, x_t`, a step is one call of the network, a normal draw
+and a few additions. The last step is the model's
 :math:`p(x_0 \mid x_1)`, with its likelihood and transform.
 
 References:
@@ -35,11 +36,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_diffusion.checks import check_between, check_count, check_finite, described, require
+from pyro_diffusion.checks import (
+    check_argument,
+    check_between,
+    check_finite,
+    require,
+)
 from pyro_diffusion.denoisers import Denoiser
+from pyro_diffusion.denoisers.base import check_signature
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
+from pyro_diffusion.given import Given, beside
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
 from pyro_diffusion.reading import reading
+from pyro_diffusion.samplers.guidance import Guidance
 from pyro_diffusion.samplers.steps import (
     Update,
     combine,
@@ -48,16 +57,18 @@ from pyro_diffusion.samplers.steps import (
     is_plain,
     linear_map,
     rows_of,
+    start_states,
 )
 from pyro_diffusion.walk import ReverseWalk
 
 
 class Sampler(ABC):
-    """Draws data from a model; called as ``sampler(num_samples)``.
+    """Draws data from a model; called as ``sampler(num_samples)``, or ``sampler(num_samples, context=c)``.
 
     Args:
         diffusion: The model. It is read at each call, so that it may be trained in between.
         timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
+        guidance: Guidance by the context, if any; see :class:`~pyro_diffusion.samplers.Guidance`.
 
     Raises:
         ValueError: An argument that is not a model, or timesteps that the model does not have.
@@ -66,9 +77,20 @@ class Sampler(ABC):
     needs_score: ClassVar[bool] = True  #: whether its steps are sums of states and estimates
 
     def __init__(
-        self, diffusion: DiffusionModel, timesteps: int | Sequence[int] | None = None
+        self,
+        diffusion: DiffusionModel,
+        timesteps: int | Sequence[int] | None = None,
+        *,
+        guidance: Guidance | None = None,
     ) -> None:
         self.diffusion, self.timesteps = check_diffusion(diffusion), timesteps
+        self.guidance = Guidance(0.0) if guidance is None else guidance
+        check_argument("guidance", self.guidance, Guidance, "Guidance(2.0)")
+        if self.guidance.strength:
+            remedy = (
+                "Sample without guidance: estimates of bits and categories cannot be extrapolated."
+            )
+            diffusion.process.check_has_score("guidance", remedy)
         if self.needs_score:
             remedy = f"{type(self).__name__} adds states to estimates: use AncestralSampler."
             diffusion.process.check_has_score("diffusion", remedy)
@@ -91,25 +113,46 @@ class Sampler(ABC):
         """The steps of a model's chain."""
 
     def __call__(
-        self, num_samples: int = 1, x_T: Tensor | None = None, *, progress: bool = True
+        self,
+        num_samples: int = 1,
+        x_T: Tensor | None = None,
+        *,
+        context: Any = None,
+        progress: bool = True,
     ) -> Tensor:
         """Draw data; layers such as dropout are switched off.
 
         Args:
             num_samples: Number of data ``n``.
             x_T: States to start from, ``(n,) + event_shape``; ``None`` draws them from :math:`p(x_T)`.
+            context: Context of conditional data: a row for each datum, or one row (or number) for all.
             progress: Show a progress bar if it takes more than five seconds.
 
         Returns:
             Data in the user's units, ``(n,)`` + the shape of a datum.
 
         Raises:
-            ValueError: States of another shape, or that require a gradient; a network whose output is not
+            ValueError: States of another shape, or that require a gradient; a context that does not fit, or
+                one for a model that takes none; guidance without a context; a network whose output is not
                 finite or has another shape.
         """
         model = self.model
-        with reading(model, data=x_T), model.param_statements():
-            return self._last(model, self._chain(model, _start(model, num_samples, x_T), progress))
+        with reading(model, data=(x_T, context)), model.param_statements():
+            x_T = start_states(model, num_samples, x_T)
+            given = self._given(model, context, len(x_T))
+            return self._last(model, self._chain(model, x_T, given, progress), given)
+
+    def _given(self, model: DiffusionModel, context: Any, num_samples: int) -> Given:
+        given = Given.of(context=context).with_rows(num_samples, shared=True)
+        model.denoiser.check_given(given.of_kernels())
+        require(
+            context is not None or not self.guidance.strength,
+            "argument 'context'",
+            f"none for a sampler with {self.guidance!r}",
+            "one, by which the draws are guided",
+            "Pass context=, or sample without guidance.",
+        )
+        return given
 
     def compile(self, **settings: Any) -> None:
         """Compile a step (network and update) with ``torch.compile``, in place, when it is first called.
@@ -134,40 +177,49 @@ class Sampler(ABC):
         self._step = torch.compile(fused_step, **settings)
         self._network = torch.compile(network, **settings)
 
-    def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
+    def _chain(self, model: DiffusionModel, x_t: Tensor, given: Given, progress: bool) -> Tensor:
         r""":math:`x_1` from :math:`x_T`."""
-        update, linear = self.update(model), linear_map(model.denoiser)
-        denoiser, rows = self._denoiser(model), rows_of(update, model.denoiser, linear)
+        update, denoiser = self.update(model), self._denoiser(model)
+        linear = None if self.guidance.strength else linear_map(model.denoiser)
+        rows = rows_of(update, model.denoiser, linear)
         previous = (
             None if update.of_previous is None else torch.zeros_like(x_t)
         )  # no weight at first
         for row in _bar(rows, progress):
             z = None if row.noise is None else torch.randn_like(x_t)
             if linear is None:
-                x_0_hat = denoiser.x_0_hat(x_t, row.log_snr)
+                x_0_hat = denoiser.x_0_hat(x_t, row.log_snr, **given.of_kernels())
                 x_t, previous = combine(x_0_hat, x_t, previous, z, row)
             else:
-                x_t, previous = self._step(model.denoiser.network, x_t, previous, z, row)
+                network: Any = model.denoiser.network
+                c = beside(row.log_snr, given.context)
+                try:
+                    x_t, previous = self._step(network, x_t, previous, z, row, c)
+                except TypeError:
+                    check_signature(network, 2 if c is None else 3)
+                    raise
         return x_t
 
     def _denoiser(self, model: DiffusionModel) -> Denoiser:
-        """The model's denoiser, with the compiled network if there is one."""
-        if self._network is None:
-            return model.denoiser
-        denoiser = model.denoiser.with_schedule(model.schedule)
-        denoiser.network = self._network
-        return denoiser
+        """The model's denoiser, with the compiled network if there is one, and guided."""
+        denoiser = model.denoiser
+        if self._network is not None:
+            denoiser = denoiser.with_schedule(model.schedule)
+            denoiser.network = self._network
+        return self.guidance.of(denoiser)
 
-    def _last(self, model: DiffusionModel, x_1: Tensor) -> Tensor:
+    def _last(self, model: DiffusionModel, x_1: Tensor, given: Given) -> Tensor:
         r""":math:`x_0` from :math:`x_1`: a draw, or the mean of a deterministic sampler if it exists."""
         remedy = "Lower the learning rate or clip gradients, and check the data's scale."
         check_finite("argument 'network', the states that it leads to", x_1, remedy)
-        walk = ReverseWalk(model)  # a single call of the network, not worth compiling
+        # A single call of the network is not worth compiling.
+        walk = ReverseWalk(model, denoiser=self.guidance.of(model.denoiser), given=given)
         denoised = walk.look(x_1, 1)
         if self.deterministic:
-            kernel = model.decode_inside(x_1, denoised)
-            if not kernel.support.is_discrete:
-                mean = kernel.mean
+            own = model.likelihood is None and denoised.logits is None
+            kernel = None if own else model.decode_inside(x_1, denoised)
+            if kernel is None or not kernel.support.is_discrete:
+                mean = denoised.x_0_hat if kernel is None else kernel.mean
                 return mean if model.transform is None else model.transform.inv(mean)
         return walk.end(x_1, denoised)()
 
@@ -185,6 +237,7 @@ class AncestralSampler(Sampler):
     Args:
         diffusion: The model. It is read at each call, so that it may be trained in between.
         timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
+        guidance: Guidance by the context, if any; see :class:`~pyro_diffusion.samplers.Guidance`.
 
     Raises:
         ValueError: An argument that is not a model, or timesteps that the model does not have.
@@ -211,11 +264,11 @@ class AncestralSampler(Sampler):
             noise=denoiser.variance(step).sqrt(),
         )
 
-    def _chain(self, model: DiffusionModel, x_t: Tensor, progress: bool) -> Tensor:
-        denoiser: Any = model.denoiser
+    def _chain(self, model: DiffusionModel, x_t: Tensor, given: Given, progress: bool) -> Tensor:
+        denoiser: Any = self.guidance.of(model.denoiser)
         if is_plain(denoiser) and not denoiser.variance.num_outputs:
-            return super()._chain(model, x_t, progress)
-        walk = ReverseWalk(model, denoiser=self._denoiser(model))
+            return super()._chain(model, x_t, given, progress)
+        walk = ReverseWalk(model, denoiser=self._denoiser(model), given=given)
         for t in _bar(list(walk.timesteps[:-1]), progress):
             x_t = walk.kernel(x_t, t, walk.look(x_t, t))()
         return x_t
@@ -230,8 +283,9 @@ class _ImplicitSampler(Sampler):
         timesteps: int | Sequence[int] | None = None,
         *,
         eta: float = 0.0,
+        guidance: Guidance | None = None,
     ) -> None:
-        super().__init__(diffusion, timesteps)
+        super().__init__(diffusion, timesteps, guidance=guidance)
         remedy = "0 draws no noise after x_T, 1 as much as the chain."
         self.eta = check_between("eta", eta, 0, 1, "the share of the chain's noise", remedy, "[]")
 
@@ -257,6 +311,7 @@ class DDIMSampler(_ImplicitSampler):
     Args:
         diffusion: The model. It is read at each call, so that it may be trained in between.
         timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
+        guidance: Guidance by the context, if any; see :class:`~pyro_diffusion.samplers.Guidance`.
         eta: :math:`\eta` in [0, 1], the share of the chain's noise.
 
     Raises:
@@ -294,6 +349,7 @@ class ODESampler(_ImplicitSampler):
     Args:
         diffusion: The model. It is read at each call, so that it may be trained in between.
         timesteps: ``None`` for all timesteps, a number of evenly spaced ones, or an increasing list of them.
+        guidance: Guidance by the context, if any; see :class:`~pyro_diffusion.samplers.Guidance`.
         eta: :math:`\eta` in [0, 1], the share of the chain's noise.
 
     Raises:
@@ -329,22 +385,3 @@ def _implicit_update(model: DiffusionModel, eta: float) -> Update:
 
 def _bar(steps: Iterable[Any], progress: bool) -> Iterator[Any]:
     return tqdm(steps, "sampling", unit="step", delay=5, disable=not progress, leave=False)
-
-
-def _start(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tensor:
-    """States to start from: the given ones, after a check, or draws from the prior."""
-    num_samples = check_count("num_samples", num_samples, 1, "Pass the number of data to draw.")
-    if x_T is None:
-        return ReverseWalk(model).start().sample((num_samples,))
-    expected = (num_samples, *model.event_shape)
-    fit = getattr(x_T, "shape", None) == expected and getattr(x_T, "device", None) == model.device
-    require(
-        fit and check_finite("argument 'x_T'", x_T, "Draw new ones.") is x_T,
-        "argument 'x_T'",
-        f"states of shape {tuple(x_T.shape)} on {x_T.device}"
-        if isinstance(x_T, Tensor)
-        else described(x_T),
-        f"{expected} on {model.device}, one for each of {num_samples} data",
-        "Draw them from diffusion.prior().",
-    )
-    return x_T.to(model.dtype)

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_diffusion.checks import check_count, check_finite, described, require
 from pyro_diffusion.denoisers import Denoiser, NeuralDenoiser
+from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.networks import network_dtype
 from pyro_diffusion.processes.base import pad
 from pyro_diffusion.schedules import NoiseSchedule
+from pyro_diffusion.walk import ReverseWalk
 
 
 class Update(NamedTuple):
@@ -112,10 +115,12 @@ def fused_step(
     previous: Tensor | None,
     z: Tensor | None,
     row: Row,
+    context: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The network's call and the update, compiled as one function."""
     state = x_t if row.scale is None else x_t / row.scale
-    output = network(state.to(row.log_snr.dtype), row.log_snr.expand(len(x_t))).to(x_t.dtype)
+    level, extra = row.log_snr.expand(len(x_t)), () if context is None else (context,)
+    output = network(state.to(row.log_snr.dtype), level, *extra).to(x_t.dtype)
     if output.shape != x_t.shape:
         raise ValueError(
             f"argument 'network': got an output of shape {tuple(output.shape)}; expected the shape of the "
@@ -140,3 +145,22 @@ def combine(
 def downwards(schedule: NoiseSchedule) -> Tensor:
     """Timesteps ``T … 2``, from each of which a step leads to another state."""
     return torch.arange(schedule.num_timesteps, 1, -1, device=schedule.device)
+
+
+def start_states(model: DiffusionModel, num_samples: int, x_T: Tensor | None) -> Tensor:
+    """States to start from: the given ones, after a check, or draws from the prior."""
+    num_samples = check_count("num_samples", num_samples, 1, "Pass the number of data to draw.")
+    if x_T is None:
+        return ReverseWalk(model).start().sample((num_samples,))
+    expected = (num_samples, *model.event_shape)
+    fit = getattr(x_T, "shape", None) == expected and getattr(x_T, "device", None) == model.device
+    require(
+        fit and check_finite("argument 'x_T'", x_T, "Draw new ones.") is x_T,
+        "argument 'x_T'",
+        f"states of shape {tuple(x_T.shape)} on {x_T.device}"
+        if isinstance(x_T, Tensor)
+        else described(x_T),
+        f"{expected} on {model.device}, one for each of {num_samples} data",
+        "Draw them from diffusion.prior().",
+    )
+    return x_T.to(model.dtype)
