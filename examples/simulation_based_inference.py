@@ -75,7 +75,8 @@ def main():
         f"{args.task}: {args.simulations:,} simulations, {time.perf_counter() - start:.0f} s\n{fitted}"
     )
     numbers = {"task": args.task, "simulations": args.simulations}
-    numbers |= score(task, posterior, args) | (calibration := calibrate(task, posterior, args))
+    numbers |= score(task, posterior, args)
+    calibration = calibrate(task, posterior, args)
     observed = reference(args)
     if args.data is not None:
         numbers["c2st"] = compare(posterior, observed, args)
