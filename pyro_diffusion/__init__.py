@@ -31,6 +31,7 @@ from pyro_diffusion.denoisers import (
 from pyro_diffusion.diagnostics import (
     active_units,
     compare,
+    expected_coverage,
     randomized_pit,
     simulation_based_calibration,
     to_arviz,
@@ -187,6 +188,7 @@ __all__ = [
     "compile_elbo",
     "elbo_terms",
     "evaluate_bound",
+    "expected_coverage",
     "fit",
     "forward_marginal",
     "forward_posterior",

@@ -189,12 +189,12 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
     Without :math:`U_n` all ranks lie on a grid, and tests of uniformity reject models that are right.
 
     Args:
-        observed: :math:`y_n`, shape ``(N,)``.
-        draws: :math:`y_{sn}`, independent for each datum, shape ``(S, N)``.
-        uniform: :math:`U_n`, shape ``(N,)``.
+        observed: :math:`y_n`, shape ``(N, …)``. Coordinates are ranked one by one.
+        draws: :math:`y_{sn}`, independent for each datum, shape ``(S, N, …)``.
+        uniform: :math:`U_n`, shape ``(N, …)``.
 
     Returns:
-        :math:`u_n`, shape ``(N,)``.
+        :math:`u_n`, shape ``(N, …)``.
 
     Raises:
         ValueError: Shapes that do not fit, or values that are NaN.
@@ -204,10 +204,11 @@ def randomized_pit(observed: np.ndarray, draws: np.ndarray, uniform: np.ndarray)
         https://arxiv.org/abs/1804.06788
     """
     observed, draws = np.asarray(observed), np.asarray(draws)
-    if observed.ndim != 1 or draws.ndim != 2 or draws.shape[1:] != observed.shape or not len(draws):
+    if observed.ndim < 1 or draws.shape[1:] != observed.shape or not len(draws):
         raise ValueError(
             f"argument 'draws': got shape {draws.shape} for observations of shape {observed.shape}; expected "
-            "(S, N) and (N,), separate draws for each observation. Reduce each to one number first."
+            "(S, N) and (N,), or (S, N, P) and (N, P), separate draws for each observation. Draw S times for "
+            "each of the N observations."
         )
     if np.isnan(observed).any() or np.isnan(draws).any():
         raise ValueError(

@@ -281,8 +281,14 @@ CALLS = {
     ),
     "simulation_based_calibration": (
         lambda statistic, **settings: pd.simulation_based_calibration(diffusion(), statistic, **settings),
-        {"statistic": (lambda states: states["x_1"][:, 0], "function"), "num_simulations": (9, "count"),
-         "num_draws": (3, "count"), "batch_size": (9, "count")},
+        {"statistic": (lambda states: states["x_1"][:, 0], "function"),
+         "num_simulations": (9, "count or nothing"), "num_draws": (3, "count"), "batch_size": (9, "count"),
+         "context": (None, "context")},
+    ),
+    "expected_coverage": (
+        pd.expected_coverage,
+        {"theta": (X_0, "data"), "draws": (torch.zeros(3, 4, 2), "data"),
+         "references": (None, "references")},
     ),
     "compare": (lambda other: pd.compare({"a": evidence()["a"], "b": other}), {"other": (None, "evidence")}),
     "Evidence.exact": (
@@ -312,6 +318,13 @@ POOLS |= {
     "positive or nothing": [x for x in POOLS["positive"] if x is not None],
     "count or nothing": [x for x in POOLS["count"] if x is not None],
     "count but ends": [x for x in POOLS["count"] if x is not None and x is not math.inf],
+    "references": [
+        torch.zeros(4),
+        torch.zeros(4, 3),
+        torch.full((4, 2), math.nan),
+        "words",
+        Thing(),
+    ],
     "states": [*POOLS["data"][8:15], "words", Thing(), 3],
     "sequence": ["words", Thing(), [0], [6], [1.5], [True], 3, []],
     "evidence": [*JUNK, 3, torch.ones(4)],

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
+from pyro_diffusion.checks import require
 from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.style import styled
 
@@ -54,5 +55,12 @@ def plot_pit(pit: Tensor, ax: "Axes | None" = None, *, envelope: float = 0.99) -
 
     Returns:
         What ArviZ returns, which is the axes and from 1.0 on a ``PlotCollection``.
+
+    Raises:
+        ValueError: More than one value for a datum, because the band is for independent values.
     """
+    require(
+        pit.dim() == 1, "argument 'pit'", f"shape {tuple(pit.shape)}", "one value for each datum, (N,)",
+        "Draw each coordinate by itself, as in plot_pit(pit[:, 0]).",
+    )  # fmt: skip
     return arviz_bridge.plot_pit(pit.cpu().numpy(), ax, envelope)
