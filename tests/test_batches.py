@@ -147,7 +147,104 @@ def test_several_arrays_by_name():
         assert torch.equal(batch["mask"], batch["x_0"] > 2)
 
 
+def test_a_context_is_a_tree_of_arrays():
+    x_0 = torch.arange(12)
+    data = {"x_0": x_0, "context": {"a": x_0.numpy() * 2, "b": (x_0 * 3.0, {"c": x_0})}}
+    for kind in (ShuffledBatches, OrderedBatches):
+        for batch in kind(data, 4):
+            rows, context = batch["x_0"], batch["context"]
+            assert torch.equal(context["a"], 2 * rows)
+            assert torch.equal(context["b"][0], 3.0 * rows)
+            assert torch.equal(context["b"][1]["c"], rows)
+    with pytest.raises(ValueError, match="'data': got 12 and 3 and 12 rows"):
+        OrderedBatches({"x_0": x_0, "context": (x_0[:3], x_0)}, 4)
+
+
+def nulls(count=20, batches=5, **settings):
+    """Rows and dropped rows of some batches, in order."""
+    rows = torch.arange(count)
+    loader = ShuffledBatches({"x_0": rows, "context": rows}, 4, context_dropout=0.5, **settings)
+    found = []
+    while len(found) < batches:
+        found += [(batch["x_0"], batch["null"]) for batch in loader]
+    return [torch.cat(part) for part in zip(*found[:batches], strict=True)]
+
+
+def test_dropped_rows_have_their_frequency_and_depend_on_nothing():
+    """By batch, by place and by row; from one place, pass or seed to the next they are independent."""
+    count, size, passes, p = 64, 16, 400, 0.1
+    rows = torch.arange(count)
+    loader = ShuffledBatches({"x_0": rows, "context": rows}, size, context_dropout=p)
+    by_pass = []
+    for _ in range(passes):
+        batches = list(loader)
+        order, null = (torch.cat([b[name] for b in batches]) for name in ("x_0", "null"))
+        by_pass.append(torch.stack((null.double(), null[order.argsort()].double())))
+    by_place, by_row = torch.stack(by_pass, dim=1)
+    for found in (by_place, by_row):
+        se = (p * (1 - p) / passes) ** 0.5
+        assert abs(found.mean() - p) < 4 * se / count**0.5
+        assert (found.mean(0) - p).abs().max() < 5 * se
+        assert abs(found.mean(1).var() / (p * (1 - p) / count) - 1) < 5 * (2 / passes) ** 0.5
+    centred = by_place - p
+    for lag in (centred[:, 1:] * centred[:, :-1], centred[1:] * centred[:-1]):
+        assert abs(lag.mean()) < 5 * p * (1 - p) / lag.numel() ** 0.5
+
+
+def test_dropped_rows_are_those_of_seed_pass_and_place():
+    rows, null = nulls(batches=10)
+    again = nulls(batches=10)
+    assert torch.equal(rows, again[0])
+    assert torch.equal(null, again[1])
+    assert not torch.equal(null[:20], null[20:])  # another pass
+    assert not torch.equal(nulls(batches=10, seed=1)[1], null)
+    loader = ShuffledBatches(
+        {"x_0": torch.arange(20), "context": torch.arange(20)}, 4, context_dropout=0.5
+    )
+    loader.load_state_dict({"epoch": 1, "taken": 8, "seed": 0, "num_data": 20, "step": 4})
+    batch = next(iter(loader))
+    assert torch.equal(batch["null"], null[28:32])
+    assert torch.equal(batch["x_0"], rows[28:32])
+
+
+def test_ranks_drop_rows_of_their_own(monkeypatch):
+    """Two ranks with half the batch drop the rows that one drops."""
+    rows, null = nulls()
+    together = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        data = {"x_0": torch.arange(20), "context": torch.arange(20)}
+        together.append(list(ShuffledBatches(data, 2, context_dropout=0.5)))
+    for name, expected in (("x_0", rows), ("null", null)):
+        parts = [torch.stack([batch[name] for batch in part]) for part in together]
+        assert torch.equal(torch.cat(parts, dim=1).flatten(), expected)
+    assert not torch.equal(*(torch.cat([b["null"] for b in part]) for part in together))
+
+
+def test_rows_without_a_context_stay_without_one():
+    rows = torch.arange(40)
+    data = {"x_0": rows, "context": rows, "null": (rows % 2 == 0).numpy()}
+    batches = list(ShuffledBatches(data, 4, context_dropout=0.3))
+    null = torch.cat([batch["null"] for batch in batches])
+    own = torch.cat([batch["x_0"] for batch in batches]) % 2 == 0
+    assert null[own].all()
+    assert 0 < null[~own].sum() < len(null[~own])
+    plain = next(iter(ShuffledBatches(data, 4)))
+    assert torch.equal(plain["null"], plain["x_0"] % 2 == 0)
+    assert "null" not in next(iter(ShuffledBatches({"x_0": rows, "context": rows}, 4)))
+
+
 def test_bad_arguments_are_refused_in_words():
+    for share in (1.0, -0.1, "a", None):
+        with pytest.raises(ValueError, match="'context_dropout': got .*a number in"):
+            ShuffledBatches(
+                {"x_0": torch.zeros(3), "context": torch.zeros(3)}, 1, context_dropout=share
+            )
+    for data in (torch.zeros(3), {"x_0": torch.zeros(3)}):
+        with pytest.raises(
+            ValueError, match="'context_dropout': got 0.1 for data without a context"
+        ):
+            ShuffledBatches(data, 1, context_dropout=0.1)
     with pytest.raises(ValueError, match="'data': got 2 and 3 rows; expected as many"):
         OrderedBatches({"x_0": torch.zeros(2), "mask": torch.zeros(3)}, 1)
     with pytest.raises(ValueError, match="'data': got 0 rows"):

@@ -778,3 +778,92 @@ def test_parameters_that_change_places_or_are_tied_make_another_graph():
     swapped = agree()
     two.b = two.a
     assert len({first, swapped, agree()}) == 3
+
+
+# ------------------------------------------------------------------ with a context
+
+
+def contexts():
+    """Networks with a context and a null token, and contexts of five data."""
+    torch.manual_seed(0)
+    labels, numbers = torch.randint(3, (5,)), torch.randn(5, 2, dtype=torch.float64)
+
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.label = MLP((3,), hidden_size=8, num_blocks=1, num_classes=3, null_token=True)
+            self.number = MLP(
+                (3,), hidden_size=8, num_blocks=1, context_shape=(2,), null_token=True
+            )
+
+        def forward(self, x_t, log_snr, context, null=None):
+            label, more = context["label"], context["more"][0]
+            return self.label(x_t, log_snr, label, null) + self.number(x_t, log_snr, more, null)
+
+    settings = {"hidden_size": 8, "num_blocks": 1, "null_token": True}
+    return {
+        "labels": (MLP((3,), num_classes=3, **settings), labels),
+        "numbers": (MLP((3,), context_shape=(2,), **settings), numbers),
+        "tree": (Tree(), {"label": labels, "more": (numbers,)}),
+    }
+
+
+def conditional_pair(network):
+    for name, parameter in network.named_parameters():
+        if "decode" in name or name.endswith("null"):
+            nn.init.normal_(parameter)
+    denoiser = NeuralDenoiser(network, LogSNRSchedule(4), event_shape=(3,))
+    return DiffusionModel(denoiser).double().subsampled()
+
+
+@pytest.mark.parametrize(
+    ("name", "null"),
+    [
+        ("labels", None),
+        ("labels", torch.tensor([True, False, True, False, False])),
+        ("numbers", None),
+        ("tree", torch.tensor([False, False, True, False, True])),
+    ],
+)
+def test_the_graph_takes_a_context(name, null):
+    """Also in other rows than those of the trace, and in other dropped rows; by name and by position."""
+    network, context = contexts()[name]
+    pair, x_0 = conditional_pair(network), torch.randn(5, 3, dtype=torch.float64)
+    compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
+    programs = TraceMeanField_ELBO()(pair.model, pair.guide)
+    losses = []
+    for turn in range(3):
+        rows = torch.arange(5).roll(turn)
+        x, c = x_0[rows], torch.utils._pytree.tree_map(lambda part, rows=rows: part[rows], context)
+        given = {} if null is None else {"null": null.roll(turn // 2)}
+        programs.zero_grad()
+        torch.manual_seed(turn)
+        value = programs(x, c, **given)
+        value.backward()
+        named = {n: p.grad for n, p in programs.named_parameters() if p.grad is not None}
+        theirs = value.detach(), {n: grad.clone() for n, grad in named.items()}
+        assert_same(loss_and_grads(compiled, x, turn, context=c, **given), theirs)
+        torch.manual_seed(turn)
+        assert compiled(x, c, **given).item() == pytest.approx(value.item(), rel=1e-10)
+        losses.append(value.item())
+    assert len(compiled._graphs) == 1
+    assert len(set(losses)) == 3
+
+
+def test_dropped_rows_change_the_loss_of_a_graph_and_none_is_another_graph():
+    network, context = contexts()["labels"]
+    pair, x_0 = conditional_pair(network), torch.randn(5, 3, dtype=torch.float64)
+    compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
+    found = []
+    for given in (
+        {"context": context, "null": torch.zeros(5).bool()},
+        {"context": context, "null": torch.ones(5).bool()},
+        {},
+        {"context": None},
+    ):
+        torch.manual_seed(0)
+        found.append(compiled(x_0, **given).item())
+    assert found[1] == pytest.approx(found[2], rel=1e-10)
+    assert found[2] == found[3]
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+    assert len(compiled._graphs) == 2

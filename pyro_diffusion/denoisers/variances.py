@@ -18,13 +18,14 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import as_numbers, check_argument, check_count, check_data, require
 from pyro_diffusion.denoisers.base import Denoiser
+from pyro_diffusion.given import Given, chunks
 from pyro_diffusion.processes import ChainStep, posterior_variance
 from pyro_diffusion.reading import reading
 
@@ -166,7 +167,13 @@ class OptimalVariance(nn.Module, ReverseVariance):
 
     @classmethod
     def from_data(
-        cls, diffusion: Embedding, x_0: Tensor, *, num_levels: int = 64, batch_size: int = 2048
+        cls,
+        diffusion: Embedding,
+        x_0: Tensor,
+        *,
+        num_levels: int = 64,
+        batch_size: int = 2048,
+        **given: Any,
     ) -> "OptimalVariance":
         """Squared errors of a model's estimates, over data and noise, at evenly spaced log-SNRs.
 
@@ -175,10 +182,12 @@ class OptimalVariance(nn.Module, ReverseVariance):
             x_0: Data that it was trained on, shape ``(N,)`` + the shape of one datum.
             num_levels: Number of log-SNRs ``G``. The network computes ``G`` times ``N`` rows.
             batch_size: Number of rows that the network computes at a time.
+            given: ``context=`` of conditional data, a row for each datum, and ``null=``, true where it was
+                dropped. The errors are then those of the estimates given the context.
 
         Raises:
             ValueError: An object that is not a model of real numbers, a schedule with a curve for each entry
-                or with one step, or data for which the programs raise an error.
+                or with one step, a mask, or data or a context for which the programs raise an error.
         """
         num_levels = check_count("num_levels", num_levels, 2, "64 are enough.", "of the log-SNR")
         batch_size = check_count("batch_size", batch_size, 1, "Leave it out.")
@@ -196,15 +205,18 @@ class OptimalVariance(nn.Module, ReverseVariance):
             "log-SNR",
             "Use LearnedVariance().",
         )
+        what = _without_mask(Given.of(**given))
         ends = schedule.log_snr(torch.tensor([schedule.num_timesteps, 1], device=schedule.device))
         levels = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_levels).to(ends))
-        with reading(diffusion, data=x_0):  # type: ignore[arg-type]
+        with reading(diffusion, data=(x_0, what)):  # type: ignore[arg-type]
             x_0, squares = diffusion.embed(check_data(x_0)), []
+            what = what.with_rows(len(x_0))
+            denoiser.check_given(what.of_kernels())
             for level in levels:
                 total = 0.0
-                for part in x_0.split(batch_size):
+                for _, part, own in chunks(x_0, what, batch_size):
                     x_t = denoiser.process.noised(part, level).sample()
-                    error = part - denoiser.x_0_hat(x_t, level)
+                    error = part - denoiser.x_0_hat(x_t, level, **own.of_kernels())
                     total += error.double().square().sum().item()
                 squares.append(total / x_0.numel())
         return cls(levels, torch.tensor(squares).to(levels).clamp(min=1e-12))
@@ -226,3 +238,15 @@ class OptimalVariance(nn.Module, ReverseVariance):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.log_snr)} levels)"
+
+
+def _without_mask(given: Given) -> Given:
+    """What goes with data, if all entries are observed."""
+    require(
+        given.mask is None,
+        "argument 'mask'",
+        "one",
+        "data without gaps, because one variance stands for all entries",
+        "Pass the complete data, or use LearnedVariance().",
+    )
+    return given

@@ -24,7 +24,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -33,13 +33,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from pyro_diffusion.checks import check_count, require
+from pyro_diffusion.checks import check_between, check_count, require
 from pyro_diffusion.training.parallel import common_length, rank_and_size, share
 
 _AHEAD = (
     64  # batches whose row numbers are computed together; this costs little more than one batch
 )
 _ROUNDS = 8  # four suffice in theory, for large halves; an order of ten rows needs more
+_DROPOUT = 1  # in the key of the dropped contexts, whose numbers thus differ from those of an order
 
 
 class Batches(ABC):
@@ -47,15 +48,14 @@ class Batches(ABC):
 
     Args:
         data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
-            (``{"x_0": …, "mask": …}``).
+            (``{"x_0": …, "context": …}``). A context may be a tuple or a dictionary of arrays.
         batch_size: Rows in a batch, on each rank.
     """
 
     def __init__(self, data: Any, batch_size: int) -> None:
-        arrays = list(data.values()) if isinstance(data, Mapping) else [data]
         self.data = data
         self.num_data = common_length(
-            [len(array) for array in arrays],
+            [len(array) for array in arrays_of(data)],
             'Pass an array, or arrays by the names of the programs\' arguments, {"x_0": …, "mask": …}.',
         )
         self.batch_size = check_count(
@@ -75,9 +75,7 @@ class Batches(ABC):
         """The batches of a pass: tensors, or dictionaries of tensors."""
 
     def _read(self, rows: np.ndarray | slice) -> Any:
-        if isinstance(self.data, Mapping):
-            return {name: rows_of(array, rows) for name, array in self.data.items()}
-        return rows_of(self.data, rows)
+        return each(lambda array: rows_of(array, rows), self.data)
 
 
 class ShuffledBatches(Batches):
@@ -89,19 +87,30 @@ class ShuffledBatches(Batches):
     dataloader, calls ``set_epoch``, and writes the position into its checkpoints. A run that is resumed
     therefore continues after exactly those batches that it was trained on.
 
+    With ``context_dropout=p`` each batch has a column ``"null"`` of booleans. It is true in a row with
+    probability :math:`p`: the context of this row is dropped, and a network with a null token learns
+    :math:`p(x)` beside :math:`p(x \mid c)`. The seed, the pass and the place in its order determine which
+    rows these are, so that a run that is resumed has the same ones. If the data have a column ``"null"`` of
+    their own, for rows without a context, a row is null if either is true.
+
     Args:
         data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
-            (``{"x_0": …, "mask": …}``).
+            (``{"x_0": …, "context": …}``). A context may be a tuple or a dictionary of arrays.
         batch_size: Rows in a batch :math:`n`, on each rank.
-        seed: Seed of the orders, the same on every rank.
+        seed: Seed of the orders and of the dropped contexts, the same on every rank.
+        context_dropout: Probability :math:`p` in [0, 1) with which the context of a row is dropped.
 
     Attributes:
         epoch: Number of the pass.
         taken: Rows of the pass that were taken, by all ranks together.
 
     Raises:
-        ValueError: Arrays of different lengths, or fewer rows than a batch of all ranks has. From
-            ``load_state_dict``: a position in other data or in another order.
+        ValueError: Arrays of different lengths, fewer rows than a batch of all ranks has, or dropout without
+            a context. From ``load_state_dict``: a position in other data or in another order.
+
+    References:
+        Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), algorithm 1 (context dropout).
+        https://arxiv.org/abs/2207.12598
 
     Example:
         >>> batches = ShuffledBatches(torch.arange(5.0), batch_size=2)
@@ -109,9 +118,19 @@ class ShuffledBatches(Batches):
         (2, 4)
     """
 
-    def __init__(self, data: Any, batch_size: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, data: Any, batch_size: int, *, seed: int = 0, context_dropout: float = 0.0
+    ) -> None:
         super().__init__(data, batch_size)
         self.seed, self.epoch, self.taken = seed, 0, 0
+        self.context_dropout = check_context_dropout(context_dropout)
+        require(
+            context_dropout == 0 or (isinstance(data, Mapping) and "context" in data),
+            "argument 'context_dropout'",
+            f"{context_dropout} for data without a context",
+            'a column "context", which is dropped in some rows',
+            'Pass {"x_0": x_0, "context": context}, for fit context=; or leave out the dropout.',
+        )
 
     @property
     def sampler(self) -> Self:
@@ -143,16 +162,31 @@ class ShuffledBatches(Batches):
         if self.taken + self._step > self.num_data:
             self.set_epoch(self.epoch + 1)
         while (left := (self.num_data - self.taken) // self._step) > 0:
-            for rows in self._next_rows(min(left, _AHEAD)):
+            places = self._next_places(min(left, _AHEAD))
+            orders = permuted(places, self.num_data, (self.seed, self.epoch))
+            for rows, null in zip(orders, self._nulls(places), strict=True):
                 self.taken += self._step
-                yield self._read(rows)
+                yield self._dropped(self._read(rows), null)
 
-    def _next_rows(self, count: int) -> np.ndarray:
-        """The row numbers of this rank in the next batches, ``(count, n)``."""
+    def _next_places(self, count: int) -> np.ndarray:
+        """The places of this rank's rows in the order of the pass, in the next batches, ``(count, n)``."""
         first = self.taken + rank_and_size()[0] * self.batch_size
         starts = first + self._step * np.arange(count)
-        places = starts[:, None] + np.arange(self.batch_size)
-        return permuted(places, self.num_data, (self.seed, self.epoch))
+        return starts[:, None] + np.arange(self.batch_size)
+
+    def _nulls(self, places: np.ndarray) -> np.ndarray:
+        """Whether the context is dropped, by place in the order of the pass."""
+        if not self.context_dropout:
+            return np.zeros(places.shape, dtype=bool)
+        return uniform(places, (self.seed, self.epoch, _DROPOUT)) < self.context_dropout
+
+    def _dropped(self, batch: Any, null: np.ndarray) -> Any:
+        """A batch with its dropped rows, and with those that have no context of their own."""
+        if not self.context_dropout:
+            return batch
+        dropped = torch.from_numpy(null).to(batch["x_0"].device)
+        own = batch.get("null")
+        return batch | {"null": dropped if own is None else own | dropped}
 
     @property
     def _step(self) -> int:
@@ -197,7 +231,7 @@ class OrderedBatches(Batches):
 
     Args:
         data: Array of ``N`` rows, or several such arrays by the names of the programs' arguments
-            (``{"x_0": …, "mask": …}``).
+            (``{"x_0": …, "context": …}``). A context may be a tuple or a dictionary of arrays.
         batch_size: Largest number of rows in a batch, on each rank.
 
     Raises:
@@ -222,7 +256,8 @@ class OrderedBatches(Batches):
 def split_batch(batch: Any) -> tuple[Tensor, dict[str, Any]]:
     """A batch of any loader as data, and the other arguments of the programs by name."""
     if isinstance(batch, Mapping) and "x_0" in batch:
-        return batch["x_0"], {name: value for name, value in batch.items() if name != "x_0"}
+        given = {name: value for name, value in batch.items() if name != "x_0"}
+        return batch["x_0"], given | {n: as_tree(c) for n, c in given.items() if n == "context"}
     if isinstance(batch, list | tuple) and len(batch) == 1:
         batch = batch[0]
     if not isinstance(batch, Tensor):
@@ -270,6 +305,43 @@ def permuted(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     while (outside := rows >= size).any():
         rows[outside] = _feistel(rows[outside], bits, keys)
     return rows.astype(np.int64)
+
+
+def uniform(places: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    """Independent uniform numbers in [0, 1) for whole numbers: the same number for the same place and key."""
+    first, second = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    words = _hash(_hash(places.astype(np.uint64) + first) + second)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def check_context_dropout(probability: Any) -> float:
+    """The probability with which the context of a row is dropped, in [0, 1)."""
+    meaning, remedy = "the probability that a row has no context", "0.1 is usual."
+    return check_between("context_dropout", probability, 0.0, 1.0, meaning, remedy, "[)")
+
+
+def each(function: Callable[[Any], Any], data: Any) -> Any:
+    """A function of each array in data: of one array, or of columns by name, of which a context is a tree."""
+    if isinstance(data, Mapping):
+        return {name: each(function, part) for name, part in data.items()}
+    if isinstance(data, tuple):
+        return tuple(each(function, part) for part in data)
+    return function(data)
+
+
+def as_tree(context: Any) -> Any:
+    """A context whose tuples a loader made into lists, as ``default_collate`` does, with tuples again."""
+    if isinstance(context, Mapping):
+        return {name: as_tree(part) for name, part in context.items()}
+    tensors = isinstance(context, list) and all(isinstance(x, Tensor | Mapping) for x in context)
+    return tuple(map(as_tree, context)) if tensors else context
+
+
+def arrays_of(data: Any) -> list[Any]:
+    """The arrays in data, in order."""
+    found: list[Any] = []
+    each(found.append, data)
+    return found
 
 
 def _feistel(x: np.ndarray, bits: np.uint64, keys: np.ndarray) -> np.ndarray:

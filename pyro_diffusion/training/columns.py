@@ -1,7 +1,8 @@
 r"""The data of a run of :func:`~pyro_diffusion.training.fit`: columns of rows, and which rows are held out.
 
-Data, mask and weights are *columns*: arrays with one row for each datum, by the names of the programs'
-arguments. A part of them is split off at random before training,
+Data, mask, context and weights are *columns*: arrays with one row for each datum, by the names of the
+programs' arguments; a context may be a tuple or a dictionary of arrays. A part of them is split off at random
+before training,
 
 .. math::
     \{1, …, N\} = \text{training} \cup \text{held out},
@@ -10,6 +11,7 @@ with a seed, so that a run which is resumed has the same parts. Columns that fit
 device once and stay there. An array on disk stays on disk.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,15 +22,24 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyro_diffusion.checks import as_numbers, check_data, check_mask, require
 from pyro_diffusion.family import Family, Pair
+from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading
-from pyro_diffusion.training.batches import ShuffledBatches, permuted, rows_of
-from pyro_diffusion.training.parallel import common_length
+from pyro_diffusion.scoring import replayed
+from pyro_diffusion.training.batches import (
+    ShuffledBatches,
+    arrays_of,
+    as_tree,
+    each,
+    permuted,
+    rows_of,
+)
 
 #: Columns by the names of the programs' arguments; ``x_0`` is among them.
 Columns = dict[str, Any]
 
 HELD_OUT = 0.1  #: share of the data that is split off
 MOST_HELD_OUT = 10_000  #: and at most so many, which make the error of a mean small
+_LOOK = 65_536  # rows whose values are looked at together
 
 
 class Parts(NamedTuple):
@@ -39,12 +50,20 @@ class Parts(NamedTuple):
 
 
 def parts_of(
-    family: Pair, x_0: Any, validation: Any, seed: int, device: torch.device, /, **given: Any
+    family: Pair,
+    pair: tuple[Any, Any],
+    x_0: Any,
+    validation: Any,
+    seed: int,
+    device: torch.device,
+    /,
+    **given: Any,
 ) -> Parts:
     """Training data and held-out data as columns on a device, all of their values checked.
 
     Args:
         family: The model, or a model and a guide.
+        pair: The programs that are trained, which are run for a few rows of conditional data.
         x_0: Data in one of the forms that :func:`columns` takes.
         validation: Held-out data, in one of those forms; ``None`` to split some off.
         seed: Of the split.
@@ -55,30 +74,82 @@ def parts_of(
         ValueError: Data that do not fit the model, or too few to hold some out.
     """
     data = columns(x_0, device, **given)
-    if validation is None:
-        parts = split(data, seed)
-        _check_values(family, parts.held_out)
-    else:
+    parts = None
+    if validation is not None:
         try:
             parts = Parts(data, columns(validation, device))
-            _check_values(family, parts.held_out)
+            _check_values(family, pair, parts.held_out)
         except ValueError as error:
             raise ValueError(f"argument 'validation': {error}") from error
-    _check_values(family, parts.training)
+        _check_alike(parts)
+    _check_values(family, pair, data)
+    parts = split(data, seed) if parts is None else parts
     _check_counts(parts)
     return parts
 
 
-def _check_values(family: Pair, data: Columns) -> None:
+def _check_alike(parts: Parts) -> None:
+    """A context in both parts or in none, so that both bounds are of the same law."""
+    has = ["context" in part for part in parts]
+    require(
+        has[0] == has[1],
+        "argument 'validation'",
+        "data without a context for a model that is trained with one"
+        if has[0]
+        else "data with a context for a model that is trained without one",
+        "a context in both or in none, because the held-out bound is that of the training data's law",
+        'Pass validation={"x_0": x_valid, "context": c_valid} and fit(…, context=c).',
+    )
+
+
+def _check_values(family: Pair, pair: tuple[Any, Any], data: Columns) -> None:
     """Look at all data once, for a graph does not. What is on disk is looked at batch by batch."""
     x_0, mask = data["x_0"], data.get("mask")
-    if not isinstance(family, Family) or not isinstance(x_0, Tensor):
-        return
-    rows = 65_536
-    with reading(family):
-        for first in range(0, len(x_0), rows):
-            seen = None if mask is None else mask[first : first + rows].to(family.device)
-            family.embed(check_data(x_0[first : first + rows].to(family.device), seen), seen)
+    if isinstance(family, Family) and isinstance(x_0, Tensor):
+        with reading(family):
+            for rows in _slices(len(x_0)):
+                seen = None if mask is None else mask[rows].to(family.device)
+                family.embed(check_data(x_0[rows].to(family.device), seen), seen)
+    if "context" in data or "null" in data:
+        _check_context(pair, data)
+
+
+def _check_context(pair: tuple[Any, Any], data: Columns) -> None:
+    """Look at a context once, and run the programs for the rows with its smallest and largest numbers."""
+    count, null, places = len(data["x_0"]), data.get("null"), {0}
+    Given(context=() if "context" in data else None, null=null).with_rows(count)
+    for array in arrays_of(data["context"]):
+        if isinstance(array, Tensor):
+            for rows in _slices(count):
+                part = Given(context=array[rows], null=None if null is None else null[rows])
+                part.with_rows(len(array[rows]))
+        if not _is_real(array):
+            places |= _extremes(array)
+    device = next(p.device for program in pair for p in program.parameters())
+    few = np.array(sorted(places))
+    batch = each(lambda array: rows_of(array, few).to(device), data)
+    batch.pop("weights", None)
+    with reading(*pair):
+        replayed(*pair, batch.pop("x_0"), **batch)
+
+
+def _slices(count: int) -> Iterator[slice]:
+    """All rows, some at a time."""
+    return (slice(first, first + _LOOK) for first in range(0, count, _LOOK))
+
+
+def _is_real(array: Any) -> bool:
+    """Whether the numbers are real, and not labels, whose extremes tell whether all of them exist."""
+    return bool(
+        array[:1].is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    )
+
+
+def _extremes(array: Any) -> set[int]:
+    """The rows with the smallest and the largest number of an array."""
+    values = array.cpu().numpy() if isinstance(array, Tensor) else array
+    width = math.prod(values.shape[1:])
+    return {int(place) // width for place in (values.argmin(), values.argmax())} if width else set()
 
 
 def _check_counts(parts: Parts) -> None:
@@ -112,16 +183,26 @@ def columns(x_0: Any, device: torch.device, /, **given: Any) -> Columns:
     """
     found = _by_name(x_0) | {name: column for name, column in given.items() if column is not None}
     on_disk = isinstance(found["x_0"], np.memmap)
-    found = {name: _array(name, column, on_disk) for name, column in found.items()}
-    common_length([len(column) for column in found.values()], "Give every datum one row in each.")
+    found = {name: _column(name, column, on_disk) for name, column in found.items()}
+    for name, column in found.items():
+        for array in arrays_of(column):
+            require(
+                len(array) == len(found["x_0"]),
+                f"argument {name!r}",
+                f"{len(array)} rows for {len(found['x_0'])} data",
+                "a row for each datum",
+                "Give every datum one row in each.",
+            )
     if "mask" in found and isinstance(found["x_0"], Tensor):
         check_mask(found["mask"], found["x_0"])
     if "weights" in found:
         found["weights"] = _check_weights(found["weights"], len(found["x_0"]))
-    held = sum(x.numel() * x.element_size() for x in found.values() if isinstance(x, Tensor))
+    tensors = [x for x in arrays_of(found) if isinstance(x, Tensor)]
+    held = sum(x.numel() * x.element_size() for x in tensors)
     if device.type == "cuda" and held > torch.cuda.mem_get_info(device)[0] / 4:
         return found  # Lightning moves each batch
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}
+    moved: Columns = each(lambda x: x.to(device) if isinstance(x, Tensor) else x, found)
+    return moved
 
 
 def _by_name(x_0: Any) -> Columns:
@@ -157,9 +238,17 @@ def _by_name(x_0: Any) -> Columns:
     )
 
 
+def _column(name: str, column: Any, on_disk: bool) -> Any:
+    """A column as a tensor; a context of several as a tuple or a dictionary of tensors."""
+    column = as_tree(column) if name == "context" else column
+    if name == "context" and isinstance(column, Mapping | tuple):
+        return each(lambda part: _array(name, part, on_disk), column)
+    return _array(name, column, on_disk)
+
+
 def _array(name: str, column: Any, on_disk: bool) -> Any:
-    """A column as a tensor. One on disk stays there if the data do; weights are always read."""
-    if isinstance(column, np.memmap) and on_disk and name != "weights":
+    """An array as a tensor. One on disk stays there if the data do; one number a row is always read."""
+    if isinstance(column, np.memmap) and on_disk and name not in ("weights", "null"):
         return column
     if isinstance(column, np.ndarray):
         column = np.require(column, requirements=["C", "W"])  # torch shares no other memory
@@ -203,13 +292,9 @@ def split(data: Columns, seed: int) -> Parts:
         "Pass validation=x_valid, data that training does not see.",
     )
     first = min(max(2, round(HELD_OUT * count)), MOST_HELD_OUT)
-    cut = {
-        name: (ShuffledRows(column, 0, first, seed), ShuffledRows(column, first, count, seed))
-        for name, column in data.items()
-    }
     return Parts(
-        {name: rest.whole() for name, (_, rest) in cut.items()},
-        {name: held.whole() for name, (held, _) in cut.items()},
+        each(lambda array: ShuffledRows(array, first, count, seed).whole(), data),
+        each(lambda array: ShuffledRows(array, 0, first, seed).whole(), data),
     )
 
 
@@ -257,5 +342,5 @@ class Passes(ShuffledBatches):
 
     def first(self) -> Columns:
         """A batch of the first rows, which is not counted as taken."""
-        rows = slice(0, self.batch_size)
-        return {name: rows_of(column, rows) for name, column in self.data.items()}
+        batch: Columns = self._read(slice(0, self.batch_size))
+        return self._dropped(batch, np.zeros(self.batch_size, dtype=bool))

@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pyro_diffusion.checks import require
+from pyro_diffusion.given import by_position
 from pyro_diffusion.training.graphs import (
     CompiledGraph,
     GraphLoss,
@@ -128,7 +129,10 @@ class CompiledELBO(nn.Module):
         yield from ((n, p) for n, p in self._stated.items() if id(p) not in known)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, differentiable in all parameters."""
+        """The loss, differentiable in all parameters. A context may go by name or by position."""
+        if "context" in kwargs and len(args) == 1:
+            moved, kwargs = by_position(*args, kwargs)
+            args = tuple(moved)
         values, spec = _flattened(args, kwargs)
         _check_call(values)
         tensors = [value for value in values if isinstance(value, Tensor)]

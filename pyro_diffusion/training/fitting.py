@@ -35,6 +35,7 @@ from pyro_diffusion.checks import (
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.hvae import HierarchicalVAE
+from pyro_diffusion.training.batches import check_context_dropout, each
 from pyro_diffusion.training.columns import Passes, parts_of
 from pyro_diffusion.training.fitted import Fit
 from pyro_diffusion.training.held_out import HeldOut
@@ -69,6 +70,9 @@ class Recipe(NamedTuple):
     #: whether the step is machine code; by default in long runs, which repay the compilation (others run the
     #: graph of the programs, and short ones the programs); ``True`` is an error where programs are not static
     compiled: bool | None = None
+    #: probability with which the context of a row of a batch is dropped, so that a network with a null token
+    #: also learns data without a context; held-out data keep theirs
+    context_dropout: float = 0.0
 
 
 def fit(
@@ -104,8 +108,9 @@ def fit(
         family: A ``DiffusionModel``, a ``HierarchicalVAE``, or a tuple ``(model, guide)`` of modules.
         x_0: Data: a tensor or an array of shape ``(N,)`` + the shape of one datum, a map-style dataset, or a
             dictionary of columns ``{"x_0": …, "mask": …}``. An ``np.memmap`` is read batch by batch.
-        validation: Held-out data, in one of those forms. By default a tenth of the data is split off at
-            random, at most 10,000.
+        validation: Held-out data, in one of those forms; conditional data as
+            ``{"x_0": …, "context": …}``. By default a tenth of the data is split off at random, at most
+            10,000.
         weights: One number for each datum, its share of the loss and of the held-out bound, not negative.
             They are divided by their mean.
         max_steps: Steps of the optimiser; 5,000 by default if there is no ``max_seconds``.
@@ -116,15 +121,19 @@ def fit(
         seed: Of the split, the batches and the noise. Random states outside are as before.
         progress: Whether to show a progress bar, in runs of more than five seconds.
         recipe: How to train; ``Recipe()`` by default.
-        given: ``mask=`` of observed entries, in the data's shape, and what else the programs take by name.
+        given: What goes with the data, a row for each datum: ``mask=`` of observed entries, in the data's
+            shape; ``context=`` of conditional data, a tensor or an array, or a tuple or dictionary of them;
+            ``null=`` beside it, true for data without a context; and what else the programs take by name.
 
     Returns:
         A :class:`Fit`: the history of the run, the best held-out bound, and why the run ended.
 
     Raises:
         ImportError: Lightning is not installed.
-        ValueError: Data that do not fit the model, or too few to hold some out; a step whose loss is not
-            finite; a folder with the checkpoint of another model or of other data.
+        ValueError: Data that do not fit the model, or too few to hold some out; a context that is not
+            finite, has a label that does not exist, or is missing in held-out data; context dropout without a
+            context or a null token; a step whose loss is not finite; a folder with the checkpoint of another
+            model or of other data.
 
     Warns:
         UserWarning: The last weights are behind the best by more than two standard errors: the model
@@ -147,12 +156,15 @@ def fit(
     device = _device(model, guide)
     seed = check_count("seed", seed, 0, "It determines the split, the batches and the noise.")
     folder = None if path is None else _folder(path)
-    data = parts_of(family, x_0, validation, seed, device, weights=weights, **given)
+    pair = model, guide
+    with _seeded(seed):
+        data = parts_of(family, pair, x_0, validation, seed, device, weights=weights, **given)
     held_out = HeldOut(family, data.held_out, recipe.batch_size, device)
+    size, dropout = min(recipe.batch_size, len(data.training["x_0"])), recipe.context_dropout
+    batches = Passes(data.training, size, seed=seed, context_dropout=dropout)
     watch = Watch(held_out.fewer(_MOST_READ), recipe, *limits, folder, progress)
     with _seeded(seed), _quiet(), _modes_kept(model, guide):
-        size = min(recipe.batch_size, len(data.training["x_0"]))
-        _train(model, guide, Passes(data.training, size, seed=seed), watch)
+        _train(model, guide, batches, watch)
     result = Fit.of(watch.record, held_out.estimate(), watch.ended, family, data)
     if result.overfits:
         warnings.warn(result.overfitting, UserWarning, stacklevel=2)
@@ -182,6 +194,7 @@ def _check_recipe(recipe: Recipe) -> Recipe:
     for name, most in (("weight_decay", math.inf), ("averaging", 1.0)):
         remedy = "It is a field of Recipe."
         check_between(name, getattr(recipe, name), 0.0, most, "a share", remedy, ends="[)")
+    check_context_dropout(recipe.context_dropout)
     if recipe.elbo is not None:
         check_argument("elbo", recipe.elbo, ELBO, "TraceMeanField_ELBO()")
     return recipe
@@ -297,7 +310,8 @@ def _train(model: nn.Module, guide: nn.Module, batches: Passes, watch: "Watch") 
     model.train()
     guide.train()
     limits = watch.max_steps, watch.max_seconds
-    loss = loss_of(model, guide, recipe, batches.first(), limits, watch.kl_share)
+    first = each(lambda rows: rows.to(device), batches.first())
+    loss = loss_of(model, guide, recipe, first, limits, watch.kl_share)
     module = WatchedModule(model, guide, loss, partial(_adamw, recipe=recipe))
     trainer = lightning.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),

@@ -31,7 +31,7 @@ from pyro_diffusion.evidence.evidence import fingerprint
 from pyro_diffusion.family import Pair, programs
 from pyro_diffusion.given import Given
 from pyro_diffusion.reading import reading
-from pyro_diffusion.training.batches import rows_of
+from pyro_diffusion.training.batches import arrays_of, each, rows_of
 from pyro_diffusion.training.columns import Columns, ShuffledRows
 from pyro_diffusion.training.objectives import bound_by_datum
 
@@ -74,21 +74,21 @@ class HeldOut:
 
     @property
     def fingerprint(self) -> str:
-        """A word that tells these data, with their mask and weights, from others."""
+        """Words that tell these data, with their mask, context and weights, from others."""
         x_0, *mask = (
             rows_of(self.data[name], slice(None)) for name in ("x_0", "mask") if name in self.data
         )
-        words = [fingerprint(x_0, *mask)]
-        return " ".join(words if self.weights is None else [*words, fingerprint(self.weights)])
+        others = [self.data[name] for name in ("context", "null") if name in self.data]
+        beside = [rows_of(array, slice(None)) for part in others for array in arrays_of(part)]
+        beside += [] if self.weights is None else [self.weights]
+        return " ".join([fingerprint(x_0, *mask), *map(fingerprint, beside)])
 
     def fewer(self, most: int) -> "HeldOut":
         """At most so many of the data, a random choice that is always the same; all if they have weights."""
         if self.count <= most or self.weights is not None:
             return self
         part = copy(self)
-        part.data = {
-            name: ShuffledRows(column, 0, most, 0).whole() for name, column in self.data.items()
-        }
+        part.data = each(lambda array: ShuffledRows(array, 0, most, 0).whole(), self.data)
         part.count = most
         part._bound = part._reader()
         return part
@@ -116,12 +116,13 @@ class HeldOut:
             torch.manual_seed(seed)
             for first in range(0, self.count, self.batch_size):
                 batch = slice(first, first + self.batch_size)
-                given = {
-                    name: rows_of(column, batch).to(self.device)
-                    for name, column in self.data.items()
-                }
+                given = self._rows(batch)
                 bounds.append(self._bound(given.pop("x_0"), given, rows // self.count))
         return torch.cat(bounds).cpu()
+
+    def _rows(self, rows: slice) -> Columns:
+        batch: Columns = each(lambda array: rows_of(array, rows).to(self.device), self.data)
+        return batch
 
     def _of_rows(
         self, diffusion: DiffusionModel, x_0: Tensor, given: dict[str, Any], share: int

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pyro_diffusion.bounds import ELBOTerms, elbo_terms
 from pyro_diffusion.chains import JointStrata, SubsampledProgram
 from pyro_diffusion.checks import require
+from pyro_diffusion.given import by_position
 from pyro_diffusion.params import check_state_dict
 from pyro_diffusion.scoring import replayed
 from pyro_diffusion.training.batches import ShuffledBatches, check_shares, split_batch
@@ -38,7 +39,11 @@ class SVIModule(lightning.LightningModule):
     r"""A Lightning module that minimises :math:`-\mathrm{ELBO}` of a Pyro model and guide.
 
     A batch is data of shape ``(N,) + event_shape``, alone, as the only tensor of a ``TensorDataset``, or
-    in a dictionary of the programs' arguments (``{"x_0": …, "mask": …}``).
+    in a dictionary of the programs' arguments (``{"x_0": …, "mask": …}``). Conditional data have a column
+    ``"context"``, a tensor, tuple or dictionary of tensors with a row for each datum. A column ``"null"`` of
+    booleans marks rows whose context was dropped, which
+    ``ShuffledBatches({"x_0": x_0, "context": c}, 256, context_dropout=0.1)`` makes for training. Validation
+    drops none, so that its bound is that of :math:`p(x \mid c)`.
 
     Training logs ``train_loss``, in nats per datum. Validation computes the bound with every timestep. It
     logs ``val_bits_per_dim``, ``val_elbo`` with ``val_elbo_error`` (one standard error of the mean, particles
@@ -118,11 +123,12 @@ class SVIModule(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         r""":math:`-\widehat{\mathrm{ELBO}} / N` of a batch."""
         x_0, given = split_batch(batch)
+        data, rest = by_position(x_0, given)
         if self._strata is not None:
             self._strata.advance()
         try:
             with self._strata or nullcontext():
-                loss = self.elbo(x_0, **given)
+                loss = self.elbo(*data, **rest)
             if not loss.isfinite():
                 raise ValueError(_first_that_is_not_finite(self.elbo, x_0, given))
         except ValueError as error:

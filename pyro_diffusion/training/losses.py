@@ -127,10 +127,10 @@ class Weighted(nn.Module):
         super().__init__()
         self.program = program
 
-    def forward(self, x_0: Tensor, weights: Tensor, **given: Any) -> Any:
+    def forward(self, x_0: Tensor, *context: Any, weights: Tensor, **given: Any) -> Any:
         """Run the program, with the log-probability of row n scaled by its weight."""
         with _Scaled(weights):
-            return self.program(x_0, **given)
+            return self.program(x_0, *context, **given)
 
 
 class WarmedUp(nn.Module):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from pyro_diffusion.training.batches import each
 from pyro_diffusion.training.columns import Columns
 from pyro_diffusion.training.held_out import HeldOut, Record
 from pyro_diffusion.training.lightning_module import SVIModule
@@ -49,7 +50,8 @@ class WatchedModule(SVIModule):
         self, batch: Columns, device: torch.device, dataloader_idx: int
     ) -> Columns:
         """The batch, which is on the device already unless the data did not fit there."""
-        return {name: column.to(device) for name, column in batch.items()}
+        moved: Columns = each(lambda column: column.to(device), batch)
+        return moved
 
 
 LAST = "last.ckpt"  #: name of the checkpoint in a run's folder
