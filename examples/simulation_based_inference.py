@@ -161,7 +161,7 @@ class Posterior(NamedTuple):
     def sample(self, num_draws, x):
         """Draws for each observation, ``(num_draws, N, P)``."""
         context = self.standardize(x).repeat(num_draws, 1)
-        draws = ODESampler(self.diffusion, timesteps=100)(len(context), context=context)
+        draws = ODESampler(self.diffusion, timesteps=64)(len(context), context=context)
         return draws.reshape(num_draws, len(x), -1)
 
     def bound(self, theta, x, standard_error):
@@ -369,7 +369,7 @@ def parse_arguments(options=None):
     args.num_held_out = 50 if args.smoke else 2_000
     args.num_flow = 5 if args.smoke else 500
     args.standard_error = 0.5 if args.smoke else 0.005
-    args.num_ranked = 20 if args.smoke else 500
+    args.num_ranked = 20 if args.smoke else 300
     args.num_draws = 9 if args.smoke else 99
     args.num_plotted = 50 if args.smoke else 2_000
     return args
