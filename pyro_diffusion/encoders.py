@@ -8,6 +8,10 @@ Every factor is a layer: a module that returns a Pyro distribution. :class:`Gaus
 :class:`BottomUpEncoder` has one layer for each level. :class:`TopDownEncoder` is abstract, and
 :class:`LadderEncoder` is its usual form. Both can be made of a user's own layers, with ``from_layers``.
 
+The encoder of a conditional model may depend on the context, :math:`q(h_{1:T} \mid x, c)`, and need not
+(E16). A layer whose ``forward`` has an argument ``context`` gets it, as ``layer(h, context=c)``, and the
+others are called without one. Dropped contexts come as ``null``, boolean, with a row for each datum.
+
 An encoder does not depend on the model, with one exception: a top-down encoder may call the model's own
 layers, which it gets as the argument ``decoder``.
 
@@ -18,8 +22,9 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import pyro.distributions as dist
@@ -28,6 +33,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
 from pyro_diffusion.checks import check_shape, check_unused, require
+from pyro_diffusion.given import Given, heard, takes
 from pyro_diffusion.networks import FeedForward, apply_layer
 from pyro_diffusion.typed import TorchDistribution
 
@@ -37,13 +43,17 @@ __all__ = [
     "LadderEncoder",
     "Sizes",
     "TopDownEncoder",
+    "apply_given",
     "level_shapes",
+    "taken_by",
 ]
 
 #: Sizes or shapes of h_1 … h_T.
 Sizes = Sequence[int | tuple[int, ...]]
 
 _SIZES = "Pass (16, 8), or shapes such as ((4, 4), 8), and leave out levels that hold nothing."
+#: Settings of a layer that say which context it takes.
+_OF_CONTEXT = ("context_shape", "num_classes", "null_token")
 _MIN_STD = 1e-4  # a precision of 1e8, which float32 can still add to others
 _UNIT = 0.5413  # softplus of it is one
 
@@ -52,17 +62,25 @@ class GaussianLayer(nn.Module):
     r"""A learned Gaussian: :math:`N(\mu(h), \operatorname{diag} \sigma^2(h))` from a perceptron.
 
     The perceptron returns :math:`\mu` and a number :math:`s` for each entry, and
-    :math:`\sigma = \operatorname{softplus}(s + 0.5413) + 10^{-4}`, which is 1 at :math:`s = 0`.
+    :math:`\sigma = \operatorname{softplus}(s + 0.5413) + 10^{-4}`, which is 1 at :math:`s = 0`. With
+    ``context_shape`` or ``num_classes`` both depend on a context too, :math:`\mu(h, c)` and
+    :math:`\sigma(h, c)`.
 
     Args:
         input_shape: Shape of :math:`h`.
         output_shape: Event shape of the Gaussian.
         settings: Passed on to :class:`~pyro_diffusion.networks.FeedForward`.
 
+    Raises:
+        ValueError: The errors of :class:`~pyro_diffusion.networks.FeedForward`.
+
     Example:
         >>> layer = GaussianLayer((8, 8), (16,), hidden_size=32)
         >>> layer(torch.randn(5, 8, 8)).event_shape
         torch.Size([16])
+        >>> conditional = GaussianLayer((8,), (16,), num_classes=10)
+        >>> conditional(torch.randn(5, 8), torch.arange(5)).batch_shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -73,27 +91,44 @@ class GaussianLayer(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __call__(self, h: Tensor) -> TorchDistribution: ...
+        def __call__(
+            self, h: Tensor, context: Any = None, null: Tensor | None = None
+        ) -> TorchDistribution: ...
 
-    def forward(self, h: Tensor) -> TorchDistribution:
+    @property
+    def takes_context(self) -> bool:
+        """Whether it was built with ``context_shape`` or ``num_classes``."""
+        return self.network.takes_context
+
+    def forward(
+        self, h: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> TorchDistribution:
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
+        given = Given(context=context, null=null).of_kernels()
+        if given and not self.takes_context:
+            self.network.embedded(context, null, len(h))  # which raises the network's error
         event_dim = len(self.network.output_shape) - 1
-        mean, raw = apply_layer(self.network, h).unbind(-1 - event_dim)
+        mean, raw = apply_layer(self.network, h, **given).unbind(-1 - event_dim)
         return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
 
 
 class BottomUpEncoder(nn.Module):
     r"""The Markovian encoder :math:`q(h_{1:T} \mid x) = q(h_1 \mid x) \prod_t q(h_t \mid h_{t-1})`.
 
+    With layers that take a context it is
+    :math:`q(h_{1:T} \mid x, c) = q(h_1 \mid x, c) \prod_t q(h_t \mid h_{t-1}, c)`.
+
     Args:
         event_shape: Shape of a datum after embedding. It may be left out if ``layers`` are given.
         latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out if ``layers`` are given.
         layers: The user's own layers: ``layers[t - 1](h_{t-1})`` is :math:`q(h_t \mid h_{t-1})`, with
             :math:`h_0` the embedded datum. ``None`` makes a :class:`GaussianLayer` for each level.
-        settings: Settings of the default layers, passed on to :class:`GaussianLayer`.
+        settings: Settings of the default layers, passed on to :class:`GaussianLayer`; ``context_shape=`` or
+            ``num_classes=`` for layers that take a context.
 
     Raises:
         ValueError: Sizes that are not positive whole numbers, no level, or settings together with ``layers``.
+            From a program: a layer that takes a context and got none, and has no null token.
     """
 
     #: Shapes of the datum and the latents, or ``None`` if only the layers determine them.
@@ -126,25 +161,32 @@ class BottomUpEncoder(nn.Module):
         """Number of levels, one for each layer."""
         return len(self.layers)
 
-    def transition(self, h: Tensor, t: int) -> TorchDistribution:
-        r""":math:`q(h_t \mid h_{t-1})`."""
-        return self.layers[t - 1](h)
+    def transition(
+        self, h: Tensor, t: int, context: Any = None, null: Tensor | None = None
+    ) -> TorchDistribution:
+        r""":math:`q(h_t \mid h_{t-1})`, or :math:`q(h_t \mid h_{t-1}, c)`."""
+        given = Given(context=context, null=null).of_kernels()
+        return cast(TorchDistribution, apply_given(self.layers[t - 1], h, given))
 
 
 class TopDownEncoder(nn.Module, ABC):
-    r"""An encoder in the model's order, :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`; abstract."""
+    r"""An encoder in the model's order, :math:`q(h_T \mid x) \prod_t q(h_{t-1} \mid h_t, x)`; abstract.
+
+    Each of its methods may have the arguments ``context`` and ``null`` besides; those that do are called
+    with them. The ``decoder`` has the context already.
+    """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Any:
-        """The context ``c`` of embedded data ``x``, computed once for all levels."""
+        """The code of embedded data ``x``, computed once for all levels."""
 
     @abstractmethod
-    def initial(self, c: Any) -> TorchDistribution:
+    def initial(self, code: Any) -> TorchDistribution:
         r""":math:`q(h_T \mid x)`."""
 
     @abstractmethod
     def transition(
-        self, h: Tensor, c: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
+        self, h: Tensor, code: Any, t: int, decoder: Callable[[Tensor, int], TorchDistribution]
     ) -> TorchDistribution:
         r""":math:`q(h_{t-1} \mid h_t, x)`; ``decoder(h, t)`` is the model's :math:`p(h_{t-1} \mid h_t)`."""
 
@@ -164,6 +206,9 @@ class LadderEncoder(TopDownEncoder):
             \frac{1}{\hat\sigma_t^{-2} + \sigma_p^{-2}} \right), \qquad
         q(h_T \mid x) = \hat q(h_T \mid x).
 
+    Steps and heads that take a context make it :math:`\hat q(h_t \mid x, c)`, and the model's kernel is
+    :math:`p(h_t \mid h_{t+1}, c)`.
+
     Args:
         event_shape: Shape of a datum after embedding. It may be left out if ``path`` and ``heads`` are given.
         latent_sizes: Sizes, or shapes, of :math:`h_1 … h_T`. They may be left out likewise.
@@ -172,11 +217,13 @@ class LadderEncoder(TopDownEncoder):
             :math:`\hat q(h_t \mid x)`, a Normal.
         hidden_size: Width of the default path, and of its hidden layers.
         settings: Settings of the default path, passed on to :class:`~pyro_diffusion.networks.FeedForward`.
+            The default heads take a context if the path does.
 
     Raises:
         ValueError: Sizes that are not positive whole numbers, no level, settings together with ``path`` and
             ``heads``, or a number of steps that differs from the number of heads. From a program: kernels
-            that are not Normals, or that have different event shapes.
+            that are not Normals, or that have different event shapes; a layer that takes a context and got
+            none, and has no null token.
 
     References:
         Ladder Variational Autoencoders (Sønderby et al., 2016), section 2.
@@ -201,7 +248,9 @@ class LadderEncoder(TopDownEncoder):
             self.shapes, width = level_shapes(event_shape, latent_sizes), (hidden_size,)
             inputs = [self.shapes[0]] + [width] * (len(self.shapes) - 2)
             path = [FeedForward(d, width, hidden_size=hidden_size, **settings) for d in inputs]
-            heads = [GaussianLayer(width, shape, num_hidden=0) for shape in self.shapes[1:]]
+            of_heads = {name: settings[name] for name in _OF_CONTEXT if name in settings}
+            of_heads |= {"hidden_size": hidden_size, "num_hidden": 0}
+            heads = [GaussianLayer(width, shape, **of_heads) for shape in self.shapes[1:]]
         else:
             check_unused(settings, "a path and heads")
             self.shapes = None if event_shape is None else level_shapes(event_shape, latent_sizes)
@@ -226,25 +275,59 @@ class LadderEncoder(TopDownEncoder):
         """Number of levels, one for each head."""
         return len(self.heads)
 
-    def encode(self, x: Tensor) -> list[TorchDistribution]:
+    def encode(
+        self, x: Tensor, context: Any = None, null: Tensor | None = None
+    ) -> list[TorchDistribution]:
         r""":math:`\hat q(h_1 \mid x) … \hat q(h_T \mid x)`."""
+        given = Given(context=context, null=null).of_kernels()
         d, levels = x, []
-        for step, head in zip(self.path, self.heads, strict=True):
-            d = apply_layer(step, d)
-            levels.append(head(d))
+        for t, (step, head) in enumerate(zip(self.path, self.heads, strict=True), 1):
+            try:
+                d = apply_given(step, d, given)
+                levels.append(apply_given(head, d, given))
+            except ValueError as error:
+                raise ValueError(f"site 'x_{t}': {error}") from error
         return levels
 
-    def initial(self, c: list[TorchDistribution]) -> TorchDistribution:
-        return c[-1]
+    def initial(self, code: list[TorchDistribution]) -> TorchDistribution:
+        return code[-1]
 
     def transition(
         self,
         h: Tensor,
-        c: list[TorchDistribution],
+        code: list[TorchDistribution],
         t: int,
         decoder: Callable[[Tensor, int], TorchDistribution],
     ) -> TorchDistribution:
-        return _merge(c[t - 2], decoder(h, t))
+        return _merge(code[t - 2], decoder(h, t))
+
+
+def taken_by(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``context`` and ``null`` that a layer, or a method of an encoder, takes."""
+    return heard(given, partial(takes, function), function)
+
+
+def apply_given(layer: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
+    """``layer(h)``, with those of ``context`` and ``null`` that the layer takes.
+
+    Raises:
+        ValueError: The errors of the layer, dropped contexts for a layer that takes a context alone, or no
+            context for a layer that needs one.
+    """
+    try:
+        return apply_layer(layer, h, **taken_by(layer, given))
+    except TypeError as error:
+        if "context" in given or not takes(layer, "context"):
+            raise
+        raise ValueError(
+            f"argument 'context': got none for {_name(layer)}, which takes one: {error}; expected a row for "
+            "each datum. Pass context=, or let the layer's forward have context=None and compute without one."
+        ) from error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """A layer's class, or the name of a method."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:

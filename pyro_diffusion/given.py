@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
-from pyro_diffusion.checks import as_numbers, check_finite, require, widened
+from pyro_diffusion.checks import as_numbers, check_finite, described, require, widened
 from pyro_diffusion.distributions import WrappedSite
 from pyro_diffusion.typed import TorchDistribution
 
@@ -39,6 +39,7 @@ __all__ = [
     "chunks",
     "first_repeated",
     "flattened",
+    "heard",
     "observed_part",
     "repeated",
     "seen",
@@ -105,14 +106,16 @@ class Given(NamedTuple):
         if self.null is None:
             return
         fit = isinstance(self.null, Tensor) and self.null.dtype == torch.bool
+        alone = self.context is None
         require(
-            fit and self.null.shape == (count,) and self.context is not None,
+            fit and self.null.shape == (count,) and not alone,
             "argument 'null'",
-            f"{self.null.dtype} of shape {tuple(self.null.shape)} for {count} data" if fit else "no booleans"
-            if self.context is not None else "dropped rows without a context",
-            "a boolean for each datum beside context=, true where its context is dropped",
+            "dropped rows without a context"
+            if alone
+            else f"{described(self.null)} for {count} data",
+            "a boolean for each datum beside context=, true where its context was dropped",
             "Leave out both for data without a context.",
-        )  # fmt: skip
+        )
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
@@ -195,6 +198,24 @@ def beside(state: Tensor, context: Any) -> Any:
         return part.to(state.dtype) if part.is_floating_point() else part
 
     return _each(of, context)
+
+
+def heard(
+    given: dict[str, Any], hears: Callable[[str], bool], whose: Callable[..., Any]
+) -> dict[str, Any]:
+    """What a function takes of ``given``: ``hears(name)`` tells whether it has the argument.
+
+    Raises:
+        ValueError: Dropped contexts for a function that takes a context alone.
+    """
+    taken = {name: value for name, value in given.items() if hears(name)}
+    if "null" in given and "context" in taken and "null" not in taken:
+        name = getattr(whose, "__qualname__", type(whose).__name__)
+        raise ValueError(
+            f"argument 'null': got dropped contexts for {name}, which takes a context and not null; expected "
+            "one that takes both. Give it the argument null, or leave out dropped contexts."
+        )
+    return taken
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:

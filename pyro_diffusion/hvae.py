@@ -3,7 +3,12 @@ r"""Hierarchical VAEs: the chains of :mod:`~pyro_diffusion.chains` with learned 
 .. math::
     p(x, h_{1:T}) = p(h_T)\, p(x \mid h_1) \prod_{t=2}^T p(h_{t-1} \mid h_t),
 
-with an encoder of :mod:`~pyro_diffusion.encoders`, bottom-up or top-down.
+with an encoder of :mod:`~pyro_diffusion.encoders`, bottom-up or top-down. Given a context :math:`c` (E16),
+
+.. math::
+    p(x, h_{1:T} \mid c) = p(h_T)\, p(x \mid h_1, c) \prod_{t=2}^T p(h_{t-1} \mid h_t, c),
+
+and the encoder may depend on the context too, which that of a diffusion model does not.
 
 A diffusion model is a hierarchical VAE with three restrictions: latents of the data's size, a fixed
 encoder, and a standard normal distribution at the end. With the kernels of a diffusion model as its layers,
@@ -19,7 +24,8 @@ References:
     https://arxiv.org/abs/2208.11970
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,11 +43,14 @@ from pyro_diffusion.encoders import (
     LadderEncoder,
     Sizes,
     TopDownEncoder,
+    apply_given,
     level_shapes,
+    taken_by,
 )
 from pyro_diffusion.family import Family, describe_part
+from pyro_diffusion.given import takes
 from pyro_diffusion.likelihoods import Likelihood
-from pyro_diffusion.networks import FeedForward, apply_layer
+from pyro_diffusion.networks import FeedForward
 from pyro_diffusion.typed import EmbedsData, TorchDistribution
 
 __all__ = [
@@ -63,6 +72,11 @@ class HierarchicalVAE(Family):
     analytic KLs under ``TraceMeanField_ELBO``. A :class:`BottomUpEncoder` of several levels needs
     ``Trace_ELBO``. A model of one level is a plain VAE.
 
+    With ``context_shape=`` or ``num_classes=`` the default layers take a context :math:`c` of each datum, and
+    the model is :math:`p(x, h_{1:T} \mid c)`: ``model(x_0, c)``, ``guide(x_0, c)``, ``elbo_terms(vae, x_0,
+    context=c)``, ``sample(n, context=c)``. With ``null_token=True`` as well the same programs without a
+    context are those of :math:`p(x, h_{1:T})`.
+
     Args:
         event_shape: Shape of a datum after embedding. It is the shape of the data, except for categories.
         latent_sizes: Sizes of :math:`h_1 … h_T`, bottom to top: whole numbers, or shapes for the user's own
@@ -72,16 +86,20 @@ class HierarchicalVAE(Family):
         encoder: :math:`q(h_{1:T} \mid x)`. ``None`` makes a :class:`BottomUpEncoder`.
         decoder: The user's own layers. For :math:`t \ge 2`, ``decoder[t - 1](h_t)`` is
             :math:`p(h_{t-1} \mid h_t)`. The likelihood is called with ``decoder[0](h_1)``; without a
-            likelihood that is the distribution of the data. ``None`` makes Gaussian layers.
+            likelihood that is the distribution of the data. ``None`` makes Gaussian layers. A layer whose
+            ``forward`` has an argument ``context`` is called with it, ``layer(h, context=c)``; likewise
+            ``null``, the rows whose context was dropped.
         transform: Torch transform from the user's units to the model's, as in a diffusion model.
         name: Prefix of the parameters in Pyro's param store. ``None`` takes a free one.
-        settings: Settings of the default layers: ``hidden_size``, ``num_hidden`` and ``dropout`` of
+        settings: Settings of the default layers of encoder and decoder: ``hidden_size``, ``num_hidden``,
+            ``dropout``, ``context_shape``, ``num_classes`` and ``null_token`` of
             :class:`~pyro_diffusion.networks.FeedForward`.
 
     Raises:
         ValueError: A size that is not a positive whole number, no level, a number of layers that is not the
             number of levels, settings where no layer is made by default, or an encoder of another kind. From
-            a program: a layer whose output does not fit, and data as for
+            a program: a layer whose output does not fit, a context for a decoder whose layers take none, no
+            context for a layer that needs one, and data as for
             :class:`~pyro_diffusion.diffusion.DiffusionModel`.
 
     Example:
@@ -89,6 +107,9 @@ class HierarchicalVAE(Family):
         >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
         >>> loss = svi.step(torch.randn(16, 2))
         >>> vae.sample(3).shape
+        torch.Size([3, 2])
+        >>> conditional = HierarchicalVAE((2,), latent_sizes=(8, 4), num_classes=10)
+        >>> conditional.sample(3, context=torch.arange(3)).shape
         torch.Size([3, 2])
     """
 
@@ -222,13 +243,14 @@ class HierarchicalVAE(Family):
         zero = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return dist.Normal(zero, 1.0).to_event(len(shape))
 
-    def transition(self, h: Tensor, t: int) -> TorchDistribution:
-        r""":math:`p(h_{t-1} \mid h_t)`, t = T … 2."""
-        return self._checked(self.decoder[t - 1](h), t - 1, "decoder")
+    def transition(self, h: Tensor, t: int, **given: Any) -> TorchDistribution:
+        r""":math:`p(h_{t-1} \mid h_t)`, t = T … 2; ``given`` is ``context=`` and ``null=``, if any."""
+        kernel = apply_given(self.decoder[t - 1], h, self._checked_given(given))
+        return self._checked(kernel, t - 1, "decoder")
 
-    def decode(self, h: Tensor) -> TorchDistribution:
+    def decode(self, h: Tensor, **given: Any) -> TorchDistribution:
         r""":math:`p(x \mid h_1)`."""
-        output = apply_layer(self.decoder[0], h)
+        output = apply_given(self.decoder[0], h, self._checked_given(given))
         if self.likelihood is not None:
             output = self.likelihood(_check_estimate(output, self.event_shape, self.likelihood))
         if not isinstance(output, Distribution):
@@ -239,17 +261,37 @@ class HierarchicalVAE(Family):
         kernel = cast(TorchDistribution, output)
         return self.data_kernel(kernel, h.shape[: h.dim() - len(self.latent_shapes[0])])
 
-    def _bottom_up(self, h: Tensor, t: int) -> TorchDistribution:
-        return self._checked(self.encoder.transition(h, t), t, "encoder")
+    def _bottom_up(self, h: Tensor, t: int, **given: Any) -> TorchDistribution:
+        kernel = self._of_encoder("transition", given)(h, t)
+        return self._checked(kernel, t, "encoder")
 
-    def _encode(self, x_0: Tensor, mask: Tensor | None = None) -> Any:
-        return self.encoder.encode(self.embed(x_0, mask))
+    def _encode(self, x_0: Tensor, mask: Tensor | None = None, **given: Any) -> Any:
+        return self._of_encoder("encode", given)(self.embed(x_0, mask))
 
-    def _initial(self, c: Any) -> TorchDistribution:
-        return self._checked(self.encoder.initial(c), self.num_timesteps, "encoder")
+    def _initial(self, code: Any, **given: Any) -> TorchDistribution:
+        kernel = self._of_encoder("initial", given)(code)
+        return self._checked(kernel, self.num_timesteps, "encoder")
 
-    def _top_down(self, h: Tensor, c: Any, t: int) -> TorchDistribution:
-        return self._checked(self.encoder.transition(h, c, t, self.transition), t - 1, "encoder")
+    def _top_down(self, h: Tensor, code: Any, t: int, **given: Any) -> TorchDistribution:
+        decoder = partial(self.transition, **given)
+        kernel = self._of_encoder("transition", given)(h, code, t, decoder)
+        return self._checked(kernel, t - 1, "encoder")
+
+    def _of_encoder(self, name: str, given: dict[str, Any]) -> Callable[..., Any]:
+        """A method of the encoder, with what it takes of a context and its dropped rows."""
+        method = getattr(self.encoder, name)
+        return partial(method, **taken_by(method, self._checked_given(given)))
+
+    def _checked_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        """``given``, if it is empty or the decoder depends on a context."""
+        if given and not any(takes(layer, "context") for layer in self.decoder):
+            layers = ", ".join(type(layer).__name__ for layer in self.decoder)
+            raise ValueError(
+                f"argument 'context': got one for a decoder whose layers ({layers}) take none; expected data "
+                "alone. Leave it out, or build the model with context_shape=(8,), say, or num_classes=10, or "
+                "with layers whose forward has an argument context."
+            )
+        return given
 
     def _checked(self, kernel: Any, t: int, layers: str) -> TorchDistribution:
         """A layer's kernel over the latent of level ``t``, if it is a distribution over it."""

@@ -1,6 +1,7 @@
 """Hierarchical VAEs against closed forms, and against the diffusion model that they contain."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -34,6 +35,7 @@ from pyro_diffusion import (
     PoissonLikelihood,
     Standardize,
     elbo_terms,
+    evaluate_bound,
     importance_evidence,
 )
 from pyro_diffusion.encoders import TopDownEncoder
@@ -615,3 +617,396 @@ def test_subclasses_are_built_by_their_own_constructors():
     vae = HierarchicalVAE((2,), (3,), encoder=encoder)
     vae.guide(torch.randn(5, 2))
     assert encoder.count == 1
+
+
+# ---------------------------------------------------------------- conditional hierarchies
+
+
+class LinearGiven(Linear):
+    """N(A h + U c + b, C)."""
+
+    def __init__(self, matrix, of_context, shift, covariance):
+        super().__init__(matrix, shift, covariance)
+        self.of_context = of_context
+
+    def forward(self, h, context):
+        mean = h @ self.matrix.T + context @ self.of_context.T + self.shift
+        return dist.MultivariateNormal(mean, self.covariance)
+
+
+class ConditionalLinearGaussian(LinearGaussian):
+    """The same chain with h_{t-1} = W_t h_t + U_t c + b_t + noise."""
+
+    def __init__(self, sizes, context_size=3, seed=0):
+        super().__init__(sizes, seed)
+        rng = np.random.default_rng(seed + 1)
+        self.U = [rng.normal(size=(size, context_size)) for size in sizes[:-1]]
+        self.of_context = [np.zeros((sizes[-1], context_size))]  # of the mean of each h_t
+        for W, U in zip(self.W[::-1], self.U[::-1], strict=True):
+            self.of_context.insert(0, W @ self.of_context[0] + U)
+
+    def decoder(self):
+        return [
+            LinearGiven(*map(torch.tensor, (W, U, b, np.diag(noise**2))))
+            for W, U, b, noise in zip(self.W, self.U, self.b, self.noise, strict=True)
+        ]
+
+    def encoder(self):
+        """p(h_t | h_{t-1}, c) by Bayes' rule: the gain is the same, and the means depend on c."""
+        of_context = [
+            torch.tensor(self.of_context[t]) - layer.matrix @ torch.tensor(self.of_context[t - 1])
+            for t, layer in enumerate(super().encoder(), start=1)
+        ]
+        return [
+            LinearGiven(layer.matrix, u, layer.shift, layer.covariance)
+            for layer, u in zip(super().encoder(), of_context, strict=True)
+        ]
+
+    def log_evidence(self, x, c):
+        mean, covariance, of_context = map(
+            torch.tensor, (self.mean[0], self.covariance[0], self.of_context[0])
+        )
+        return dist.MultivariateNormal(mean + c @ of_context.T, covariance).log_prob(x)
+
+
+class ExactTopDown(TopDownEncoder):
+    """p(h_T | x, c), and p(h_1 | h_2, x, c) from the decoder's p(h_1 | h_2, c) and the likelihood of x."""
+
+    def __init__(self, truth):
+        super().__init__()
+        last, size = len(truth.W), truth.sizes[0]
+        W = truth.W[0] if last == 1 else truth.W[0] @ truth.W[1]
+        gain = W.T @ np.linalg.inv(truth.covariance[0])
+        covariance = np.eye(truth.sizes[-1]) - gain @ W
+        shift, of_context = -gain @ truth.mean[0], -gain @ truth.of_context[0]
+        numbers = gain, of_context, shift, (covariance + covariance.T) / 2
+        self.top = LinearGiven(*map(torch.tensor, numbers))
+        bottom = truth.W[0], truth.U[0], truth.b[0], np.diag(truth.noise[0] ** -2.0)
+        self.W, self.U, self.b, self.precision = map(torch.tensor, bottom)
+        assert self.b.shape == (size,)
+
+    def encode(self, x, context):
+        return x, context
+
+    def initial(self, code):
+        return self.top(*code)
+
+    def transition(self, h, code, t, decoder, context):
+        x, c = code
+        assert t == 2
+        assert torch.equal(c, context)
+        prior = decoder(h, t)
+        inverse = prior.precision_matrix + self.W.T @ self.precision @ self.W
+        of_data = (x - c @ self.U.T - self.b) @ (self.precision @ self.W)
+        of_prior = (prior.precision_matrix @ prior.mean[..., None])[..., 0]
+        covariance = torch.linalg.inv(inverse)
+        mean = ((of_prior + of_data)[..., None, :] @ covariance)[..., 0, :]
+        return dist.MultivariateNormal(mean, (covariance + covariance.mT) / 2)
+
+
+def exact(truth, order):
+    encoder = (
+        ExactTopDown(truth) if order == "top-down" else BottomUpEncoder.from_layers(truth.encoder())
+    )
+    return HierarchicalVAE(
+        (truth.sizes[0],), truth.sizes[1:], encoder=encoder, decoder=truth.decoder()
+    )
+
+
+@pytest.mark.parametrize("order", ["bottom-up", "top-down"])
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3), (4, 3, 2)])
+def test_an_exact_conditional_encoder_has_no_variance_and_no_gap(double, sizes, order):
+    """Every path's weight is log p(x | c), datum by datum, in every reader and under SVI's ELBO."""
+    truth = ConditionalLinearGaussian(sizes)
+    vae = exact(truth, order)
+    x_0, c = torch.randn(5, sizes[0]), torch.randn(5, 3)
+    expected = truth.log_evidence(x_0, c)
+    terms = elbo_terms(vae, x_0, context=c, num_particles=4, analytic_kl=False)
+    torch.testing.assert_close(terms.elbo, expected, rtol=1e-8, atol=1e-8)
+    assert terms.standard_error.max() < 1e-8
+    bound = evaluate_bound(vae, x_0, context=c, standard_error=0.01)
+    if order == "top-down" and len(sizes) > 2:  # with the KL at x_1 a path has another weight
+        assert bound.monte_carlo_error <= 0.01
+        assert ((bound.elbo - expected).abs() < 5 * bound.standard_error).all()
+    else:
+        torch.testing.assert_close(bound.elbo, expected, rtol=1e-8, atol=1e-8)
+        assert bound.monte_carlo_error < 1e-8
+    evidence = importance_evidence(vae, x_0, context=c, num_particles=30)
+    torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-8, atol=1e-8)
+    assert (evidence.pareto_k == -torch.inf).all()
+    for elbo in (Trace_ELBO(), Trace_ELBO(num_particles=3, vectorize_particles=True)):
+        loss = elbo.loss(vae.model, vae.guide, x_0, c)
+        assert loss == pytest.approx(-expected.sum().item(), abs=1e-8)
+    other = elbo_terms(vae, x_0, context=c + 1, num_particles=4, analytic_kl=False)
+    torch.testing.assert_close(other.elbo, truth.log_evidence(x_0, c + 1), rtol=1e-8, atol=1e-8)
+    assert (other.elbo - expected).abs().min() > 0.01
+
+
+def test_the_evidence_of_a_latent_given_a_context(double):
+    """The chain above h_1 takes the context as the whole chain does."""
+    truth = ConditionalLinearGaussian((4, 3, 2))
+    vae = exact(truth, "bottom-up")
+    h_1, c = torch.randn(5, 3), torch.randn(5, 3)
+    mean, covariance, of_context = map(
+        torch.tensor, (truth.mean[1], truth.covariance[1], truth.of_context[1])
+    )
+    expected = dist.MultivariateNormal(mean + c @ of_context.T, covariance).log_prob(h_1)
+    evidence = importance_evidence(vae, h_1, state=1, context=c, num_particles=30)
+    torch.testing.assert_close(evidence.log_evidence, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ["bottom-up", "top-down"])
+def test_a_wrong_context_lowers_the_bound_by_the_kl(double, order):
+    """An encoder that gets c + 1 in place of c: the gap is the KL of two Gaussians with one covariance."""
+
+    class Shifted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, h, context):
+            return self.layer(h, context + 1.0)
+
+    truth = ConditionalLinearGaussian((3, 2))
+    vae = exact(truth, order)
+    x_0, c = torch.randn(5, 3), torch.randn(5, 3)
+    layer = truth.encoder()[0]
+    if order == "top-down":
+        vae.encoder.top = Shifted(vae.encoder.top)
+    else:
+        vae.encoder.layers[0] = Shifted(layer)
+    gap = torch.distributions.kl_divergence(layer(x_0, c + 1.0), layer(x_0, c))
+    terms = elbo_terms(vae, x_0, context=c, num_particles=2000, analytic_kl=False)
+    error = terms.elbo + gap - truth.log_evidence(x_0, c)
+    assert gap.min() > 0.1
+    assert (error.abs() < 5 * terms.standard_error).all()
+
+
+def test_draws_of_a_conditional_hierarchy(double):
+    """A context of one row is for all draws; otherwise each row has its own."""
+    truth = ConditionalLinearGaussian((3, 2, 2))
+    vae, n = exact(truth, "bottom-up"), 4000
+    c = torch.randn(n, 3)
+    draws = {}
+    for name, context in {"one": c[:1], "expanded": c[:1].expand(n, -1), "each": c}.items():
+        pyro.set_rng_seed(0)
+        draws[name] = vae.sample(n, context=context)
+    assert torch.equal(draws["one"], draws["expanded"])
+    of_context = torch.tensor(truth.of_context[0])
+    # the same noise: the difference of the draws is that of their means
+    torch.testing.assert_close(draws["each"] - draws["one"], (c - c[:1]) @ of_context.T)
+    residual = draws["each"] - c @ of_context.T - torch.tensor(truth.mean[0])
+    error = torch.tensor(truth.covariance[0]).diagonal().sqrt() / n**0.5
+    assert (residual.mean(0).abs() < 5 * error).all()
+
+
+class StepGiven(Step):
+    """One kernel of a conditional chain as a layer."""
+
+    def forward(self, h, context=None, null=None):
+        given = {"context": context, "null": null}
+        return self.kernel(h, *self.t, **{k: v for k, v in given.items() if v is not None})
+
+
+def conditional_images(num_timesteps):
+    """A network over grey levels with labels and a null token, and its first layer's estimate."""
+    network = MLP((2, 2), hidden_size=16, num_blocks=1, num_classes=3, null_token=True)
+    for parameter in (network.decode.weight, network.context.null):
+        nn.init.normal_(parameter, std=0.3)
+    denoiser = NeuralDenoiser(network, LogSNRSchedule(num_timesteps, log_snr_max=3.0), (2, 2))
+    return DiffusionModel(denoiser, DiscretizedGaussianLikelihood(5, scale=0.3))
+
+
+@pytest.mark.parametrize("guide", ["guide", "posterior_guide"])
+@pytest.mark.parametrize("num_timesteps", [1, 3])
+def test_pinned_layers_give_the_conditional_diffusion_models_bound(double, num_timesteps, guide):
+    """Its encoder does not see c, as that of a diffusion model; the decoder's layers do."""
+    diffusion = conditional_images(num_timesteps)
+    vae, log_snr = pinned(diffusion, guide), diffusion.schedule.log_snr(1)
+    later = [StepGiven(diffusion.denoiser, t) for t in range(2, num_timesteps + 1)]
+    vae.decoder = nn.ModuleList([StepGiven(diffusion.denoiser.x_0_hat, log_snr), *later])
+    x_0, labels = torch.randint(5, (6, 2, 2)).float(), torch.arange(6) % 3
+    null, bounds = torch.arange(6) < 2, []
+    for given in ({"context": labels}, {"context": labels, "null": null}, {}):
+        found = []
+        for model, q in ((diffusion.model, getattr(diffusion, guide)), (vae.model, vae.guide)):
+            pyro.set_rng_seed(1)
+            q = partial(q)  # which is read along paths
+            found.append(elbo_terms(model, q, x_0, num_particles=3, **given))
+        ours, theirs = found
+        for field in ("reconstruction", "transition", "prior", "standard_error"):
+            torch.testing.assert_close(
+                getattr(theirs, field), getattr(ours, field), rtol=1e-10, atol=1e-10
+            )
+        bounds.append(theirs.elbo)
+    conditional, partly, without = bounds  # with one noise: row by row what its context says
+    torch.testing.assert_close(partly, torch.where(null, without, conditional))
+    assert ((conditional - without).abs() > 1e-3).all()
+
+
+class DiagonalGiven(Diagonal):
+    """N(w h + c + b, s²) for each number."""
+
+    def forward(self, h, context):
+        return super().forward(h + context / self.weight)
+
+
+def test_a_mask_and_a_context_together(double):
+    """Entries are independent given c: log p of the observed ones, and the KL of the others' encoder.
+
+    In a gap the encoder sees zero; there its q(h | 0, c) is not the prior, and the term at x_0 is left out.
+    """
+    w, b, s = 0.8, 0.3, 0.5
+    gain, spread = w / (w * w + s * s), s / (w * w + s * s) ** 0.5
+    layer = Step(lambda x, context: Diagonal(gain, 0.0, spread)(x - context - b))
+    layer.forward = layer.kernel
+    vae = HierarchicalVAE(
+        (3,), (3,), encoder=BottomUpEncoder.from_layers([layer]), decoder=[DiagonalGiven(w, b, s)]
+    )
+    x_0, c, mask = torch.randn(6, 3), torch.randn(6, 3), torch.rand(6, 3) < 0.6
+    evidence = dist.Normal(c + b, (w * w + s * s) ** 0.5).log_prob(x_0)
+    of_gap = dist.Normal(gain * (-c - b), torch.full_like(c, spread))
+    kl = torch.distributions.kl_divergence(of_gap, dist.Normal(0.0, torch.ones_like(c)))
+    expected = torch.where(mask, evidence, -kl).sum(1)
+    data = torch.where(mask, x_0, torch.nan)
+    terms = elbo_terms(vae, data, context=c, mask=mask, num_particles=4000)
+    assert ((terms.elbo - expected).abs() < 5 * terms.standard_error).all()
+    assert terms.standard_error.max() < 0.05
+    wrong = elbo_terms(vae, data, context=c.flip(0), mask=mask, num_particles=4000)
+    assert ((wrong.elbo - expected).abs() > 5 * wrong.standard_error).any()
+
+
+def conditional(encoder=None, latent_sizes=(3, 2), *, sees=True, **settings):
+    """A small VAE of default layers with a context, whose encoder sees it or does not."""
+    settings = {"context_shape": (3,), "hidden_size": 16} | settings
+    theirs = settings if sees else {"hidden_size": 16}
+    kind = LadderEncoder if encoder is LadderEncoder else BottomUpEncoder
+    return HierarchicalVAE(
+        (2,), latent_sizes, encoder=kind((2,), latent_sizes, **theirs), **settings
+    )
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+def test_default_layers_take_a_context(double, encoder, sees):
+    """Rows do not mix; a dropped row is a row without a context; SVI trains every parameter."""
+    vae = conditional(encoder, sees=sees, null_token=True)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("context.null"):
+            nn.init.normal_(parameter)
+    x_0, c, null = torch.randn(6, 2), torch.randn(6, 3), torch.arange(6) < 3
+
+    def bound(**given):
+        pyro.set_rng_seed(0)
+        return elbo_terms(vae, x_0, num_particles=2, **given).elbo
+
+    with_c, without = bound(context=c), bound()
+    torch.testing.assert_close(bound(context=c, null=null), torch.where(null, without, with_c))
+    changed = torch.where(null[:, None], c + 1.0, c)
+    assert torch.equal(bound(context=changed)[3:], with_c[3:])
+    assert ((bound(context=changed) - with_c)[:3].abs() > 1e-6).all()
+    mask = torch.ones(6, 2, dtype=torch.bool)
+    torch.testing.assert_close(bound(context=c, mask=mask), with_c)
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), Trace_ELBO())
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    svi.step(x_0, c, null=null)
+    for name, parameter in vae.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+    embedded = sum(name.endswith("context.embed.0.weight") for name in before)
+    of_encoder = (
+        0 if not sees else 4 if encoder is LadderEncoder else 2
+    )  # path and heads, or layers
+    assert embedded == 2 + of_encoder
+
+
+def test_a_conditional_bound_is_above_the_unconditional_one():
+    """Three groups and their labels: right, none, wrong; without labels about the same as a model of p(x)."""
+    labels = torch.arange(600) % 3
+    centres = torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]])
+    x_0 = centres[labels] + 0.3 * torch.randn(600, 2)
+    given = HierarchicalVAE((2,), (2,), hidden_size=32, num_classes=3, null_token=True)
+    alone = HierarchicalVAE((2,), (2,), hidden_size=32)
+    for vae in (given, alone):
+        svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), TraceMeanField_ELBO())
+        for _ in range(300):
+            rows = torch.randint(600, (128,))
+            null = torch.rand(128) < 0.3
+            arguments = ((labels[rows],), {"null": null}) if vae is given else ((), {})
+            svi.step(x_0[rows], *arguments[0], **arguments[1])
+    right, wrong, without = (
+        elbo_terms(given, x_0, num_particles=10, **context).elbo.mean()
+        for context in ({"context": labels}, {"context": (labels + 1) % 3}, {})
+    )
+    unconditional = elbo_terms(alone, x_0, num_particles=10).elbo.mean()
+    assert right > unconditional + 0.5
+    assert right > without + 0.5
+    assert without > wrong + 2.0
+    assert (without - unconditional).abs() < 0.5
+
+
+class Alone(nn.Module):
+    """A layer that takes a context, and no dropped rows."""
+
+    def forward(self, h, context):
+        return dist.Normal(h + context["shift"][:, None], 1.0).to_event(1)
+
+
+def test_layers_of_ones_own_get_what_they_take():
+    """A dictionary as a context, beside layers that take none."""
+    plain = [GaussianLayer((2,), (2,)), GaussianLayer((2,), (2,))]
+    encoder = BottomUpEncoder.from_layers(plain)
+    vae = HierarchicalVAE((2,), (2, 2), encoder=encoder, decoder=[Alone(), plain[0]])
+    x_0, c = torch.randn(4, 2), {"shift": torch.arange(4)}
+    elbo_terms(vae, x_0, context=c)
+    pyro.set_rng_seed(0)
+    draws = vae.sample(4, context=c)
+    pyro.set_rng_seed(0)
+    zero = vae.sample(4, context={"shift": torch.zeros(1, dtype=torch.long)})
+    torch.testing.assert_close(draws - zero, c["shift"][:, None].expand(-1, 2).float())
+    with pytest.raises(ValueError, match=r"site 'x_0'.*'null': got dropped contexts for Alone"):
+        vae.model(x_0, c, null=torch.ones(4, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"site 'x_0'.*'context': got none for Alone.*Pass context="
+    ):
+        elbo_terms(vae, x_0)
+    with pytest.raises(TypeError, match="positional"):  # of a layer that takes none: it is its own
+        HierarchicalVAE((2,), (2,), decoder=[Step(lambda h, g: h)]).sample()
+
+
+@pytest.mark.parametrize("encoder", [None, LadderEncoder])
+def test_contexts_that_do_not_fit(encoder):
+    x_0, c = torch.randn(4, 2), torch.randn(4, 3)
+    for settings in ({}, {"encoder": BottomUpEncoder((2,), (3, 2), context_shape=(3,))}):
+        none = HierarchicalVAE((2,), (3, 2), hidden_size=8, **settings)
+        for call in (
+            lambda none=none: elbo_terms(none, x_0, context=c),
+            lambda none=none: none.sample(4, context=c),
+            lambda none=none: none.guide(x_0, c),
+        ):
+            message = (
+                r"site 'x_1': argument 'context': got one for a decoder whose layers \(Gaussian"
+            )
+            with pytest.raises(ValueError, match=message):
+                call()
+    vae = conditional(encoder)
+    missing = r"site 'x_1': argument 'context': got no context for a network without a null token"
+    for call in (lambda: elbo_terms(vae, x_0), vae.sample, lambda: vae.guide(x_0)):
+        with pytest.raises(ValueError, match=missing):
+            call()
+    with pytest.raises(ValueError, match=r"site 'x_1'.*rows without a context for a network"):
+        vae.guide(x_0, c, null=torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"got shape \(3, 3\) for 4 data"):
+        elbo_terms(vae, x_0, context=c[:3])
+    with pytest.raises(ValueError, match=r"site 'x_1'.*real numbers of shape \(N,\) \+ \(3,\)"):
+        vae.guide(x_0, c[:, :2])
+    with pytest.raises(ValueError, match="argument 'context': got one for a FeedForward"):
+        GaussianLayer((2,), (3,))(x_0, c)
+    with pytest.raises(ValueError, match="argument 'context_shape': got it together with"):
+        BottomUpEncoder(layers=[GaussianLayer((2,), (3,))], context_shape=(3,))
+
+
+def test_layers_of_half_precision_take_a_context():
+    vae = conditional(LadderEncoder, num_classes=3, context_shape=None).bfloat16()
+    terms = elbo_terms(vae, torch.randn(4, 2), context=torch.arange(4) % 3)
+    assert terms.elbo.isfinite().all()
+    assert vae.sample(2, context=torch.tensor(1)).dtype == torch.float32

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_count, check_data, check_observed, require
 from pyro_diffusion.display import as_lines
-from pyro_diffusion.given import Given, ObservedEntries, as_real, seen, takes
+from pyro_diffusion.given import Given, ObservedEntries, as_real, heard, seen, takes
 from pyro_diffusion.params import ParamScope, free_name, snake_case
 
 
@@ -48,13 +48,7 @@ class Kernel:
 
     def __call__(self, *states: Any, **given: Any) -> Any:
         """The distribution of the site, given the states before it."""
-        heard = {name: value for name, value in given.items() if self.hears(name)}
-        require(
-            "null" not in given or "context" not in heard or "null" in heard,
-            "argument 'null'", "dropped rows for a kernel that takes a context alone",
-            "one that takes null= as well", "Give the kernel the argument null, or leave out dropped rows.",
-        )  # fmt: skip
-        given = heard
+        given = heard(given, self.hears, self.function)
         try:
             return self.function(*states, **given)
         except ValueError as error:
@@ -78,8 +72,8 @@ def later(kernel: Callable[..., Any], steps: int, *s: int) -> Callable[..., Any]
         arguments: list[Any] = [*states, *s]
         return kernel(*arguments[:-1], arguments[-1] + steps, **given)
 
-    heard = kernel.forward if isinstance(kernel, nn.Module) else kernel
-    shifted.__signature__ = inspect.signature(heard)  # type: ignore[attr-defined]  # what takes() reads
+    function = kernel.forward if isinstance(kernel, nn.Module) else kernel
+    shifted.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # what takes() reads
     return shifted
 
 

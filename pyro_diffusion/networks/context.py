@@ -127,7 +127,7 @@ class ContextEmbedding(nn.Module):
             remedy = (
                 "Pass labels.long(), or build the network with context_shape= for real numbers."
             )
-        kind = f" of {context.dtype}" if isinstance(context, Tensor) else ""
+        kind = f" and {context.dtype}" if isinstance(context, Tensor) else ""
         require(fit, "argument 'context'", described(context) + kind, expected, remedy)
         if self.num_classes is None:
             return context.reshape(count, -1).to(network_dtype(self))

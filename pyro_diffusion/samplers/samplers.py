@@ -140,7 +140,7 @@ class Sampler(ABC):
         with reading(model, data=(x_T, context)), model.param_statements():
             x_T = start_states(model, num_samples, x_T)
             given = self._given(model, context, len(x_T))
-            return self._last(model, self._chain(model, x_T, given, progress), given)
+            return self._last(model, self._chain(model, x_T, progress, given), given)
 
     def _given(self, model: DiffusionModel, context: Any, num_samples: int) -> Given:
         given = Given.of(context=context).with_rows(num_samples, shared=True)
@@ -177,7 +177,9 @@ class Sampler(ABC):
         self._step = torch.compile(fused_step, **settings)
         self._network = torch.compile(network, **settings)
 
-    def _chain(self, model: DiffusionModel, x_t: Tensor, given: Given, progress: bool) -> Tensor:
+    def _chain(
+        self, model: DiffusionModel, x_t: Tensor, progress: bool, given: Given = Given()
+    ) -> Tensor:
         r""":math:`x_1` from :math:`x_T`."""
         update, denoiser = self.update(model), self._denoiser(model)
         linear = None if self.guidance.strength else linear_map(model.denoiser)
@@ -264,10 +266,12 @@ class AncestralSampler(Sampler):
             noise=denoiser.variance(step).sqrt(),
         )
 
-    def _chain(self, model: DiffusionModel, x_t: Tensor, given: Given, progress: bool) -> Tensor:
+    def _chain(
+        self, model: DiffusionModel, x_t: Tensor, progress: bool, given: Given = Given()
+    ) -> Tensor:
         denoiser: Any = self.guidance.of(model.denoiser)
         if is_plain(denoiser) and not denoiser.variance.num_outputs:
-            return super()._chain(model, x_t, given, progress)
+            return super()._chain(model, x_t, progress, given)
         walk = ReverseWalk(model, denoiser=self._denoiser(model), given=given)
         for t in _bar(list(walk.timesteps[:-1]), progress):
             x_t = walk.kernel(x_t, t, walk.look(x_t, t))()
