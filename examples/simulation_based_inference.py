@@ -7,8 +7,8 @@ function, and normal parameters by their mean and standard deviation. The observ
 
 The model gives draws for any observation by ``ODESampler``, and log q(θ∣x) by the flow. On new simulations
 the script reports the conditional bound, the ranks of the true parameters among draws (simulation-based
-calibration) and the expected coverage. The posterior of the default task is known: N(x/2, 0.05 I). There the
-script also reports the KL divergence from it.
+calibration) and the expected coverage. The exact posteriors of two tasks are known: N(x/2, 0.05 I) for the
+default one, and that of two moons. There the script also reports the KL divergence from the exact posterior.
 
     python examples/simulation_based_inference.py [--task two_moons] [--simulations 10000]
         [--data FOLDER] [--c2st-draws 10000] [--plot posterior.png] [--arviz posterior.nc]
@@ -90,6 +90,7 @@ class Task(NamedTuple):
     simulate: Callable
     num_parameters: int
     half_width: float | None = None
+    exact: Callable | None = None  # the posterior given observations, where it is known
 
     @property
     def prior(self):
@@ -122,18 +123,56 @@ def gaussian_linear(theta):
     return theta + VARIANCE**0.5 * torch.randn_like(theta)
 
 
-def exact_posterior(x):
-    """p(θ∣x) of the Gaussian task."""
+def gaussian_posterior(x):
+    """The exact p(θ∣x) = N(x/2, 0.05 I) of the Gaussian task."""
     return Independent(Normal(x / 2, (VARIANCE / 2) ** 0.5), 1)
 
 
 def two_moons(theta):
-    """A point on a half circle with noise, moved by the parameters."""
-    a = math.pi * (torch.rand(len(theta)) - 0.5)
-    r = 0.1 + 0.01 * torch.randn(len(theta))
-    crescent = torch.stack([r * a.cos() + 0.25, r * a.sin()], dim=-1)
+    """A point near a half circle, moved by the parameters."""
     shift = torch.stack([-theta.sum(-1).abs(), theta[:, 1] - theta[:, 0]], dim=-1)
-    return crescent + shift / 2**0.5
+    return half_circle(len(theta)) + shift / 2**0.5
+
+
+def half_circle(count):
+    """Points with a uniform angle and a radius near 0.1."""
+    a = math.pi * (torch.rand(count) - 0.5)
+    r = 0.1 + 0.01 * torch.randn(count)
+    return torch.stack([r * a.cos() + 0.25, r * a.sin()], dim=-1)
+
+
+class TwoMoonsPosterior(NamedTuple):
+    """The exact p(θ∣x) of two moons: points of the half circle solved for θ, which has two solutions.
+
+    The solutions are a rotation and a shift of the points, so that their density is that of the points.
+    Solutions outside the prior's box are left out.
+    """
+
+    x: torch.Tensor
+
+    def sample(self, shape):
+        """Draws, ``shape + x.shape``."""
+        x = self.x.expand(*shape, *self.x.shape)
+        theta, valid = solve(x)
+        while not valid.all():
+            theta[~valid], valid[~valid] = solve(x[~valid])
+        return theta
+
+    def log_prob(self, theta):
+        """log p(θ∣x), with the share of the solutions that are in the box by Monte Carlo."""
+        valid = solve(self.x.expand(5_000, *self.x.shape))[1].double().mean(0)
+        shift = torch.stack([-theta.sum(-1).abs(), theta[..., 1] - theta[..., 0]], dim=-1)
+        r = (self.x - shift / 2**0.5 - torch.tensor([0.25, 0.0])).norm(dim=-1)
+        return Normal(0.1, 0.01).log_prob(r) - (2 * math.pi * r).log() - valid.log()
+
+
+def solve(x):
+    """θ for which a random point of the half circle gives x, and whether θ exists and is in the box."""
+    point = half_circle(x[..., 0].numel()).reshape(x.shape)
+    u, v = point[..., 0] - x[..., 0], x[..., 1] - point[..., 1]  # |θ₁ + θ₂|/√2 and (θ₂ − θ₁)/√2
+    signed = torch.where(torch.rand_like(u) < 0.5, u, -u)
+    theta = torch.stack([signed - v, signed + v], dim=-1) / 2**0.5
+    return theta, (u >= 0) & (theta.abs() < 1).all(-1)
 
 
 def slcp(theta):
@@ -146,8 +185,8 @@ def slcp(theta):
 
 
 TASKS = {
-    "gaussian_linear": Task(gaussian_linear, 10),
-    "two_moons": Task(two_moons, 2, 1.0),
+    "gaussian_linear": Task(gaussian_linear, 10, exact=gaussian_posterior),
+    "two_moons": Task(two_moons, 2, 1.0, TwoMoonsPosterior),
     "slcp": Task(slcp, 5, 3.0),
 }
 
@@ -212,8 +251,8 @@ def score(task, posterior, args):
           f"± {bound.monte_carlo_error:.3f} Monte Carlo")  # fmt: skip
     print("  log q(θ∣x) by the flow {:.3f} ± {:.3f}".format(*numbers["log_q"]))
     print("  log prior              {:.3f} ± {:.3f}".format(*numbers["log_prior"]))
-    if task.simulate is gaussian_linear:
-        exact = exact_posterior(observed).log_prob(few).cpu()
+    if task.exact is not None:
+        exact = task.exact(observed.cpu()).log_prob(few.cpu())
         numbers |= {"exact": mean(exact), "kl": mean(exact - log_q)}
         print("  log p(θ∣x), exact      {:.3f} ± {:.3f}".format(*numbers["exact"]))
         print("  KL(exact ‖ q), paired  {:.4f} ± {:.4f}".format(*numbers["kl"]))
@@ -250,9 +289,8 @@ def reference(args):
     task = TASKS[args.task]
     if args.data is None:
         _, x = task.pairs(1, args.device)
-        exact = task.simulate is gaussian_linear
-        draws = exact_posterior(x[0]).sample((args.c2st_draws,)) if exact else None
-        return [(x, draws)]
+        exact = task.exact and task.exact(x[0].cpu()).sample((args.num_plotted,)).to(args.device)
+        return [(x, exact)]
     with np.load(args.data / f"{args.task}.npz") as file:
         count = sum(name.startswith("x_") for name in file)
         pairs = [(file[f"x_{n}"], file[f"posterior_{n}"]) for n in range(1, count + 1)]

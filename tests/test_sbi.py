@@ -49,7 +49,7 @@ def test_the_exact_posterior_is_that_of_bayes(sbi):
         return torch.distributions.Normal(0.0, variance**0.5).log_prob(x).sum(-1)
 
     expected = log_normal(theta, 0.1) + log_normal(x - theta, 0.1) - log_normal(x, 0.2)
-    torch.testing.assert_close(sbi.exact_posterior(x).log_prob(theta), expected)
+    torch.testing.assert_close(sbi.gaussian_posterior(x).log_prob(theta), expected)
 
 
 @pytest.mark.parametrize("theta", [(0.3, 0.4), (-0.6, 0.1)])
@@ -84,6 +84,33 @@ def test_the_reference_posterior_of_two_moons_is_where_the_simulator_says(sbi, m
     assert abs(radius.std() - 0.01) < 5 * 0.01 / (2 * len(radius)) ** 0.5
 
 
+@pytest.mark.parametrize("x", [(-0.2, 0.1), (-0.7, 0.45), (0.3, 0.0)])
+def test_the_exact_posterior_of_two_moons(sbi, x):
+    """Its density integrates to one, also where the box or x cuts off a part, and its draws have it."""
+    posterior = sbi.TwoMoonsPosterior(torch.tensor(x))
+    draws = posterior.sample((2_000,))
+    assert (draws.abs() < 1).all()
+    edges = torch.arange(-1, 1, 1 / 400) + 1 / 800
+    grid = torch.cartesian_prod(edges, edges)
+    density = posterior.log_prob(grid).double().exp()
+    reachable = torch.tensor(x)[0] + grid.sum(-1).abs() / 2**0.5 >= 0.25  # the angle is in ±π/2
+    density = torch.where(reachable, density, 0.0) / 400**2
+    assert abs(density.sum() - 1) < 0.05
+    for power in (1, 2):
+        moment = (density[:, None] * grid**power).sum(0)
+        error = (draws**power).std(0) / len(draws) ** 0.5
+        assert (((draws**power).mean(0) - moment).abs() < 5 * error + 0.02).all()
+
+
+def test_the_exact_posterior_of_two_moons_is_that_of_the_reference(sbi):
+    """The distribution of each parameter, for every observation."""
+    with np.load(HERE / "data/two_moons_reference.npz") as file:
+        for n in range(1, 6):
+            draws = sbi.TwoMoonsPosterior(torch.tensor(file[f"x_{n}"])).sample((2_000,))
+            for ours, theirs in zip(draws.T, file[f"posterior_{n}"].T, strict=True):
+                assert stats.ks_2samp(ours, theirs).pvalue > 1e-4
+
+
 def test_slcp(sbi):
     """Four independent draws of N(m, S), with S from the parameters; the signs of θ₃ and θ₄ do not count."""
     theta = torch.tensor([0.7, -2.0, -1.5, 1.1, 0.8])
@@ -109,7 +136,7 @@ def test_the_bijection_makes_the_prior_normal(sbi, name):
 
 def test_c2st(sbi):
     """0.5 for draws of the same distribution; the best classifier's accuracy for a shift by 2: Φ(1)."""
-    draws, reference = torch.randn(2, 1_000, 2)
-    assert abs(sbi.c2st(draws, reference) - 0.5) < 0.05
+    draws, reference = torch.randn(2, 600, 2)
+    assert abs(sbi.c2st(draws, reference) - 0.5) < 0.06
     shifted = draws + torch.tensor([2.0, 0.0])
-    assert abs(sbi.c2st(shifted, reference) - stats.norm.cdf(1)) < 0.05
+    assert abs(sbi.c2st(shifted, reference) - stats.norm.cdf(1)) < 0.06
