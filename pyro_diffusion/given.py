@@ -42,6 +42,7 @@ __all__ = [
     "heard",
     "observed_part",
     "repeated",
+    "run",
     "seen",
     "takes",
     "together",
@@ -75,12 +76,15 @@ class Given(NamedTuple):
         )
         return cls(**given | {"context": _numbers(given.get("context"))})
 
-    def with_rows(self, count: int, *, shared: bool = False) -> "Given":
+    def with_rows(
+        self, count: int, *, shared: bool = False, device: torch.device | None = None
+    ) -> "Given":
         """The same with a row for each datum: a single number is for all data.
 
         Args:
             count: Number of data.
             shared: Whether a context of a single row is for all, as it is for data that are drawn.
+            device: Where a single number goes.
 
         Raises:
             ValueError: Another number of rows, a context that is not finite, or dropped rows of none.
@@ -91,6 +95,7 @@ class Given(NamedTuple):
 
         def of(part: Tensor) -> Tensor:
             """A row for each datum."""
+            part = part.to(device) if part.dim() == 0 else part
             if part.dim() == 0 or (shared and len(part) == 1):
                 part = part.expand(count, *part.shape[1:])
             if len(part) != count:
@@ -119,11 +124,11 @@ class Given(NamedTuple):
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
+        if self.null is not None:  # a gap, or a label that does not exist, may stand there
+            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
+            context = context.masked_fill(null, 0)
         if not context.is_floating_point():
             return context
-        if self.null is not None:
-            null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
-            context = context.masked_fill(null, 0.0)
         remedy = "Fill the gaps, or drop the context of those rows: null=context.isnan().any(-1)."
         return check_finite("argument 'context'", context, remedy)
 
@@ -200,6 +205,17 @@ def beside(state: Tensor, context: Any) -> Any:
     return _each(of, context)
 
 
+def run(program: Callable[..., Any], x_0: Any, given: dict[str, Any]) -> Any:
+    """Run a program with data and what goes with them: a context by name if the program names it.
+
+    A program that a Pyro handler wraps, as ``poutine.scale(model, 2.0)``, gets it by position.
+    """
+    if "context" not in given or "context" in _parameters(program):
+        return program(x_0, **given)
+    arguments, rest = by_position(x_0, given)
+    return program(*arguments, **rest)
+
+
 def heard(
     given: dict[str, Any], hears: Callable[[str], bool], whose: Callable[..., Any]
 ) -> dict[str, Any]:
@@ -225,9 +241,17 @@ def takes(function: Callable[..., Any], argument: str) -> bool:
     """
     if argument in ("context", "null") and hasattr(function, "takes_context"):
         return bool(function.takes_context)
-    function = function.forward if isinstance(function, nn.Module) else function
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function, or of a module's forward; none where Python does not know them."""
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # of handlers of Pyro around one another
+        return {}
 
 
 def as_real(x_0: Tensor | None) -> Tensor | None:

@@ -102,6 +102,14 @@ def shares():
         "drawn": pyro.set_rng_seed(0) or over_ranks(diffusion.sample, 7),
         "again": over_ranks(diffusion.sample, 7),
         "drawn once more": pyro.set_rng_seed(0) or over_ranks(diffusion.sample, 7),
+        "tree": over_ranks(
+            lambda n, x, c: (
+                torch.stack((x[:, 0], c["a"], c["b"][0].double(), torch.full((n,), n))).T
+            ),
+            7,
+            distinct(7),
+            {"a": distinct(7)[:, 1], "b": (torch.arange(7),)},
+        ),
         "seen": over_ranks(lambda n: torch.full((n,), float(rank)), 7),
     }
     for name, function in (("fails", fails_on_one), ("means", lambda x: x.mean())):

@@ -6,11 +6,13 @@ Along the exact reverse chain every path weighs log p(x∣c), so that all estima
 import math
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
@@ -35,6 +37,8 @@ from pyro_diffusion import (
     evaluate_bound,
     importance_evidence,
     ode_log_likelihood,
+    plot_denoised,
+    plot_trajectory,
     smc_evidence,
     to_arviz,
 )
@@ -417,6 +421,31 @@ def test_to_arviz_has_conditional_draws_of_the_model(oracle):
     assert "log_snr" in draws["constant_data"]
 
 
+def test_programs_inside_of_a_handler_of_pyro_get_their_context(oracle):
+    """Pyro's handlers have an argument ``context`` of their own; a reader passes it by position."""
+    diffusion, x_0, context, exact = oracle
+    pair = [poutine.scale(p, scale=2.0) for p in (diffusion.model, diffusion.posterior_guide)]
+    terms = elbo_terms(*pair, x_0, num_particles=2, analytic_kl=False, context=context)
+    equal(terms.elbo, exact)
+    assert bound_by_datum(*pair, x_0, context=context).shape == (5,)
+    draws = to_arviz(*pair, x_0, num_draws=30, context=context)
+    equal(torch.tensor(draws["importance"]["evidence"].values), exact)
+    assert torch.equal(torch.tensor(draws["constant_data"]["context"].values), context)
+
+
+@pytest.mark.parametrize("plot", [plot_trajectory, plot_denoised])
+def test_pictures_of_conditional_states(plot):
+    pyro.set_rng_seed(0)
+    diffusion = DiffusionModel(regression())
+    x_0, context, _ = regression_data()
+    assert plot(diffusion, x_0, timesteps=[1, 3], context=context).shape == (2, 2)
+    with pytest.raises(ValueError, match="argument 'context': got none"):
+        plot(diffusion, x_0)
+    with pytest.raises(ValueError, match="expected a row for each"):
+        plot(diffusion, x_0, context=context[:2])
+    plt.close("all")
+
+
 def test_parts_of_a_context_keep_their_names_in_arviz():
     class Both(nn.Module):
         def __init__(self):
@@ -498,6 +527,14 @@ def test_a_context_that_does_not_fit_is_an_error_in_four_beats(case):
         with pytest.raises(ValueError, match=says) as error:
             call()
         assert re.search(r"argument '.*: got .*; expected .*\. [A-Z].*\.", str(error.value))
+
+
+def test_a_context_on_another_device_is_an_error():
+    network = MLP((2,), hidden_size=8, num_blocks=1, context_shape=(3,))
+    denoiser = NeuralDenoiser(network, LogSNRSchedule(5), (2,))
+    says = r"argument 'context': got a tensor on meta; expected cpu.*Call context.to\('cpu'\)"
+    with pytest.raises(ValueError, match=says):
+        denoiser(X_0, 3, context=torch.zeros(4, 3, device="meta"))
 
 
 def test_a_gap_in_the_context_of_a_dropped_row_does_not_matter():

@@ -69,6 +69,16 @@ POOLS = {
     ],
     "mask": ["words", Thing(), 1, torch.ones(4, 2), torch.ones(4, 3) > 0, torch.ones(4, 2) < 0, [True]],
     "context": [torch.ones(4, 1), {"a": torch.ones(4)}, torch.ones(3, 1)],
+    "conditions": [
+        "words", None, Thing(), torch.ones(4, 2), torch.ones(3, 3), torch.ones(4, 3, 1),
+        math.nan * torch.ones(4, 3), 1j * torch.ones(4, 3), {"a": torch.ones(4, 3)}, (torch.ones(4, 3),),
+        [["a", "b", "c"]] * 4,
+    ],
+    "labels": [
+        "words", None, Thing(), torch.tensor([0, 1, 2, 3]), torch.tensor([0, -1, 0, 0]), torch.zeros(4), 2.5,
+        torch.zeros(4, 1).long(), torch.zeros(3).long(), {"a": torch.zeros(4).long()}, ["a", "b", "c", "d"],
+    ],
+    "null": ["words", Thing(), 1, torch.ones(4), torch.ones(3) > 0, torch.ones(4, 1) > 0, [True]],
     "numbers": ["words", None, Thing(), {"a": 1}, 1j * torch.ones(2), ["a", "b"], [1.0, "a"]],
     "function": ["words", None, 3, Thing()],
     "levels": [torch.full((4, 2), 0.5), torch.full((4, 2), -1.0), torch.full((4, 2), 7.0)],
@@ -82,6 +92,16 @@ def schedule():
 def diffusion(**settings):
     network = pd.MLP((2,), hidden_size=4, num_blocks=1)
     return pd.DiffusionModel(pd.NeuralDenoiser(network, schedule(), (2,)), **settings)
+
+
+def conditional(**settings):
+    network = pd.MLP((2,), hidden_size=4, num_blocks=1, **settings)
+    return pd.DiffusionModel(pd.NeuralDenoiser(network, schedule(), (2,)))
+
+
+def conditional_reader(function, **fixed):
+    """A reader of data given three numbers each."""
+    return lambda context: function(conditional(context_shape=(3,)), X_0, context=context, **fixed)
 
 
 def evidence():
@@ -226,6 +246,50 @@ CALLS = {
         lambda timesteps, n: pd.AncestralSampler(diffusion(), timesteps)(n),
         {"timesteps": (3, "timesteps"), "n": (2, "count")},
     ),
+    "sampler given numbers": (
+        lambda context: pd.AncestralSampler(conditional(context_shape=(3,)))(4, context=context),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "sampler given labels": (
+        lambda context: pd.ODESampler(conditional(num_classes=3))(4, context=context),
+        {"context": (torch.tensor([0, 1, 2, 0]), "labels")},
+    ),
+    "sample given labels": (
+        lambda context: conditional(num_classes=3).sample(4, context=context),
+        {"context": (2, "labels")},
+    ),
+    "Guidance": (pd.Guidance, {"strength": (2.0, "finite")}),
+    "guided sampler": (
+        lambda context: pd.ODESampler(
+            conditional(num_classes=3, null_token=True), guidance=pd.Guidance(1.0)
+        )(4, context=context),
+        {"context": (1, "labels")},
+    ),
+    "elbo_terms given numbers": (
+        conditional_reader(pd.elbo_terms), {"context": (torch.zeros(4, 3), "conditions")}
+    ),
+    "importance_evidence given numbers": (
+        conditional_reader(pd.importance_evidence, num_particles=2),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "smc_evidence given numbers": (
+        conditional_reader(pd.smc_evidence, num_particles=3),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "ode_log_likelihood given numbers": (
+        conditional_reader(pd.ode_log_likelihood, rtol=0.1, atol=0.1),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "to_arviz given numbers": (
+        conditional_reader(pd.to_arviz, num_draws=25, timesteps=[1]),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "dropped contexts": (
+        lambda null: conditional(num_classes=3, null_token=True).model(
+            X_0, torch.zeros(4).long(), null=null
+        ),
+        {"null": (torch.ones(4) > 0, "null")},
+    ),
     "DDIMSampler": (
         lambda model, eta, n, x_T: pd.DDIMSampler(model, 3, eta=eta)(n, x_T),
         {"model": (diffusion(), "object"), "eta": (0.0, "share"), "n": (4, "count"),
@@ -328,6 +392,7 @@ POOLS |= {
     "states": [*POOLS["data"][8:15], "words", Thing(), 3],
     "sequence": ["words", Thing(), [0], [6], [1.5], [True], 3, []],
     "evidence": [*JUNK, 3, torch.ones(4)],
+    "finite": ["words", None, Thing(), 1 + 2j, [1.0], math.nan, math.inf, True],
     "at least zero": ["words", None, Thing(), 1 + 2j, [1.0], math.nan, -1.0, math.inf],
 }
 CASES = [

@@ -8,10 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import pyro_diffusion
 from pyro_diffusion import (
@@ -31,7 +34,7 @@ from pyro_diffusion import (
     importance_evidence,
 )
 from pyro_diffusion.chains import GenerativeChain, Steps
-from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.given import Given, chunks, repeated, together
 from pyro_diffusion.moved import MODULES, RENAMED
 
 
@@ -311,6 +314,43 @@ def test_data_and_what_goes_with_them_move_together():
     assert what.context[0].tolist() == (rows * 10).tolist()
     assert what.context[1]["a"].tolist() == (rows * 100).tolist()
     assert what.null is None
+
+
+@st.composite
+def contexts(draw, count):
+    """A tree of tensors, each with the number of its row in every entry; labels stay whole."""
+    kinds = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8])
+    shapes = st.sampled_from([(), (2,), (2, 3)])
+
+    def leaf(dtype, shape):
+        return torch.arange(count).to(dtype).reshape(-1, *(1,) * len(shape)).expand(count, *shape)
+
+    leaves = st.builds(leaf, kinds, shapes)
+    names = st.sampled_from(["a", "b"])
+    trees = st.recursive(
+        leaves,
+        lambda part: st.tuples(part, part) | st.dictionaries(names, part, min_size=1),
+        max_leaves=4,
+    )
+    return draw(trees)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), count=st.integers(1, 7), size=st.integers(1, 4), times=st.integers(1, 3))
+def test_a_context_stays_beside_its_datum(data, count, size, times):
+    """Through chunks and particles, whatever tree it is; its dtype is kept."""
+    context = data.draw(contexts(count))
+    null = torch.arange(count) % 2 == 1
+    whole = Given.of(context=context, null=null).with_rows(count)
+    x_0 = torch.arange(count).double()[:, None]
+    for _, rows, own in chunks(x_0, whole, size):
+        rows, own = together(lambda x: repeated(x, times), rows, own)
+        for before, part in zip(tree_leaves(context), tree_leaves(own.context), strict=True):
+            assert part.dtype == before.dtype
+            numbers = part.reshape(len(rows), -1).double()
+            kept = torch.where(own.null[:, None], 0.0, rows)
+            assert torch.equal(numbers, kept.expand_as(numbers))
+        assert torch.equal(own.null, rows[:, 0] % 2 == 1)
 
 
 def test_a_chain_of_ones_own_kernels_may_take_a_context():

@@ -6,7 +6,7 @@ import torch
 
 from pyro_diffusion.denoisers import LevelPrediction, NeuralDenoiser
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.networks import MLP, UNet
+from pyro_diffusion.networks import MLP, FeedForward, UNet
 from pyro_diffusion.schedules import LogSNRSchedule
 
 
@@ -164,3 +164,74 @@ def test_u_net_needs_diffusers_and_not_torchvision(missing):
     )
     says = "built" if missing == "torchvision" else "pip install 'pyro-diffusion[images]'"
     assert says in result.stdout
+
+
+# Contexts.
+
+CONTEXTS = {
+    "numbers": ({"context_shape": (2, 3)}, torch.randn(5, 2, 3)),
+    "labels": ({"num_classes": 4}, torch.tensor([0, 3, 2, 0, 1])),
+    "small labels": ({"num_classes": 4}, torch.tensor([0, 3, 2, 0, 1], dtype=torch.uint8)),
+}
+BACKBONES = {
+    "MLP": lambda **c: MLP((8, 8), hidden_size=16, num_blocks=2, **c),
+    "UNet": lambda **c: UNet((8, 8), channels=(4, 8), attention=(), **c),
+}
+
+
+def randomised(network):
+    """The network with outputs that are not zero, in evaluation mode."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", list(CONTEXTS))
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_a_context_changes_its_own_row_and_no_other(name, kind):
+    settings, context = CONTEXTS[kind]
+    network = randomised(BACKBONES[name](**settings, null_token=True))
+    x_t, log_snr = torch.randn(5, 8, 8), torch.randn(5)
+    output = network(x_t, log_snr, context)
+    other = context.clone()
+    other[1] = other[0]
+    changed = (network(x_t, log_snr, other) - output).flatten(1).abs().amax(1)
+    assert (changed > 1e-4).tolist() == [False, True, False, False, False]
+    # A dropped row is the row of the null token, whatever its context.
+    null = torch.tensor([False, True, False, True, False])
+    mixed = network(x_t, log_snr, context, null)
+    without = network(x_t, log_snr)
+    torch.testing.assert_close(mixed, torch.where(null[:, None, None], without, output))
+    assert not torch.allclose(without, output)
+
+
+def test_a_network_without_a_context_has_the_parameters_of_before():
+    names = {name.split(".")[0] for name in MLP((2,)).state_dict()}
+    assert names == {"encode", "condition", "blocks", "decode"}
+
+
+def test_arguments_of_a_context_that_do_not_go_together():
+    for settings, says in (
+        ({"context_shape": (3,), "num_classes": 2}, "arguments 'context_shape' and 'num_classes'"),
+        ({"context_shape": 3}, "argument 'context_shape': got 3; expected a tuple"),
+        ({"num_classes": 0}, "argument 'num_classes': got 0"),
+        (
+            {"null_token": True},
+            "argument 'null_token': got True for a network that takes no context",
+        ),
+    ):
+        for build in BACKBONES.values():
+            with pytest.raises(ValueError, match=says):
+                build(**settings)
+    says = r"argument 'context': got one for an MLP that was built without one; .* context_shape=\(8,\)"
+    with pytest.raises(ValueError, match=says):
+        MLP((2,))(torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 8))
+
+
+def test_a_feed_forward_layer_takes_particles_in_front_of_its_context():
+    layer = randomised(FeedForward((4,), (2,), hidden_size=8, context_shape=(3,)))
+    h, context = torch.randn(7, 5, 4), torch.randn(5, 3)
+    each = torch.stack([layer(rows, context) for rows in h])
+    torch.testing.assert_close(layer(h, context), each)
+    assert not torch.allclose(layer(h, context.flip(0)), each)

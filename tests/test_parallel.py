@@ -55,6 +55,14 @@ def test_results_of_shares_are_joined_in_order(shares):
     assert all(torch.equal(ours[field], theirs[field]) for field in ELBOTerms._fields[:5])
 
 
+def test_a_context_of_several_parts_is_shared_with_its_data(shares):
+    for found in shares:
+        x, a, b, n = found["tree"].T
+        assert torch.equal(torch.stack((x, a)), ranks.distinct(7)[:, :2].T)
+        assert b.tolist() == list(range(7))
+        assert n.tolist() == [3] * 3 + [4] * 4
+
+
 def test_under_a_mask_the_event_size_is_that_of_all_data(shares):
     mask = ranks.distinct(7).abs() > 0.3
     terms = ELBOTerms(**shares[0]["masked"])

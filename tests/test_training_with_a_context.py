@@ -385,6 +385,15 @@ def test_the_loss_of_a_batch_is_that_of_the_programs():
     assert by_hand.step(x_0, c, null=null) / 32 == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_dropout_without_a_null_token_is_refused_before_the_first_step(tmp_path):
+    diffusion = labelled(null_token=False, num_classes=2)
+    before, module = weights(diffusion), module_of(diffusion)
+    batches = ShuffledBatches({"x_0": X, "context": C}, 40, context_dropout=0.1)
+    with pytest.raises(ValueError, match="step 0: .*without a null token.*null_token=True"):
+        trainer(tmp_path, max_epochs=1).fit(module, batches)
+    assert torch.equal(weights(diffusion), before)
+
+
 def test_a_tuple_survives_a_loader_of_torch():
     """``default_collate`` makes a list of it."""
 

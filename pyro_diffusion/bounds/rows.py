@@ -45,7 +45,7 @@ class Rows:
         batch_size: int | None = None,
     ) -> None:
         x_0 = check_data(x_0, given.mask)
-        given = given.with_rows(len(x_0))
+        given = given.with_rows(len(x_0), device=x_0.device)
         diffusion.denoiser.check_given(given.of_kernels())
         self.diffusion, self.time = check_weights(diffusion), time
         walk = ReverseWalk(diffusion, given=given)

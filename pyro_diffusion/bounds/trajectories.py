@@ -34,7 +34,7 @@ from pyro_diffusion.bounds.checks import (
 from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import Given, chunks, first_repeated, repeated, together
+from pyro_diffusion.given import Given, chunks, first_repeated, repeated, run, together
 from pyro_diffusion.reading import footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS, ReverseWalk
@@ -88,7 +88,7 @@ def trajectory_terms(
     refuse_gradients((x_0, given))
     num_particles = check_count("num_particles", num_particles, 1, PARTICLES)
     x_0 = check_data(x_0, given.mask)
-    given = given.with_rows(len(x_0))
+    given = given.with_rows(len(x_0), device=x_0.device)
     batch_size = (
         _rows_at_a_time(model, guide, x_0, given, num_particles)
         if batch_size is None
@@ -124,10 +124,10 @@ def _read(
     checked = data_checked() if ours else nullcontext()
     with reading(model, guide), checked:
         with _Draw(len(x_0)) as drawn:
-            guide(x_0, **given.arguments())
+            run(guide, x_0, given.arguments())
         bar.total = num_chunks * (len(drawn.sites) + 1)
         with _Score(drawn.sites, len(x_0), bar, keep, analytic_kl is not False) as scored:
-            model(x_0, **given.arguments())
+            run(model, x_0, given.arguments())
     check_sites(scored.drawn, scored.log_ratio, scored.observed)
     require(
         not analytic_kl or scored.in_order,
@@ -256,8 +256,8 @@ def _rows_at_a_time(
     def of_programs(count: int) -> float:
         """Bytes needed for a run of both programs."""
         with tqdm(disable=True) as bar:
-            run = partial(_read, model, guide, *first_repeated(x_0, given, count), None, (), bar, 1)
-            return footprint(run).peak
+            rows = first_repeated(x_0, given, count)
+            return footprint(partial(_read, model, guide, *rows, None, (), bar, 1)).peak
 
     def of_chain(count: int) -> float:
         """Bytes needed for a state at every site of a diffusion model's chain, and for a step."""

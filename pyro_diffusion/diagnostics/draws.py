@@ -36,7 +36,7 @@ from pyro_diffusion.diagnostics.recording import (
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence import Evidence, average, fingerprint
 from pyro_diffusion.family import Family, Pair, unpacked
-from pyro_diffusion.given import Given, chunks, repeated, together
+from pyro_diffusion.given import Given, chunks, repeated, run, together
 from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import ROWS, ReverseWalk
 
@@ -290,7 +290,7 @@ def _pair_predictions(
 ) -> "dict[str, xarray.Dataset]":
     """Draws of an ordinary model without observations, with its own latents and with those of the guide."""
     free = poutine.uncondition(model)
-    values = Record().of(model, x_0, **given.arguments())
+    values = Record().of(run, model, x_0, given.arguments())
     data = {name: x for name, x in values.items() if name not in drawn.states}
     priors, posteriors = [], []
     for part in torch.arange(len(drawn.log_weight)).split(max(rows // len(x_0), 1)):

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.given import Given, repeated, together
+from pyro_diffusion.given import Given, repeated, run, together
 
 if TYPE_CHECKING:
     import xarray
@@ -44,7 +44,7 @@ class Record(Messenger):
     ) -> dict[str, Tensor]:
         """Run ``program(x_0)`` once for all particles; the values have shape ``(particles, N, …)``."""
         data, rows = together(lambda x: repeated(x, particles), x_0, given)
-        values = self.of(program, data, **rows.arguments())
+        values = self.of(run, program, data, rows.arguments())
         return {name: x.unflatten(0, (particles, -1)) for name, x in values.items()}
 
     def _pyro_post_sample(self, msg: Any) -> None:

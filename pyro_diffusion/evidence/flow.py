@@ -123,7 +123,7 @@ def ode_log_likelihood(  # type: ignore[misc]
     what = _check_given(given)
     rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
     x_0 = check_data(x_0)
-    what = what.with_rows(len(x_0))
+    what = what.with_rows(len(x_0), device=x_0.device)
     diffusion.denoiser.check_given(what.of_kernels())
     if state == 0:  # the flow follows the whole curve, even for a chain of one step
         diffusion = diffusion.with_both_ends()

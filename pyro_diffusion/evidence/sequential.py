@@ -127,7 +127,7 @@ def smc_evidence(  # type: ignore[misc]
     check_whole(state, what)
     refuse_gradients((x_0, what))
     raw, x_0 = x_0, check_data(x_0, what.mask)
-    what = what.with_rows(len(x_0))
+    what = what.with_rows(len(x_0), device=x_0.device)
     if state == diffusion.schedule.num_timesteps:
         return at_the_end(diffusion.prior(), x_0, counts.particles)
     with reading(diffusion):

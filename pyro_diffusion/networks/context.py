@@ -114,11 +114,10 @@ class ContextEmbedding(nn.Module):
 
     def _checked(self, context: Any, count: int) -> Tensor:
         """Labels ``(B,)``, or numbers ``(B, size)``."""
-        whole = isinstance(context, Tensor) and not (
-            context.is_floating_point() or context.is_complex()
-        )
+        real = isinstance(context, Tensor) and not context.is_complex()
+        whole = real and not context.is_floating_point()
         if self.num_classes is None:
-            fit = isinstance(context, Tensor) and context.shape == (count, *self.shape)
+            fit = real and context.shape == (count, *self.shape)
             expected = f"real numbers of shape (N,) + {tuple(self.shape)}"
             remedy = "Reshape it, or build the network with the shape of your context_shape."
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import as_numbers, check_timesteps, require
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.given import Given
 from pyro_diffusion.networks import evaluating
 from pyro_diffusion.style import BLUE, PALETTE, count_on, new_axes, row_of, styled
 
@@ -97,6 +98,7 @@ def plot_trajectory(
     x_0: Tensor,
     *,
     timesteps: Sequence[int] | None = None,
+    context: Any = None,
     axes: Any = None,
 ) -> Any:
     r"""States of the two chains: data that become noise, and noise that becomes data.
@@ -109,6 +111,7 @@ def plot_trajectory(
         diffusion: The model.
         x_0: Data, shape ``(N,)`` + the shape of one datum. The model draws as many.
         timesteps: Increasing timesteps in ``0 … T``, one for each column; by default six of them.
+        context: Context of conditional data, a row for each datum; the model draws given the same.
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
@@ -116,13 +119,14 @@ def plot_trajectory(
         :math:`\hat x_0(x_1)`.
 
     Raises:
-        ValueError: A timestep outside ``0 … T``.
+        ValueError: A timestep outside ``0 … T``, or a context that does not fit.
     """
-    timesteps = _columns(diffusion, timesteps, 0)
+    timesteps, given = _columns(diffusion, timesteps, 0), _given(diffusion, x_0, context)
     with evaluating(diffusion):
         forward = poutine.trace(diffusion.guide).get_trace(x_0).nodes
-        reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0)).nodes
-        x_0_hat = diffusion.denoiser.x_0_hat(reverse["x_1"]["value"], diffusion.schedule.log_snr(1))
+        reverse = poutine.trace(diffusion.model).get_trace(num_samples=len(x_0), **given).nodes
+        x_1, log_snr = reverse["x_1"]["value"], diffusion.schedule.log_snr(1)
+        x_0_hat = diffusion.denoiser.x_0_hat(x_1, log_snr, **given)
     chains = {
         "forward, $q$": (forward, diffusion.embed(x_0)),
         "reverse, $p$": (reverse, x_0_hat),
@@ -141,6 +145,7 @@ def plot_denoised(
     x_0: Tensor,
     *,
     timesteps: Sequence[int] | None = None,
+    context: Any = None,
     axes: Any = None,
 ) -> Any:
     r"""Noisy data :math:`x_t \sim q(x_t \mid x_0)`, and the denoiser's estimates :math:`\hat x_0(x_t)`.
@@ -149,20 +154,21 @@ def plot_denoised(
         diffusion: The model.
         x_0: Data, shape ``(N,)`` + the shape of one datum; drawn as in :func:`plot_trajectory`.
         timesteps: Increasing timesteps in ``1 … T``, one for each column; by default six of them.
+        context: Context of conditional data, a row for each datum.
         axes: Axes of shape ``(2, len(timesteps))``.
 
     Returns:
         The axes, with states on top, estimates below.
 
     Raises:
-        ValueError: A timestep outside ``1 … T``.
+        ValueError: A timestep outside ``1 … T``, or a context that does not fit.
     """
-    timesteps = _columns(diffusion, timesteps, 1)
+    timesteps, given = _columns(diffusion, timesteps, 1), _given(diffusion, x_0, context)
     embedded = diffusion.embed(x_0)
     with evaluating(diffusion):
         states = [diffusion.process.marginal(embedded, t).sample() for t in timesteps]
         estimates = [
-            diffusion.denoiser.x_0_hat(x_t, diffusion.schedule.log_snr(t))
+            diffusion.denoiser.x_0_hat(x_t, diffusion.schedule.log_snr(t), **given)
             for x_t, t in zip(states, timesteps, strict=True)
         ]
     rows = {"state $x_t$": states, r"estimate $\hat x_0(x_t)$": estimates}
@@ -175,6 +181,11 @@ def _columns(diffusion: DiffusionModel, timesteps: Sequence[int] | None, first: 
         return sorted({round(first + (last - first) * k / 5) for k in range(6)})
     remedy = "Leave them out for six that are evenly spaced."
     return check_timesteps(timesteps, first, last, remedy)
+
+
+def _given(diffusion: DiffusionModel, x_0: Tensor, context: Any) -> dict[str, Any]:
+    given = Given.of(context=context).with_rows(len(x_0), device=x_0.device)
+    return diffusion.denoiser.check_given(given.of_kernels())
 
 
 def _titles(diffusion: DiffusionModel, timesteps: list[int]) -> list[str]:

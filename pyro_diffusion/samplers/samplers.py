@@ -143,7 +143,7 @@ class Sampler(ABC):
             return self._last(model, self._chain(model, x_T, progress, given), given)
 
     def _given(self, model: DiffusionModel, context: Any, num_samples: int) -> Given:
-        given = Given.of(context=context).with_rows(num_samples, shared=True)
+        given = Given.of(context=context).with_rows(num_samples, shared=True, device=model.device)
         model.denoiser.check_given(given.of_kernels())
         require(
             context is not None or not self.guidance.strength,

@@ -85,7 +85,8 @@ def compile_elbo(
             about as fast as the programs without Pyro, and needs neither time to compile nor a C++ compiler.
 
     Returns:
-        A module that is called with the programs' arguments and returns the loss, minus the ELBO, in nats.
+        A module that is called with the programs' arguments and returns the loss, minus the ELBO, in nats. A
+        context goes by name or by position, ``loss(x_0, context=c)``; its tensors are inputs of the graph.
 
     Raises:
         ValueError: A loss that enumerates, or that defines its own steps. From a call: programs whose control

@@ -17,6 +17,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from pyro_diffusion.bounds.checks import check_program
 from pyro_diffusion.checks import require
 from pyro_diffusion.family import Pair, unpacked
+from pyro_diffusion.given import run
 from pyro_diffusion.scoring import log_density, replayed, score
 
 _WARMUP = "Pass min(1.0, step / num_steps) for a linear warm-up."
@@ -271,7 +273,7 @@ def bound_by_datum(model: Any, guide: Any = None, x_0: Any = None, **given: Any)
     model, guide, x_0 = unpacked(model, guide, x_0)
     check_program("model", model)
     check_program("guide", guide)
-    drawn, scored = replayed(model, guide, x_0, **given)
+    drawn, scored = replayed(partial(run, model), partial(run, guide), x_0, given)
     return _bound_of_data(scored, drawn)
 
 

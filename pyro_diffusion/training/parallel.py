@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_diffusion.checks import require
 
@@ -78,7 +79,8 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
             tensor with one row for each datum, or a named tuple whose tensors have the data in their last
             dimension, such as :class:`~pyro_diffusion.bounds.ELBOTerms` and
             :class:`~pyro_diffusion.evidence.Evidence`.
-        data: Tensors or arrays (also on disk) of ``N`` rows each, or the number ``N`` of data to draw.
+        data: Tensors or arrays (also on disk) of ``N`` rows each, or the number ``N`` of data to draw. A
+            context may be a tuple or a dictionary of tensors.
 
     Returns:
         The result of ``function`` for all ``N`` data, on this rank's device and in the order of the data.
@@ -98,7 +100,8 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
         torch.Size([16, 2])
     """
     remedy = "Pass tensors with the data in front, or the number of data to draw."
-    count = common_length([x if isinstance(x, int) else len(x) for x in data], remedy)
+    leaves = tree_leaves(data, is_leaf=_is_rows)
+    count = common_length([x if isinstance(x, int) else len(x) for x in leaves], remedy)
     if rank_and_size()[1] == 1:
         return function(*data)
     rows, seed = share(count), agreed_seed()
@@ -108,7 +111,10 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
         torch.manual_seed(seed + rank_and_size()[0])
         try:
             if size:
-                mine = function(*(size if isinstance(x, int) else x[rows] for x in data))
+                own = tree_map(
+                    lambda x: size if isinstance(x, int) else x[rows], data, is_leaf=_is_rows
+                )
+                mine = function(*own)
         except Exception as caught:
             error = caught
     parts = gather((_on_cpu(mine), _device_type(mine), size, error and str(error)))
@@ -120,6 +126,11 @@ def over_ranks(function: Callable[..., _Result], *data: Any) -> _Result:
     values, kinds, sizes, _ = zip(*(part for part in parts if part[2]), strict=True)
     result: _Result = _joined(values, sizes, kinds[0])
     return result
+
+
+def _is_rows(x: Any) -> bool:
+    """Whether an argument is rows of data, and not a tuple or a dictionary of them."""
+    return isinstance(x, list)
 
 
 def _device_type(value: Any) -> str:

@@ -34,6 +34,7 @@ from pyro_diffusion import (
     GaussianDenoiser,
     GaussianLikelihood,
     GaussianMixtureDenoiser,
+    Guidance,
     HierarchicalVAE,
     KLWarmup,
     LadderEncoder,
@@ -192,6 +193,11 @@ def draw(diffusion: DiffusionModel) -> Tensor:
     ddim = DDIMSampler(diffusion, timesteps=[1, 3, 5])
     assert_type(ddim(4), Tensor)
     second = ODESampler(diffusion, timesteps=3, eta=1.0)(4)
+    network = MLP((2,), num_classes=3, null_token=True)
+    labelled = DiffusionModel(NeuralDenoiser(network, LogSNRSchedule(5), (2,)))
+    guided = ODESampler(labelled, guidance=Guidance(2.0))
+    assert_type(guided(4, context=torch.tensor(1)), Tensor)
+    assert_type(labelled.sample(2, context=torch.tensor([0, 2])), Tensor)
     fewer = diffusion.strided(3)
     assert_type(fewer, DiffusionModel)
     return torch.cat([samples, ancestral, second, over_ranks(fewer.sample, 4)])
