@@ -54,12 +54,13 @@ def main():
 def measure(name, simulations, args):
     """One posterior, fitted and compared with what is known."""
     options = ["--task", name, "--simulations", str(simulations), "--device", args.device]
+    options += ["--steps", str(args.steps)] * (args.steps is not None)
     options += ["--data", str(args.data)] * (args.data is not None) + ["--smoke"] * args.smoke
     options = sbi.parse_arguments(options)
     pyro.set_rng_seed(options.seed)
     task, start = sbi.TASKS[name], time.perf_counter()
-    posterior, fitted = sbi.learn(task, *task.pairs(options.simulations, args.device), options)
-    row = {"task": name, "simulations": options.simulations, "steps": fitted.num_steps}
+    posterior, fits = sbi.learn(task, *task.pairs(options.simulations, args.device), options)
+    row = {"task": name, "simulations": options.simulations, "steps": [f.num_steps for f in fits]}
     row["fit_seconds"] = round(time.perf_counter() - start, 1)
     row |= sbi.score(task, posterior, options)
     credibility = sbi.calibrate(task, posterior, options)["credibility"]
@@ -104,6 +105,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", choices=sbi.TASKS, default=list(sbi.TASKS))
     parser.add_argument("--simulations", nargs="*", type=int, default=[10_000, 100_000])
+    parser.add_argument(
+        "--steps", type=int, help="of each network; by default those of the example"
+    )
     parser.add_argument("--data", type=Path, help="folder of the reference posteriors")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="minutes of work in seconds")

@@ -46,7 +46,6 @@ from pyro_diffusion import (
     NeuralDenoiser,
     ODESampler,
     PosteriorVariance,
-    Recipe,
     Standardize,
     VelocityPrediction,
     evaluate_bound,
@@ -70,10 +69,12 @@ def main():
     pyro.set_rng_seed(args.seed)
     task, start = TASKS[args.task], time.perf_counter()
     theta, x = task.pairs(args.simulations, args.device)
-    posterior, fitted = learn(task, theta, x, args)
-    print(
-        f"{args.task}: {args.simulations:,} simulations, {time.perf_counter() - start:.0f} s\n{fitted}"
-    )
+    posterior, fits = learn(task, theta, x, args)
+    print(f"{args.task}: {args.simulations:,} simulations, {time.perf_counter() - start:.0f} s")
+    for fitted in fits:
+        print(
+            f"  a network: best at step {fitted.best.step:,}, bound {fitted.best.bound} nats per θ"
+        )
     numbers = {"task": args.task, "simulations": args.simulations}
     numbers |= score(task, posterior, args)
     calibration = calibrate(task, posterior, args)
@@ -191,6 +192,18 @@ TASKS = {
 }
 
 
+class Average(torch.nn.Module):
+    """The mean of several networks."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = torch.nn.ModuleList(networks)
+
+    def forward(self, x_t, log_snr, context):
+        """Their mean output, which is their mean estimate of θ."""
+        return torch.stack([network(x_t, log_snr, context) for network in self.networks]).mean(0)
+
+
 class Posterior(NamedTuple):
     """q(θ∣x): a diffusion model of θ, and the mean and scale of its context."""
 
@@ -217,20 +230,26 @@ class Posterior(NamedTuple):
 
 
 def learn(task, theta, x, args):
-    """Fit the model to pairs. The settings are those with the best bound of new simulations."""
-    size, standardize = task.num_parameters, Standardize.from_data(x).to(x.device)
-    network = MLP((size,), hidden_size=args.hidden_size, num_blocks=3, context_shape=(x.shape[1],))
-    # Two moons are 0.01 wide, so that the noise of x_1 must be smaller.
+    """Fit networks one by one, with other seeds, and average them: each of them overfits in its own way."""
+    standardize, fits, networks = Standardize.from_data(x).to(x.device), [], []
+    context, size = standardize(x), task.num_parameters
+    for seed in range(args.seed, args.seed + args.num_networks):
+        network = MLP(
+            (size,), hidden_size=args.hidden_size, num_blocks=3, context_shape=context.shape[1:]
+        )
+        diffusion = build(task, network).to(x.device)
+        fits.append(fit(diffusion, theta, context=context, max_steps=args.num_steps, seed=seed))
+        networks.append(network)
+    return Posterior(build(task, Average(networks)).to(x.device), standardize), fits
+
+
+def build(task, network):
+    """The diffusion model of θ. Two moons are 0.01 wide, and the noise of its first state is less."""
+    size = (task.num_parameters,)
     schedule = LogSNRSchedule(1000, log_snr_max=11.0, log_snr_min=-8.0)
-    denoiser = NeuralDenoiser(
-        network, schedule, (size,), prediction=VelocityPrediction(), variance=PosteriorVariance()
-    )
-    diffusion = DiffusionModel(denoiser, transform=task.transform).to(x.device)
-    fitted = fit(
-        diffusion, theta, context=standardize(x), max_steps=args.num_steps, seed=args.seed,
-        recipe=Recipe(batch_size=256),
-    )  # fmt: skip
-    return Posterior(diffusion, standardize), fitted
+    prediction, variance = VelocityPrediction(), PosteriorVariance()
+    denoiser = NeuralDenoiser(network, schedule, size, prediction=prediction, variance=variance)
+    return DiffusionModel(denoiser, transform=task.transform)
 
 
 def score(task, posterior, args):
@@ -389,6 +408,7 @@ def parse_arguments(options=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="gaussian_linear")
     parser.add_argument("--simulations", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, help="of each network; 12,000 by default")
     parser.add_argument("--data", type=Path, help="folder of the reference posteriors")
     parser.add_argument("--c2st-draws", type=int, default=10_000)
     parser.add_argument("--plot", type=Path, help="the picture; by default in the output folder")
@@ -400,7 +420,8 @@ def parse_arguments(options=None):
     args = parser.parse_args(options)
     args.plot = args.plot or args.output / "posterior.png"
     args.arviz = args.arviz or args.output / "posterior.nc"
-    args.num_steps = 30 if args.smoke else 20_000
+    args.num_steps = args.steps or (30 if args.smoke else 12_000)
+    args.num_networks = 2 if args.smoke else 3
     args.hidden_size = 16 if args.smoke else 128
     args.simulations = 200 if args.smoke else args.simulations
     args.c2st_draws = 50 if args.smoke else args.c2st_draws
