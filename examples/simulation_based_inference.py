@@ -3,7 +3,8 @@ r"""Simulation-based inference: the posterior of a simulator's parameters, from 
 The script draws pairs of parameters θ from the prior and observations x from the simulator, and fits a
 conditional diffusion model of p(θ∣x) to them. No likelihood is evaluated. The parameters are mapped to the
 real line, so that the prior is a standard normal there: a box by the inverse of the normal distribution
-function, and normal parameters by their mean and standard deviation. The observation is the context.
+function, and normal parameters by their mean and standard deviation. The observation is the context. The
+estimates of three networks are averaged. All tasks have the same settings.
 
 The model gives draws for any observation by ``ODESampler``, and log q(θ∣x) by the flow. On new simulations
 the script reports the conditional bound, the ranks of the true parameters among draws (simulation-based
@@ -230,7 +231,7 @@ class Posterior(NamedTuple):
 
 
 def learn(task, theta, x, args):
-    """Fit networks one by one, with other seeds, and average them: each of them overfits in its own way."""
+    """Fit networks with different seeds and average them, which has a better bound than one network."""
     standardize, fits, networks = Standardize.from_data(x).to(x.device), [], []
     context, size = standardize(x), task.num_parameters
     for seed in range(args.seed, args.seed + args.num_networks):
@@ -244,7 +245,7 @@ def learn(task, theta, x, args):
 
 
 def build(task, network):
-    """The diffusion model of θ. Two moons are 0.01 wide, and the noise of its first state is less."""
+    """The diffusion model of θ. Posteriors may be 0.01 wide: the noise of the first state is 0.004."""
     size = (task.num_parameters,)
     schedule = LogSNRSchedule(1000, log_snr_max=11.0, log_snr_min=-8.0)
     prediction, variance = VelocityPrediction(), PosteriorVariance()
