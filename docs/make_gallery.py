@@ -26,10 +26,12 @@ ROOT = Path(__file__).parent.parent
 GALLERY = ROOT / "docs/gallery"
 #: The arguments of a run that takes a few minutes at most, and the picture that is shown of it.
 RUNS = {
+    "classify": ("--plot", "classify.png"),
     "diffusion_vs_hvae": ("--seeds 0 --steps 300 --num-timesteps 20", "levels.png"),
     "digits": ("", "samples.png"),
     "estimator_variance": ("", "estimator_variance.png"),
     "gaussian_oracle": ("", None),
+    "guidance": ("", "guidance.png"),
     "lecture": ("", None),
     "lightning_digits": ("", "denoised.png"),
     "poisson_counts": ("", "counts.png"),

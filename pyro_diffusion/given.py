@@ -15,6 +15,7 @@ not matter, and may be NaN.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -99,9 +100,10 @@ class Given(NamedTuple):
             if part.dim() == 0 or (shared and len(part) == 1):
                 part = part.expand(count, *part.shape[1:])
             if len(part) != count:
+                for_all = "Pass context[None] for one" if shared else "Expand a context"
                 raise ValueError(
                     f"argument 'context': got shape {tuple(part.shape)} for {count} data; expected a row for "
-                    "each datum. Expand a context that all data share, and slice it together with the data."
+                    f"each datum. {for_all} that all data share, and slice it together with the data."
                 )
             return self._checked(part)
 
@@ -206,14 +208,23 @@ def beside(state: Tensor, context: Any) -> Any:
 
 
 def run(program: Callable[..., Any], x_0: Any, given: dict[str, Any]) -> Any:
-    """Run a program with data and what goes with them: a context by name if the program names it.
+    """Run a program with data and what goes with them, by name.
 
-    A program that a Pyro handler wraps, as ``poutine.scale(model, 2.0)``, gets it by position.
+    A program that a Pyro handler wraps, as ``poutine.scale(model, 2.0)``, gets its context by position.
     """
-    if "context" not in given or "context" in _parameters(program):
+    if not _is_wrapped(program):
         return program(x_0, **given)
     arguments, rest = by_position(x_0, given)
     return program(*arguments, **rest)
+
+
+def _is_wrapped(program: Callable[..., Any]) -> bool:
+    """Whether a program is inside of a handler, whose own argument ``context`` is in the way."""
+    function: Any = program
+    while isinstance(function, partial):
+        function = function.func
+    bound = function is not program and "context" in _parameters(function)
+    return bound and "context" not in _parameters(program)
 
 
 def heard(

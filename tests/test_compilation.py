@@ -845,6 +845,8 @@ def test_the_graph_takes_a_context(name, null):
         assert_same(loss_and_grads(compiled, x, turn, context=c, **given), theirs)
         torch.manual_seed(turn)
         assert compiled(x, c, **given).item() == pytest.approx(value.item(), rel=1e-10)
+        torch.manual_seed(turn)
+        assert compiled(x_0=x, context=c, **given).item() == pytest.approx(value.item(), rel=1e-10)
         losses.append(value.item())
     assert len(compiled._graphs) == 1
     assert len(set(losses)) == 3

@@ -3,6 +3,7 @@
 Along the exact reverse chain every path weighs log p(x∣c), so that all estimators agree datum by datum.
 """
 
+import functools
 import math
 import re
 
@@ -446,6 +447,19 @@ def test_pictures_of_conditional_states(plot):
     plt.close("all")
 
 
+def test_a_program_that_takes_anything_by_name_gets_its_context_by_name(oracle):
+    diffusion, x_0, context, exact = oracle
+
+    def guide(x_0, **given):
+        assert set(given) == {"context"}
+        diffusion.guide(x_0, **given)
+
+    terms = elbo_terms(diffusion.model, guide, x_0, analytic_kl=False, context=context)
+    equal(terms.elbo, exact)
+    again = functools.partial(guide)
+    equal(elbo_terms(diffusion.model, again, x_0, analytic_kl=False, context=context).elbo, exact)
+
+
 def test_parts_of_a_context_keep_their_names_in_arviz():
     class Both(nn.Module):
         def __init__(self):
@@ -475,7 +489,7 @@ BOTH = {"num_classes": 3, "null_token": True}
 LABELS, C = torch.tensor([0, 1, 2, 3]), torch.zeros(4, 3)
 BAD = {
     "rows": (NUMBERS, {"context": C[:3]}, "4 data; expected a row for each"),
-    "shape": (NUMBERS, {"context": C[:, 1:]}, r"of shape \(\d+, 2\).*\(N,\) \+ \(3,\)"),
+    "shape": (NUMBERS, {"context": C[:, 1:]}, r"of shape \(N,\) \+ \(2,\) and .*\(N,\) \+ \(3,\)"),
     "labels": (CLASSES, {"context": LABELS}, "the value 3; expected a whole"),
     "real labels": (CLASSES, {"context": C[:, 0]}, r"float32; expected a whole number 0 … 2"),
     "NaN": (NUMBERS, {"context": math.nan * C}, "12 NaN or infinite values"),
@@ -537,6 +551,16 @@ def test_a_context_on_another_device_is_an_error():
         denoiser(X_0, 3, context=torch.zeros(4, 3, device="meta"))
 
 
+def test_one_context_without_an_axis_of_data_is_an_error_with_a_remedy():
+    diffusion, context = neural(context_shape=(3,)), torch.zeros(3)
+    for draw in (diffusion.sample, AncestralSampler(diffusion)):
+        with pytest.raises(
+            ValueError, match=r"shape \(3,\) for 5 data; .* Pass context\[None\] for one"
+        ):
+            draw(5, context=context)
+        assert draw(5, context=context[None]).shape == (5, 2)
+
+
 def test_a_gap_in_the_context_of_a_dropped_row_does_not_matter():
     """NaN where the context was dropped: neither the bound nor a gradient sees it."""
     pyro.set_rng_seed(0)
@@ -568,7 +592,7 @@ def test_errors_of_guidance_and_of_oracles():
         ODESampler(diffusion, guidance=Guidance(2.0))(3)
     with pytest.raises(ValueError, match="argument 'denoised': got an estimate alone"):
         AncestralSampler(diffusion, guidance=Guidance(2.0))(3, context=1)
-    with pytest.raises(ValueError, match="without a null token"):
+    with pytest.raises(ValueError, match="sampler with guidance: .* without a null token"):
         ODESampler(neural(num_classes=3), guidance=Guidance(2.0))(3, context=1)
     with pytest.raises(ValueError, match="argument 'weight': got shape"):
         GaussianDenoiser.from_regression(WEIGHT.T, BIAS, STD, schedule())

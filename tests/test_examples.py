@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: What each script prints, in any case, when run with ``--smoke``.
 LISTED = {
+    "classify.py": ["images decided", "network rows", "nearest neighbour", "wrong decisions"],
     "diffusion_vs_hvae.py": ["arviz.compare", "log-ratio at x_1", "active units", "diffusion.nc"],
     "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "ladder VAE"],
     "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
     "gaussian_oracle.py": ["log p(x_0)", "β̃", "closed form"],
+    "guidance.py": ["tilted law", "W1", "neither p(x∣c) nor", "guidance.png"],
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
     "lightning_digits.py": ["bits/dim", "validation", "trajectory.png", "last.ckpt"],
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],

@@ -24,7 +24,7 @@ from pyro_diffusion.checks import (
     require,
 )
 from pyro_diffusion.denoisers.base import Denoiser
-from pyro_diffusion.denoisers.variances import exact_variance
+from pyro_diffusion.denoisers.variances import PosteriorVariance, exact_variance
 from pyro_diffusion.distributions import gaussian
 from pyro_diffusion.processes import ChainStep, Denoised, chain_step, pad, posterior_mean
 from pyro_diffusion.schedules import NoiseSchedule
@@ -346,6 +346,13 @@ class GaussianMixtureDenoiser(Denoiser):
         step = step.padded(self.missing_dim)
         _, x_0_variances = _wiener(self.variances.double(), step.signal, step.noise)
         return self._mixture(log_r, means, exact_variance(step, x_0_variances).to(x_t.dtype))
+
+    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
+        if denoised.logits is None:  # a guided estimate, which has no kernel for each component
+            process: Any = self.process
+            law: TorchDistribution = process.reverse(x_1, denoised, 1, PosteriorVariance())
+            return law
+        return super().decode(x_1, denoised)
 
     def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`\log r_k`, ``batch_shape + (K,)``, and :math:`\hat x_{0,k}`, with the event at the end."""

@@ -120,11 +120,9 @@ def ode_log_likelihood(  # type: ignore[misc]
     """
     diffusion, x_0 = diffusion_of(diffusion, guide, x_0)
     _check(diffusion, state, num_probes)
-    what = _check_given(given)
     rtol, atol = (check_positive(name, x, "1e-5.") for name, x in (("rtol", rtol), ("atol", atol)))
     x_0 = check_data(x_0)
-    what = what.with_rows(len(x_0), device=x_0.device)
-    diffusion.denoiser.check_given(what.of_kernels())
+    what = _checked_given(diffusion, x_0, given)
     if state == 0:  # the flow follows the whole curve, even for a chain of one step
         diffusion = diffusion.with_both_ends()
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
@@ -136,18 +134,23 @@ def ode_log_likelihood(  # type: ignore[misc]
             _solve(diffusion, x, own, state, num_probes, rtol, atol)
             for _, x, own in chunks(x_0, what, size)
         ]
-    log_p = torch.cat(parts, dim=1)
-    exact = num_probes is None
+    trace = "exact trace" if num_probes is None else f"{num_probes} probes"
+    estimator = f"probability flow, {trace}, rtol={rtol:g}, atol={atol:g}"
+    return _evidence(torch.cat(parts, dim=1), estimator, fingerprint(x_0))
+
+
+def _evidence(log_p: Tensor, estimator: str, data: str) -> Evidence:
+    """The mean over probes, with its error; an exact trace has one row and no error."""
+    exact = len(log_p) == 1
     error = torch.zeros_like(log_p[0]) if exact else log_p.std(0) / math.sqrt(len(log_p))
     nan = torch.full_like(error, math.nan)
-    trace = "exact trace" if exact else f"{num_probes} probes"
     return Evidence(
         log_evidence=log_p.mean(0),
         standard_error=error,
         ess=nan,
         pareto_k=nan,
-        estimator=f"probability flow, {trace}, rtol={rtol:g}, atol={atol:g}",
-        data=fingerprint(x_0),
+        estimator=estimator,
+        data=data,
         measure="density",
     )
 
@@ -298,7 +301,7 @@ def _rows_at_a_time(
     return rows_within(cost, min(len(x_0), _MOST))
 
 
-def _check_given(given: dict[str, Any]) -> Given:
+def _checked_given(diffusion: DiffusionModel, x_0: Tensor, given: dict[str, Any]) -> Given:
     what = Given.of(**given)
     require(
         what.mask is None,
@@ -307,6 +310,8 @@ def _check_given(given: dict[str, Any]) -> Given:
         "complete data, because the flow has no density of the observed part alone",
         "Use importance_evidence(diffusion, x_0, mask=…).",
     )
+    what = what.with_rows(len(x_0), device=x_0.device)
+    diffusion.denoiser.check_given(what.of_kernels())
     return what
 
 

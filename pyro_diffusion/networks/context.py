@@ -126,8 +126,10 @@ class ContextEmbedding(nn.Module):
             remedy = (
                 "Pass labels.long(), or build the network with context_shape= for real numbers."
             )
-        kind = f" and {context.dtype}" if isinstance(context, Tensor) else ""
-        require(fit, "argument 'context'", described(context) + kind, expected, remedy)
+        got = described(context)
+        if isinstance(context, Tensor) and context.shape[:1] == (count,):
+            got = f"a Tensor of shape (N,) + {tuple(context.shape[1:])} and {context.dtype}"
+        require(fit, "argument 'context'", got, expected, remedy)
         if self.num_classes is None:
             return context.reshape(count, -1).to(network_dtype(self))
         labels = context.long()

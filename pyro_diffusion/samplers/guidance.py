@@ -5,15 +5,25 @@ r"""Classifier-free guidance: an estimate that is moved away from the unconditio
 
 which is the estimate that belongs to the score
 :math:`(1 + w)\, \nabla \log q(x_t \mid c) - w\, \nabla \log q(x_t)`. At :math:`t = 0` that is the score of
-:math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`. At other timesteps it is not the score of the noised version of
-this law, because noising and raising to a power do not commute. For :math:`w \ne 0` a sampler with guidance
-therefore draws neither from :math:`p(x_0 \mid c)` nor from :math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`.
+the tilted law :math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`. At other timesteps it is in general not the score
+of the tilted law with noise, because adding noise and raising to a power do not commute. Unless :math:`w` is
+0 or −1, a sampler with guidance therefore draws in general neither from :math:`p(x_0 \mid c)` nor from the
+tilted law. Without guidance, samplers with and without noise have one law; with guidance they have two.
+
+Gaussians show it. Let :math:`x_0 \sim N(0, 1)` and :math:`x_0 \mid c \sim N(m, v)`. For :math:`v = 1` all
+draws follow the tilted law, :math:`N((1 + w)\, m, 1)`. For :math:`v < 1` and :math:`w > 0` the variances
+differ. In the limit of small steps they are
+
+.. math::
+    v^{1 + w} \;\; (\eta = 0), \qquad \frac{v - v^{2 + 2 w}}{(1 - v)(1 + 2 w)} \;\; (\eta = 1), \qquad
+    \frac{v}{1 + w - w v} \;\; \text{(the tilted law)} .
 
 References:
     Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), algorithm 2. https://arxiv.org/abs/2207.12598
-    Classifier-Free Guidance is a Predictor-Corrector (Bradley and Nakkiran, 2024): the laws that
-    guidance does not draw from.
-    https://arxiv.org/abs/2408.09000
+    Classifier-Free Guidance is a Predictor-Corrector (Bradley and Nakkiran, 2024): the laws with and without
+    noise differ, and neither is the tilted one. https://arxiv.org/abs/2408.09000
+    What does guidance do? A fine-grained analysis in a simple setting (Chidambaram et al., 2024): as
+    :math:`w` grows, more draws come from the boundary of the conditional law's support. https://arxiv.org/abs/2409.13074
 """
 
 import math
@@ -37,17 +47,18 @@ class Guidance:
     .. math::
         \hat x_0^w = \hat x_0(c) + w\, \big(\hat x_0(c) - \hat x_0(\varnothing)\big) .
 
-    The draws become more typical of the context and less diverse. **They follow no law of the model.**
-    :math:`w = 0` is the conditional model :math:`p(x_0 \mid c)` itself, and :math:`w = -1` the unconditional
-    one. For any other :math:`w` the draws are neither from :math:`p(x_0 \mid c)` nor from the tilted law
-    :math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`. ``examples/guidance.py`` measures how far they are from it
-    where both are known. Use no guidance for statistics: for posteriors, calibration, bounds and evidence.
+    For :math:`w > 0` the draws are usually less diverse, and further from those without the context. **They
+    follow no law of the model.** :math:`w = 0` is the conditional model :math:`p(x_0 \mid c)` itself, and
+    :math:`w = -1` the unconditional one. For other :math:`w` the draws are in general neither from
+    :math:`p(x_0 \mid c)` nor from the tilted law :math:`p(x_0)\, p(c \mid x_0)^{1 + w} / Z`, and their law
+    depends on ``eta``. ``examples/guidance.py`` measures how far they are from the tilted law where both are
+    known. Use no guidance for statistics: for posteriors, calibration, bounds and evidence.
 
     The network must have a null token and be trained with context dropout. Two rows of the network are
     computed for each draw, in one call. Where a network predicts levels, its logits are combined alike.
 
     Args:
-        strength: :math:`w`, a finite number.
+        strength: :math:`w`, a finite number. The guidance scale of other code is often :math:`1 + w`.
 
     Raises:
         ValueError: A strength that is not a finite number. From a sampler: states without a score, or a
@@ -115,7 +126,10 @@ class GuidedDenoiser(Denoiser):
             partial(repeated, times=2), x_t.flatten(0, -1 - self.event_dim), rows
         )
         null = torch.arange(2 * count, device=x_t.device) >= count
-        said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
+        try:
+            said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
+        except ValueError as error:
+            raise ValueError(f"sampler with guidance: {error}") from error
 
         def guided(x: Tensor) -> Tensor:
             """The value in the guided direction, from those with and without the context."""
@@ -132,6 +146,3 @@ class GuidedDenoiser(Denoiser):
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:
         return self.denoiser.reverse_kernel(x_t, t, denoised)
-
-    def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
-        return self.denoiser.decode(x_1, denoised)

@@ -131,8 +131,9 @@ class CompiledELBO(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, differentiable in all parameters. A context may go by name or by position."""
-        if "context" in kwargs and len(args) == 1:
-            moved, kwargs = by_position(*args, kwargs)
+        if "context" in kwargs and (len(args) == 1 or "x_0" in kwargs):
+            x_0 = args[0] if args else kwargs.pop("x_0")
+            moved, kwargs = by_position(x_0, kwargs)
             args = tuple(moved)
         values, spec = _flattened(args, kwargs)
         _check_call(values)
