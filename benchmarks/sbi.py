@@ -6,7 +6,8 @@ each: 0.5 is perfect. It is the mean over the observations that have a reference
 over them. The bound, the flow's log-density and the KL divergence from the exact posterior are of new
 simulations and in nats per datum. The settings were chosen by the bound at 10,000 simulations. The references
 are those of Lueckmann et al. (2021), https://arxiv.org/abs/2101.04653, whose own results for neural posterior
-estimation are the column NPE. Without ``--data`` there is no C2ST.
+estimation are the column NPE. Without ``--data`` there is no C2ST. The seconds are of one thread,
+while other jobs ran.
 
     python benchmarks/sbi.py [--tasks two_moons slcp] [--simulations 10000 100000] [--data FOLDER]
         [--device cuda] [--smoke] [--output benchmarks/results]
