@@ -136,8 +136,11 @@ def as_numbers(
         like: Tensor whose dtype and device the numbers take; by default they keep their own.
         dtype: Dtype to read them in.
     """
+    if hasattr(values, "to_numpy"):  # a table of pandas, which is no sequence of its rows
+        values = values.to_numpy()
+    flags = getattr(values, "flags", None)
     try:
-        numbers = torch.as_tensor(values)
+        numbers = torch.as_tensor(values if getattr(flags, "writeable", True) else values.copy())
         is_real = not numbers.is_complex()
         if is_real and (dtype is not None or like is not None):
             numbers = torch.as_tensor(values, dtype=dtype if like is None else like.dtype)

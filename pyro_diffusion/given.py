@@ -47,6 +47,7 @@ __all__ = [
     "seen",
     "takes",
     "together",
+    "usable",
 ]
 
 #: The ``infer`` of a site that holds a state or the datum: a mask acts on these sites.
@@ -75,21 +76,27 @@ class Given(NamedTuple):
             "mask=, context= or null=",
             "Check the spelling.",
         )
-        return cls(**given | {"context": _numbers(given.get("context"))})
+        null = given.get("null")
+        null = null if null is None or isinstance(null, Tensor) else as_numbers("null", null)
+        return cls(**given | {"context": _numbers(given.get("context")), "null": null})
 
     def with_rows(
-        self, count: int, *, shared: bool = False, device: torch.device | None = None
+        self, count: int | None, *, shared: bool = False, device: torch.device | None = None
     ) -> "Given":
         """The same with a row for each datum: a single number is for all data.
 
         Args:
-            count: Number of data.
+            count: Number of data; ``None`` for as many as there are rows, where a plate of the caller has
+                the number.
             shared: Whether a context of a single row is for all, as it is for data that are drawn.
             device: Where a single number goes.
 
         Raises:
             ValueError: Another number of rows, a context that is not finite, or dropped rows of none.
         """
+        if count is None:
+            leaves = pytree.tree_leaves((self.context, self.null))
+            count = max((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), default=1)
         self._check_null(count)
         if self.context is None:
             return self
@@ -107,7 +114,8 @@ class Given(NamedTuple):
                 )
             return self._checked(part)
 
-        return self._replace(context=pytree.tree_map(of, self.context))
+        null = None if self.null is None else usable(self.null)
+        return self._replace(context=pytree.tree_map(of, self.context), null=null)
 
     def _check_null(self, count: int) -> None:
         if self.null is None:
@@ -119,13 +127,14 @@ class Given(NamedTuple):
             "argument 'null'",
             "dropped rows without a context"
             if alone
-            else f"{described(self.null)} for {count} data",
+            else f"{_of_dtype(self.null)} for {count} data",
             "a boolean for each datum beside context=, true where its context was dropped",
             "Leave out both for data without a context.",
         )
 
     def _checked(self, context: Tensor) -> Tensor:
         """A context, if it is finite where it was not dropped; zero where it was."""
+        context = usable(context)
         if self.null is not None:  # a gap, or a label that does not exist, may stand there
             null = self.null.reshape(-1, *(1,) * (context.dim() - 1)).to(context.device)
             context = context.masked_fill(null, 0)
@@ -143,14 +152,30 @@ class Given(NamedTuple):
         return {name: value for name, value in self.arguments().items() if name != "mask"}
 
 
-def _numbers(context: Any) -> Any:
-    """A context with tensors in place of arrays, numbers and lists of numbers."""
-    if context is None or isinstance(context, Tensor):
+def _of_dtype(value: Any) -> str:
+    """What a value is, with the dtype of a tensor."""
+    return described(value) + (f" and {value.dtype}" if isinstance(value, Tensor) else "")
+
+
+def _numbers(context: Any, *, inside: bool = False) -> Any:
+    """A context with tensors in place of arrays, numbers and lists of numbers; ``inside`` a tree of them."""
+    if isinstance(context, Tensor) or (context is None and not inside):
         return context
     if isinstance(context, Mapping):
-        return {name: _numbers(part) for name, part in context.items()}
+        return {name: _numbers(part, inside=True) for name, part in context.items()}
     if isinstance(context, tuple):
-        return tuple(map(_numbers, context))
+        parts = [_numbers(part, inside=True) for part in context]
+        return type(context)(*parts) if hasattr(context, "_fields") else tuple(parts)
+    if context is None:
+        raise ValueError(
+            "argument 'context': got None in a tuple or a dictionary; expected a tensor in each place. "
+            "Leave the entry out, or pass null= for rows whose context is not known."
+        )
+    if isinstance(context, list) and any(isinstance(x, Tensor) and x.dim() for x in context):
+        raise ValueError(
+            f"argument 'context': got a list of {len(context)} tensors; expected a tensor, or a tuple or "
+            "dictionary of tensors. Pass torch.stack(list) for rows, or tuple(list) for several contexts."
+        )
     return as_numbers("context", context)
 
 
@@ -183,7 +208,18 @@ def first_repeated(x_0: Tensor, given: Given, times: int) -> tuple[Tensor, Given
 
 def flattened(context: Any, batch_shape: torch.Size) -> Any:
     """A context of ``(N, …)`` as a network takes it: one flat batch axis, a row for each state."""
-    return _each(lambda c: c.expand(batch_shape + c.shape[1:]).reshape(-1, *c.shape[1:]), context)
+
+    def of(part: Tensor) -> Tensor:
+        """The same for one tensor."""
+        if part.dim() and part.shape[:1] not in ((1,), batch_shape[-1:]):
+            raise ValueError(
+                f"argument 'context': got {len(part)} rows for states of batch shape {tuple(batch_shape)}; "
+                "expected a row for each datum, or one for all. In a plate of your own, pass as many rows "
+                "as the plate has."
+            )
+        return part.expand(batch_shape + part.shape[1:]).reshape(-1, *part.shape[1:])
+
+    return _each(of, context)
 
 
 def by_position(x_0: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -263,6 +299,11 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return inspect.signature(function).parameters
     except ValueError:  # of handlers of Pyro around one another
         return {}
+
+
+def usable(x: Tensor) -> Tensor:
+    """A tensor that may take part in a graph: a copy of one that was made in ``torch.inference_mode``."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def as_real(x_0: Tensor | None) -> Tensor | None:

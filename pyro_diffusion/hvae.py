@@ -184,10 +184,11 @@ class HierarchicalVAE(Family):
 
     def _rows(self) -> dict[str, str]:
         sizes = [f"h_{t} {tuple(shape)}" for t, shape in enumerate(self.latent_shapes, 1)]
+        conditional = any(takes(layer, "context") for layer in self.decoder)
         own = {
             "latents": ", ".join(sizes if len(sizes) < 7 else [*sizes[:3], "…", *sizes[-2:]]),
             "encoder": size_in_words([self.encoder]),
-            "decoder": size_in_words(self.decoder),
+            "decoder": size_in_words(self.decoder) + (" with a context" if conditional else ""),
         }
         return own | super()._rows()
 

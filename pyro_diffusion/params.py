@@ -83,7 +83,11 @@ def shared_copy(module: ModuleT) -> ModuleT:
 def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
     """Raise a ``ValueError`` if names or shapes in ``state_dict`` differ from those of the module."""
     own = module.state_dict()
-    missing = [f"no {key!r}" for key in own if strict and key not in state_dict]
+    missing = [  # a part knows what it means if weights of an older version say nothing about it
+        f"no {key!r}"
+        for key in own
+        if strict and key not in state_dict and not key.endswith("._extra_state")
+    ]
     surplus = [
         f"{key!r}, which this model does not have"
         for key in state_dict

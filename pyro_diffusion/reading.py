@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_diffusion.checks import unchecked
 from pyro_diffusion.networks import evaluating
+from pyro_diffusion.networks.context import any_label
 from pyro_diffusion.params import ParamScope
 
 __all__ = [
@@ -93,7 +94,7 @@ def footprint(function: Callable[[], Any]) -> Footprint:
     Values are not checked, because the real run will check all of them.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices), unchecked(), _Memory() as memory:
+    with torch.random.fork_rng(devices), unchecked(), any_label(), _Memory() as memory:
         result = function()
         held = memory.live
     del result
@@ -110,7 +111,10 @@ def rows_within(cost: Callable[[int], float], most: int, budget: float = BUDGET)
     """
     try:
         one = cost(1)
-    except ValueError:  # bad data: the run itself will raise the error, about all of them
+    except (
+        ValueError,
+        IndexError,
+    ):  # bad data, or a label that does not exist: the run itself will raise the error, about all of them
         return most
     if one * most <= budget or one * _SEVERAL > budget:
         return max(1, min(most, int(budget // max(one, 1))))

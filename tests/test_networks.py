@@ -235,3 +235,40 @@ def test_a_feed_forward_layer_takes_particles_in_front_of_its_context():
     each = torch.stack([layer(rows, context) for rows in h])
     torch.testing.assert_close(layer(h, context), each)
     assert not torch.allclose(layer(h, context.flip(0)), each)
+
+
+@pytest.mark.parametrize("channels", [(32, 64, 64), (16, 32), (8, 8)])
+def test_every_block_of_a_u_net_sees_the_timestep_and_the_context(channels):
+    """A norm whose groups have one channel would subtract what the embeddings add to all of its pixels."""
+    network = UNet((8, 8), channels=channels, attention=(), num_classes=3).eval()
+    outputs = []
+    network.unet.down_blocks[0].resnets[0].register_forward_hook(
+        lambda module, inputs, output: outputs.append(output)
+    )
+    x_t, labels = torch.randn(4, 8, 8), torch.tensor([0, 1, 2, 0])
+    for log_snr, context in ((0.0, labels), (3.0, labels), (0.0, labels.flip(0))):
+        network(x_t, torch.full((4,), log_snr), context)
+    base, other_level, other_label = outputs
+    assert (base - other_level).abs().max() > 1e-2
+    assert (base - other_label)[:2].abs().max() > 1e-2
+
+
+def test_u_net_weights_of_before_compute_what_they_did():
+    """Weights without a word on the groups were trained with up to 32; new ones say how many they have."""
+    network, again = (UNet((8, 8), channels=(8, 16), attention=()) for _ in range(2))
+    randomised(network), randomised(again)
+    x_t, log_snr = torch.randn(3, 8, 8), torch.zeros(3)
+    old = {name: x for name, x in network.state_dict().items() if name != "_extra_state"}
+    new = network(x_t, log_snr)
+    again.load_state_dict(network.state_dict())
+    torch.testing.assert_close(again(x_t, log_snr), new)
+    again.load_state_dict(old)
+    assert {m.num_groups for m in again.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+    assert not torch.allclose(again(x_t, log_snr), new)
+    third = UNet((8, 8), channels=(8, 16), attention=()).eval()
+    third.load_state_dict(again.state_dict())  # and they say so when they are saved again
+    torch.testing.assert_close(third(x_t, log_snr), again(x_t, log_snr))
+    diffusion = DiffusionModel(NeuralDenoiser(third, LogSNRSchedule(3), (8, 8)))
+    saved = diffusion.state_dict()
+    del saved["denoiser.network._extra_state"]
+    diffusion.load_state_dict(saved)

@@ -494,7 +494,7 @@ WRONG = {
         "'validation'.*'context': got the value 2",
     ),
     "null alone": (labelled, {"null": NULL}, "'null': got .*beside context="),
-    "null numbers": (labelled, {"context": C, "null": NULL.float()}, "'null': got no booleans"),
+    "null numbers": (labelled, {"context": C, "null": NULL.float()}, "torch.float32 for 120 data"),
     "null shape": (labelled, {"context": C, "null": NULL[:, None]}, "'null': got .*for 120 data"),
     "no token": (
         partial(labelled, null_token=False),

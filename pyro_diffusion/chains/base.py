@@ -167,10 +167,9 @@ class Program(nn.Module):
         state_mask = getattr(self.owner, "state_mask", None)
         of_state = state_mask(given.mask) if state_mask and given.mask is not None else None
         size = check_count("num_samples", num_samples, 1, _COUNTS) if x_0 is None else len(x_0)
-        if plate or x_0 is not None:
-            given = given.with_rows(
-                size, shared=x_0 is None, device=getattr(self.owner, "device", None)
-            )
+        known = plate or x_0 is not None  # how many rows there are; else the caller's plate says
+        device = getattr(self.owner, "device", None)
+        given = given.with_rows(size if known else None, shared=x_0 is None, device=device)
         require(
             plate or num_data is None,
             "argument 'num_data'",

@@ -195,7 +195,9 @@ def denoiser_in_words(denoiser: Denoiser) -> str:
     of_shape = f"event_shape={tuple(denoiser.event_shape)}"
     arguments = denoiser.extra_repr().replace(of_shape, "").strip(", ")
     network = getattr(denoiser, "network", None)
-    parts = ([size_in_words([network])] if network else []) + ([arguments] if arguments else [])
+    context = " with a context" if network is not None and denoiser.is_conditional else ""
+    parts = [size_in_words([network]) + context] if network else []
+    parts += [arguments] if arguments else []
     return ": ".join([type(denoiser).__name__, *([", ".join(parts)] if parts else [])])
 
 

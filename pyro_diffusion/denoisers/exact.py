@@ -97,6 +97,7 @@ class GaussianDenoiser(Denoiser):
         """
         denoiser = cls(bias, std, schedule)
         weight = as_numbers("weight", weight, like=denoiser.mean)
+        check_finite("argument 'weight'", weight, "Check what the weight was estimated from.")
         require(
             weight.dim() > 0 and weight.shape[:-1] == denoiser.event_shape,
             "argument 'weight'",
@@ -176,7 +177,7 @@ class GaussianDenoiser(Denoiser):
         if self.weight is None and context is None:
             return self.mean
         size = None if self.weight is None else self.weight.shape[-1]
-        fit = isinstance(context, Tensor) and context.dim() > 0 and context.shape[-1] == size
+        fit = isinstance(context, Tensor) and context.dim() == 2 and context.shape[-1] == size
         require(
             fit and null is None,
             "argument 'context'",
@@ -218,9 +219,7 @@ class GaussianDenoiser(Denoiser):
     def _scale_axes(self, gain: Tensor, x: Tensor) -> Tensor:
         if self.rotation is None:
             return gain * x
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # which computes products in half precision
+        with torch.autocast(x.device.type, enabled=False):  # it computes products in half precision
             return (gain * (x @ self.rotation)) @ self.rotation.mT
 
 
@@ -322,12 +321,12 @@ class GaussianMixtureDenoiser(Denoiser):
         return Denoised((r * x_0_hats).sum(-self.event_dim - 1), log_r)
 
     def _labels(self, context: Any) -> Tensor:
-        count = len(self.means)
-        whole = isinstance(context, Tensor) and not context.is_floating_point()
-        expected = f"the number of a component, 0 … {count - 1}, for each datum"
+        fit = isinstance(context, Tensor) and not context.is_floating_point() and context.dim() < 2
+        expected = f"the number of a component, 0 … {len(self.means) - 1}, for each datum"
         remedy = "Pass labels.long(), counted from 0."
-        require(whole, "argument 'context'", described(context), expected, remedy)
-        valid = (context >= 0) & (context < count)
+        require(fit, "argument 'context'", described(context), expected, remedy)
+        context = context.long()  # bits and bytes would select rows, and not look them up
+        valid = (context >= 0) & (context < len(self.means))
         return check_values("argument 'context'", context, valid, expected, remedy)
 
     def reverse_kernel(self, x_t: Tensor, t: int | Tensor, denoised: Denoised) -> TorchDistribution:

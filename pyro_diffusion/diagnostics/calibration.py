@@ -87,14 +87,14 @@ def simulation_based_calibration(
         torch.Size([50])
     """
     model, guide = programs(family)
-    given = Given(context=context, null=null)
+    given = Given.of(context=context, null=null)
     num_simulations = _simulations(num_simulations, given)
     num_draws, batch_size = _counts(num_draws=num_draws, batch_size=batch_size)
     require(
         callable(statistic), "argument 'statistic'", repr(statistic), "a function of the states",
         "Pass lambda states: states['x_1'].mean(-1), say.",
     )  # fmt: skip
-    with reading(model, guide, data=(context, null)):
+    with reading(model, guide, data=(given.context, given.null)):
         simulated = Record().of(model, num_samples=num_simulations, **given.arguments())
         require(
             "x_0" in simulated, "argument 'family'", f"a model with the sites {', '.join(simulated)}",

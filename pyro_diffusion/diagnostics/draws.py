@@ -96,7 +96,7 @@ def to_arviz(  # type: ignore[misc]
     with the name of its site. The groups ``prior`` and ``prior_predictive`` of an ordinary program have a
     dimension ``data``, and its reconstructions have no ``timestep``. With a context the model's own draws are
     conditional: ``prior`` and ``prior_predictive`` have a dimension ``data``, and ``constant_data`` has the
-    context.
+    context, and as ``null`` the rows where it was dropped.
 
     Args:
         family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
@@ -112,7 +112,8 @@ def to_arviz(  # type: ignore[misc]
         progress: Show a progress bar if it takes more than five seconds.
         given: What goes with the data: ``mask=``, true where an entry is observed. With it, ``lp``,
             ``log_q``, the weights and the bound are those of the observed entries, and ``observed_data`` has
-            a variable ``observed``; ``context=`` of conditional data.
+            a variable ``observed``; ``context=`` of conditional data, and ``null=``, true where it was
+            dropped.
 
     Returns:
         The container of the installed ArviZ; ``.to_netcdf(path)`` writes it. Log-densities are nats.
@@ -152,7 +153,7 @@ def to_arviz(  # type: ignore[misc]
         ),
     }
     constants = [_curves(family)] if isinstance(family, DiffusionModel) else []
-    constants += [] if what.context is None else [_context(what.context)]
+    constants += [] if what.context is None else [_context(what)]
     if constants:
         groups["constant_data"] = constants[0].merge(constants[-1])
     return arviz_bridge.as_arviz(groups)
@@ -331,13 +332,17 @@ def _importance(evidence: Evidence) -> "xarray.Dataset":
     )  # fmt: skip
 
 
-def _context(context: Any) -> "xarray.Dataset":
-    """The context of each datum; a variable for each tensor of it."""
-    leaves, _ = tree_flatten_with_path(context)
-    named = {
-        "_".join(["context", *(str(key)[1:-1].strip("'") for key in path)]): x for path, x in leaves
-    }
-    return dataset(("data",), named)
+def _context(given: Given) -> "xarray.Dataset":
+    """The context of each datum, a variable for each tensor of it, and the rows where it was dropped."""
+
+    def name(key: Any) -> str:
+        """Of a part: ``['label']`` and ``[0]``, or ``.label`` in a named tuple."""
+        words = str(key)
+        return words[1:-1].strip("'") if words.startswith("[") else words[1:]
+
+    leaves, _ = tree_flatten_with_path(given.context)
+    named = {"_".join(["context", *map(name, path)]): x for path, x in leaves}
+    return dataset(("data",), named | ({} if given.null is None else {"null": given.null}))
 
 
 def _curves(diffusion: DiffusionModel) -> "xarray.Dataset":

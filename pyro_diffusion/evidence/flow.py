@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_diffusion.checks import check_count, check_data, check_positive, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
-from pyro_diffusion.given import Given, chunks, first_repeated
+from pyro_diffusion.given import Given, chunks, first_repeated, together, usable
 from pyro_diffusion.reading import alone, footprint, rows_within
 from pyro_diffusion.walk import Walked, diffusion_of, look
 
@@ -128,7 +128,7 @@ def ode_log_likelihood(  # type: ignore[misc]
     if num_probes is None and diffusion.event_shape.numel() > _EXACT:
         num_probes = 8
     with torch.inference_mode(False), alone(diffusion):
-        x_0 = x_0.clone() if x_0.is_inference() else x_0
+        x_0, what = together(usable, x_0, what)
         size = _rows_at_a_time(diffusion, x_0, what, num_probes, batch_size)
         parts = [
             _solve(diffusion, x, own, state, num_probes, rtol, atol)

@@ -83,12 +83,34 @@ class UNet(Conditional):
             layers_per_block=layers_per_block,
             **_levels(len(channels), attention),
             attention_head_dim=math.gcd(8, *channels),
-            norm_num_groups=math.gcd(32, *channels),
+            # Groups of several channels: the embeddings of timestep and context are the same number in all
+            # pixels of a channel, which the norm of a group of one channel would subtract.
+            norm_num_groups=math.gcd(max(channels[0] // 4, 1), *channels),
             dropout=dropout,
             class_embed_type="identity" if self.takes_context else None,  # of the timestep's size
         )
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+
+    def get_extra_state(self) -> Tensor:
+        """The number of groups of the norms, which the shapes of the weights do not tell."""
+        return torch.tensor(self._norms[0].num_groups)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compute with the groups of the weights that are loaded."""
+        for norm in self._norms:
+            norm.num_groups = int(state)
+
+    @property
+    def _norms(self) -> list[nn.GroupNorm]:
+        return [module for module in self.unet.modules() if isinstance(module, nn.GroupNorm)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Weights of version 0.1 do not tell it: they were trained with as many groups as possible, up to 32.
+        channels = [norm.num_channels for norm in self._norms]
+        old = torch.tensor(math.gcd(32, *channels))
+        state_dict.setdefault(f"{prefix}_extra_state", old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     if TYPE_CHECKING:
 

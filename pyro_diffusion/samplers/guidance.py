@@ -55,7 +55,8 @@ class Guidance:
     known. Use no guidance for statistics: for posteriors, calibration, bounds and evidence.
 
     The network must have a null token and be trained with context dropout. Two rows of the network are
-    computed for each draw, in one call. Where a network predicts levels, its logits are combined alike.
+    computed for each draw, in one call. Where a network predicts levels, its logits are combined alike. A
+    variance that a network learned is the one given the context, at every :math:`w`.
 
     Args:
         strength: :math:`w`, a finite number. The guidance scale of other code is often :math:`1 + w`.
@@ -126,6 +127,13 @@ class GuidedDenoiser(Denoiser):
             partial(repeated, times=2), x_t.flatten(0, -1 - self.event_dim), rows
         )
         null = torch.arange(2 * count, device=x_t.device) >= count
+        curves = self.schedule.event_shape
+        if log_snr.dim() > len(curves):  # one for each state
+            log_snr = (
+                log_snr.expand(batch_shape + curves)
+                .reshape(count, *curves)
+                .repeat(2, *(1 for _ in curves))
+            )
         try:
             said = self.denoiser.denoise(states, log_snr, context=both.context, null=null)
         except ValueError as error:

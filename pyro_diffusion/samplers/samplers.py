@@ -98,6 +98,11 @@ class Sampler(ABC):
         self._network: Any = None  # compiled
         _ = self.model  # to raise an error for wrong timesteps before anything is drawn
 
+    def __repr__(self) -> str:
+        steps = "" if self.timesteps is None else f", timesteps={self.timesteps}"
+        guidance = f", guidance={self.guidance}" if self.guidance.strength else ""
+        return f"{type(self).__name__} of {self.diffusion.name!r}{steps}{guidance}"
+
     @property
     def model(self) -> DiffusionModel:
         """The model on the sampler's timesteps."""

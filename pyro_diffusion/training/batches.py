@@ -264,7 +264,7 @@ def split_batch(batch: Any) -> tuple[Tensor, dict[str, Any]]:
         size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
         raise ValueError(
             f"argument 'batch': got a {type(batch).__name__}{size}; expected a tensor of data, one tensor "
-            'in a list, or a dictionary with "x_0". Name further arguments: {"x_0": x_0, "mask": mask}.'
+            'in a list, or a dictionary with "x_0". Name further arguments: {"x_0": x_0, "context": c}.'
         )
     return batch, {}
 
@@ -325,7 +325,8 @@ def each(function: Callable[[Any], Any], data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: each(function, part) for name, part in data.items()}
     if isinstance(data, tuple):
-        return tuple(each(function, part) for part in data)
+        parts = (each(function, part) for part in data)
+        return type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
     return function(data)
 
 

@@ -233,7 +233,7 @@ def _by_name(x_0: Any) -> Columns:
         return {"x_0": x_0[0]}
     raise ValueError(
         f"argument 'x_0': got a {type(x_0).__name__}; expected a tensor, an array, a dataset, or columns "
-        'that are named, {"x_0": x_0, "mask": mask}. Convert numbers with torch.as_tensor, and a table of '
+        'that are named, {"x_0": x_0, "context": c}. Convert numbers with torch.as_tensor, and a table of '
         "pandas with x_0.to_numpy(dtype=float)."
     )
 

@@ -148,7 +148,7 @@ def fit(
     from pyro_diffusion.training import SVIModule  # noqa: F401 - it says how to install Lightning
     from pyro_diffusion.training.watching import Watch
 
-    recipe = _check_recipe(Recipe() if recipe is None else recipe)
+    recipe = _check_recipe(Recipe() if recipe is None else recipe, given)
     if recipe.kl_warmup is None:
         recipe = recipe._replace(kl_warmup=0.2 if isinstance(family, HierarchicalVAE) else 0.0)
     limits = _limits(max_steps, max_seconds)
@@ -171,7 +171,15 @@ def fit(
     return result
 
 
-def _check_recipe(recipe: Recipe) -> Recipe:
+def _check_recipe(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    of_recipe = sorted(set(given) & set(Recipe._fields))
+    require(
+        not of_recipe,
+        f"argument {of_recipe[0] if of_recipe else ''!r}",
+        "it as an argument of fit",
+        "it as a field of the recipe",
+        f"Pass recipe=Recipe({of_recipe[0] if of_recipe else ''}=…).",
+    )
     require(
         isinstance(recipe, Recipe),
         "argument 'recipe'",
