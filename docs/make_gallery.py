@@ -37,6 +37,7 @@ RUNS = {
     "poisson_counts": ("", "counts.png"),
     "proportions": ("", "proportions.png"),
     "scale_out": ("", None),
+    "simulation_based_inference": ("--task two_moons", "posterior.png"),
     "two_moons": ("", "two_moons.png"),
 }
 BAR = re.compile(r"\|.*\| *\d+/\S+ \[|\x1b\[A")

@@ -243,6 +243,24 @@ def stress(found):
     return table(head, [row])
 
 
+def sbi(found):
+    rows = []
+    for r in found["rows"]:
+        scores = r.get("c2st", [])
+        middle = sum(scores) / max(len(scores), 1)
+        spread = (sum((s - middle) ** 2 for s in scores) / max(len(scores) - 1, 1)) ** 0.5
+        kl = "{:.4f} ± {:.4f}".format(*r["kl"]) if "kl" in r else "–"
+        npe = "{:.3f} ± {:.3f}".format(*r["npe"]) if r["npe"] else "–"
+        rows.append([
+            r["task"].replace("_", " "), f"{r['simulations']:,}",
+            f"{middle:.3f} ± {spread:.3f}, {len(scores)}" if scores else "–", npe,
+            f"{r['bound']['value']:.3f} ± {r['bound']['sampling_error']:.3f}", kl, f"{r['fit_seconds']:.0f}",
+        ])  # fmt: skip
+    head = ["task", "simulations", "C2ST, mean ± sd, observations", "NPE, published", "bound, nats",
+            "KL(exact ‖ q), nats", "s to fit"]  # fmt: skip
+    return table(head, rows)
+
+
 def parity(found):
     values = sum(len(q["values"]) for q in found["quantities"].values())
     return (
@@ -287,7 +305,7 @@ TABLES = {
     "Are the errors honest?": [honesty, calibration, smc],
     "Bounds and schedules": [lengths, variance],
     "Densities that are known": [toys, heartbeat, ising],
-    "Samples": [samplers],
+    "Samples": [samplers, sbi],
     "Training": [fit],
     "Robustness": [stress, parity],
 }

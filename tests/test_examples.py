@@ -21,6 +21,12 @@ LISTED = {
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],
     "proportions.py": ["exact log p", "mixture of 30", "paired", "proportions.png"],
     "scale_out.py": ["bits/dim", "Monte Carlo", "sampling", "draws of", "ranks"],
+    "simulation_based_inference.py": [
+        "bound on log q",
+        "KL(exact ‖ q)",
+        "coverage",
+        "posterior.nc",
+    ],
     "two_moons.py": ["entropy", "sequential", "subsampled"],
 }
 
@@ -35,6 +41,7 @@ BENCHMARKS = {
     "variance.py": ["learned / floor", "stratified", "one a dimension"],
     "samplers.py": ["energy distance", "ancestral, β̃", "bare network calls"],
     "speed.py": ["by hand", "compile_elbo", "network rows", "ancestral", "memory", "diffusers"],
+    "sbi.py": ["| two_moons |", "| slcp |", "KL, nats"],
     "smc.py": ["sequential", "importance", "exact", "reliable"],
     "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
