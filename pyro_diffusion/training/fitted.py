@@ -97,7 +97,7 @@ class Fit(NamedTuple):
             f"the held-out bound at the end (step {self.num_steps}) is {self.behind.value:.3g} ± "
             f"{self.behind.error:.2g} nats per datum below the best (step {self.best.step}): the model "
             "overfits. The best weights are in the model. More data, dropout or weight decay "
-            "(recipe=Recipe(weight_decay=1.0)) may help."
+            "(recipe=Recipe(weight_decay=0.1)) may help."
         )
 
     def __repr__(self) -> str:
