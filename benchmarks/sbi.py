@@ -4,11 +4,10 @@ The benchmark runs ``examples/simulation_based_inference.py`` for each task and 
 all. C2ST is the accuracy of a classifier that tells draws from those of a reference posterior, 10,000 of
 each: 0.5 is perfect. It is the mean over the observations that have a reference, with its standard deviation
 over them. The bound, the flow's log-density and the KL divergence from the exact posterior are of new
-simulations and in nats per datum. The settings were chosen by the bound at 10,000 simulations, after the C2ST of a
-single network on two observations of SLCP (0.875, 0.827) had been seen. The references
-are those of Lueckmann et al. (2021), https://arxiv.org/abs/2101.04653, whose own results for neural posterior
-estimation are the column NPE. Without ``--data`` there is no C2ST. The seconds are of one thread,
-while other jobs ran.
+simulations and in nats per datum. The settings were chosen by the bound at 10,000 simulations, after the C2ST
+of a single network on two observations of SLCP (0.875 and 0.827) had been seen. The references are those of
+Lueckmann et al. (2021), https://arxiv.org/abs/2101.04653, whose own results for neural posterior estimation
+are the column NPE. Without ``--data`` there is no C2ST. The seconds are of one thread, while other jobs ran.
 
     python benchmarks/sbi.py [--tasks two_moons slcp] [--simulations 10000 100000] [--data FOLDER]
         [--device cuda] [--smoke] [--output benchmarks/results]
