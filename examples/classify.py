@@ -2,9 +2,7 @@ r"""Classify handwritten digits by Bayes' rule, from ten conditional bounds.
 
 A conditional diffusion model has a bound of :math:`\log p(x \mid c)` for each class :math:`c`. Bayes' rule
 turns the ten bounds of an image into a posterior of its class,
-
-.. math::
-    p(c \mid x) \propto p(c) \, \exp\big(\mathrm{ELBO}(x \mid c)\big) .
+:math:`p(c \mid x) \propto p(c) \, \exp(\mathrm{ELBO}(x \mid c))`.
 
 A bound is below :math:`\log p(x \mid c)` by a gap that is not known, so this posterior is an approximation.
 
