@@ -22,7 +22,6 @@ References:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -33,7 +32,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.functional import softplus
 
 from pyro_diffusion.checks import check_shape, check_unused, require
-from pyro_diffusion.given import Given, heard, takes
+from pyro_diffusion.given import Given, heard, name_of, takes
 from pyro_diffusion.networks import FeedForward, apply_layer
 from pyro_diffusion.typed import TorchDistribution
 
@@ -45,7 +44,6 @@ __all__ = [
     "TopDownEncoder",
     "apply_given",
     "level_shapes",
-    "taken_by",
 ]
 
 #: Sizes or shapes of h_1 … h_T.
@@ -105,8 +103,6 @@ class GaussianLayer(nn.Module):
     ) -> TorchDistribution:
         """A Normal of ``h``'s batch shape and event shape ``output_shape``."""
         given = Given(context=context, null=null).of_kernels()
-        if given and not self.takes_context:
-            self.network.embedded(context, null, len(h))  # which raises the network's error
         event_dim = len(self.network.output_shape) - 1
         mean, raw = apply_layer(self.network, h, **given).unbind(-1 - event_dim)
         return dist.Normal(mean, softplus(raw + _UNIT) + _MIN_STD).to_event(event_dim)
@@ -302,11 +298,6 @@ class LadderEncoder(TopDownEncoder):
         return _merge(code[t - 2], decoder(h, t))
 
 
-def taken_by(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``context`` and ``null`` that a layer, or a method of an encoder, takes."""
-    return heard(given, partial(takes, function), function)
-
-
 def apply_given(layer: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
     """``layer(h)``, with those of ``context`` and ``null`` that the layer takes.
 
@@ -315,19 +306,15 @@ def apply_given(layer: nn.Module, h: Tensor, given: dict[str, Any]) -> Any:
             context for a layer that needs one.
     """
     try:
-        return apply_layer(layer, h, **taken_by(layer, given))
+        return apply_layer(layer, h, **heard(given, layer))
     except TypeError as error:
         if "context" in given or not takes(layer, "context"):
             raise
         raise ValueError(
-            f"argument 'context': got none for {_name(layer)}, which takes one: {error}; expected a row for "
-            "each datum. Pass context=, or let the layer's forward have context=None and compute without one."
+            f"argument 'context': got none for {name_of(layer)}, which takes one: {error}; expected a row "
+            "for each datum. Pass context=, or let the layer's forward have context=None and compute without "
+            "one."
         ) from error
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """A layer's class, or the name of a method."""
-    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def level_shapes(event_shape: Any, latent_sizes: Any) -> list[Size]:

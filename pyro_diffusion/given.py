@@ -41,6 +41,7 @@ __all__ = [
     "first_repeated",
     "flattened",
     "heard",
+    "name_of",
     "observed_part",
     "repeated",
     "run",
@@ -264,21 +265,28 @@ def _is_wrapped(program: Callable[..., Any]) -> bool:
 
 
 def heard(
-    given: dict[str, Any], hears: Callable[[str], bool], whose: Callable[..., Any]
+    given: dict[str, Any],
+    function: Callable[..., Any],
+    hears: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
-    """What a function takes of ``given``: ``hears(name)`` tells whether it has the argument.
+    """What a function takes of ``given``; ``hears(name)`` tells it where it is known already.
 
     Raises:
         ValueError: Dropped contexts for a function that takes a context alone.
     """
+    hears = partial(takes, function) if hears is None else hears
     taken = {name: value for name, value in given.items() if hears(name)}
     if "null" in given and "context" in taken and "null" not in taken:
-        name = getattr(whose, "__qualname__", type(whose).__name__)
         raise ValueError(
-            f"argument 'null': got dropped contexts for {name}, which takes a context and not null; expected "
-            "one that takes both. Give it the argument null, or leave out dropped contexts."
+            f"argument 'null': got dropped contexts for {name_of(function)}, which takes a context and not "
+            "null; expected one that takes both. Give it the argument null, or leave out dropped contexts."
         )
     return taken
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function, or a module's class."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def takes(function: Callable[..., Any], argument: str) -> bool:

@@ -45,10 +45,9 @@ from pyro_diffusion.encoders import (
     TopDownEncoder,
     apply_given,
     level_shapes,
-    taken_by,
 )
 from pyro_diffusion.family import Family, describe_part
-from pyro_diffusion.given import takes
+from pyro_diffusion.given import heard, takes
 from pyro_diffusion.likelihoods import Likelihood
 from pyro_diffusion.networks import FeedForward
 from pyro_diffusion.typed import EmbedsData, TorchDistribution
@@ -281,7 +280,7 @@ class HierarchicalVAE(Family):
     def _of_encoder(self, name: str, given: dict[str, Any]) -> Callable[..., Any]:
         """A method of the encoder, with what it takes of a context and its dropped rows."""
         method = getattr(self.encoder, name)
-        return partial(method, **taken_by(method, self._checked_given(given)))
+        return partial(method, **heard(self._checked_given(given), method))
 
     def _checked_given(self, given: dict[str, Any]) -> dict[str, Any]:
         """``given``, if it is empty or the decoder depends on a context."""

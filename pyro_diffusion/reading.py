@@ -111,10 +111,7 @@ def rows_within(cost: Callable[[int], float], most: int, budget: float = BUDGET)
     """
     try:
         one = cost(1)
-    except (
-        ValueError,
-        IndexError,
-    ):  # bad data, or a label that does not exist: the run itself will raise the error, about all of them
+    except (ValueError, IndexError):  # bad data or labels: the run itself will raise the error
         return most
     if one * most <= budget or one * _SEVERAL > budget:
         return max(1, min(most, int(budget // max(one, 1))))

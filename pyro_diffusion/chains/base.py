@@ -48,7 +48,7 @@ class Kernel:
 
     def __call__(self, *states: Any, **given: Any) -> Any:
         """The distribution of the site, given the states before it."""
-        given = heard(given, self.hears, self.function)
+        given = heard(given, self.function, self.hears)
         try:
             return self.function(*states, **given)
         except ValueError as error:

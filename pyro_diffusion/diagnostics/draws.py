@@ -256,16 +256,16 @@ def _family_predictions(
     model, shape = family.model, drawn.log_weight.shape
     each = partial(repeated, times=shape[0])  # a row for each draw of each datum
     numbers, given = together(each, torch.arange(shape[1]), given._replace(mask=None))
-    names, dims = [*drawn.states, "x_0"], tuple(DRAWS)
+    names = [*drawn.states, "x_0"]
     if given.context is None:
-        prior, dims = Record(names).of(model, num_samples=shape[0]), DRAWS[:2]
+        prior = Record(names).of(model, num_samples=shape[0])
     else:
         parts = [
             Record(names).of(model, num_samples=len(part), **own.of_kernels())
             for _, part, own in chunks(numbers, given, rows)
         ]
         prior = {name: x.unflatten(0, shape) for name, x in joined(parts, 0).items()}
-    data = prior.pop("x_0")
+    data, dims = prior.pop("x_0"), DRAWS if given.context is not None else DRAWS[:2]
     levels = [t for t, name in enumerate(model.site_names) if name in drawn.states]
     reconstructions = []
     for t in tqdm(

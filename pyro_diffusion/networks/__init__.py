@@ -2,9 +2,8 @@ r"""Default backbones: a residual MLP and a U-Net for denoisers, a plain MLP for
 
 A denoiser calls its network as ``network(x_t, log_snr)``, and for conditional data as
 ``network(x_t, log_snr, context)``, with ``x_t`` of shape ``(B,) + event_shape`` and ``log_snr`` of shape
-``(B,)``. The network returns
-a tensor of ``x_t``'s shape. With ``num_outputs > 1`` it returns that many numbers for each entry, on one more
-axis at the end. Any module with this signature will do.
+``(B,)``. The network returns a tensor of ``x_t``'s shape. With ``num_outputs > 1`` it returns that many
+numbers for each entry, on one more axis at the end. Any module with this signature will do.
 """
 
 from pyro_diffusion.networks.base import apply_layer, evaluating, network_dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import check_between, check_count
-from pyro_diffusion.given import beside, takes
+from pyro_diffusion.given import beside
 
 DEFAULT = "Leave it out to take the default."
 VECTORS = "Pass (64,) for vectors of 64 numbers, () for single numbers."
@@ -41,11 +41,11 @@ def _first_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def apply_layer(layer: nn.Module, h: Tensor, **given: Any) -> Any:
-    """``layer(h)``, with those of ``given`` that it takes.
+    """``layer(h)``, or ``layer(h, context=c)``.
 
     A layer of half precision computes in its own dtype and returns float32.
     """
-    given = {name: beside(h, value) for name, value in given.items() if takes(layer, name)}
+    given = {name: beside(h, value) for name, value in given.items()}
     dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), h.dtype)
     if torch.finfo(dtype).bits >= 32:
         return layer(h, **given)
