@@ -158,9 +158,15 @@ class ReverseWalk:
 
     def look(self, x_t: Tensor, t: int) -> Denoised:
         """The denoiser's output, ``t`` steps from the target."""
+        return self.pulled(x_t, t)[0]
+
+    def pulled(
+        self, x_t: Tensor, t: int, pull: "Pull | None" = None
+    ) -> tuple[Denoised, list[Tensor]]:
+        """The same, and the vector-Jacobian products that ``pull`` asks for; see :func:`look`."""
         log_snr = self.diffusion.schedule.log_snr(t + self.state)
         given = self.denoiser.check_given(self.given.of_kernels())
-        return look(self.denoiser, self.seen(x_t), log_snr, rows=self.rows, **given)[0]
+        return look(self.denoiser, self.seen(x_t), log_snr, pull=pull, rows=self.rows, **given)
 
     def kernel(self, x_t: Tensor, t: int, denoised: Denoised) -> TorchDistribution:
         r""":math:`p_\theta(x_{t-1} \mid x_t)`."""

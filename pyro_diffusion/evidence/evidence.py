@@ -182,6 +182,29 @@ def log_mean(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
+def effective(log_weight: Tensor) -> Tensor:
+    """The effective sample size of log-weights ``(K, N)``, shape ``(N,)``."""
+    return 1 / log_weight.softmax(0).square().sum(0)
+
+
+def systematic(
+    share: Tensor, count: int | None = None, start: Tensor | None = None
+) -> Tensor:
+    """Rows to keep: the number of copies of each is proportional to its weight.
+
+    Args:
+        share: Weights that sum to one over the first axis, ``(K, N)``.
+        count: Rows of the result; as many as there are weights by default.
+        start: Uniform numbers, ``(1, N)``; drawn by default.
+    """
+    count = len(share) if count is None else count
+    start = torch.rand_like(share[:1]) if start is None else start
+    points = (start + torch.arange(count, device=share.device)[:, None]) / count
+    edges = share.cumsum(0)
+    edges = edges / edges[-1:]
+    return torch.searchsorted(edges.T.contiguous(), points.T.contiguous()).T.clamp(max=len(share) - 1)
+
+
 def tail(log_weights: Tensor) -> Tensor:
     r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones.
 

@@ -40,8 +40,10 @@ from pyro_diffusion.evidence.evidence import (
     Evidence,
     at_the_end,
     check_whole,
+    effective,
     fingerprint,
     log_mean,
+    systematic,
     tail,
 )
 from pyro_diffusion.given import Given, as_real, chunks, first_repeated
@@ -218,7 +220,7 @@ def _chunk(
     runs = [_run(walk, x_0, num_particles, look_ahead, bar) for _ in range(num_runs)]
     log_z, k = torch.stack([run.log_z for run in runs]), torch.stack([run.k for run in runs])
     ess = torch.stack([torch.stack(run.ess[::-1]) for run in runs]).mean(0)
-    at_end = torch.stack([_effective(run.log_weight) for run in runs]).mean(0)
+    at_end = torch.stack([effective(run.log_weight) for run in runs]).mean(0)
     least_ess = torch.where(look_ahead.resampled, ess.amin(0).minimum(at_end), at_end)
     return log_z, ess, k.amax(0), least_ess, runs[-1].measure
 
@@ -255,11 +257,11 @@ class _Particles:
             return x_t, denoised
         ahead = -(self.look_ahead.strength[t - 1] * features).sum(-1)
         self.log_weight = self.log_weight + ahead - self.log_psi
-        self.ess.append(_effective(self.log_weight))
+        self.ess.append(effective(self.log_weight))
         uneven = (self.ess[-1] < len(ahead) / 2) & self.look_ahead.resampled
         if uneven.any():
             in_place = torch.arange(len(ahead), device=ahead.device)[:, None]
-            rows = torch.where(uneven, _systematic(self.log_weight.softmax(0)), in_place)
+            rows = torch.where(uneven, systematic(self.log_weight.softmax(0)), in_place)
             self.average(uneven)
             self.log_weight = torch.where(uneven, 0.0, self.log_weight)
             x_t, ahead, denoised = taken(x_t, rows), taken(ahead, rows), taken(denoised, rows)
@@ -283,13 +285,8 @@ class _Particles:
         strength = torch.linalg.solve(features.mT @ features + ridge, features.mT @ rest)
         return _LookAhead(
             strength=-(strength / scale.mT).squeeze(-1),
-            resampled=_effective(self.log_weight) < len(self.log_weight) / 2,
+            resampled=effective(self.log_weight) < len(self.log_weight) / 2,
         )
-
-
-def _effective(log_weight: Tensor) -> Tensor:
-    """The effective sample size of log-weights ``(K, N)``, shape ``(N,)``."""
-    return 1 / log_weight.softmax(0).square().sum(0)
 
 
 def _run(
@@ -377,13 +374,3 @@ def _features(
     if walk.of_state is not None:
         squares = tuple(x.where(walk.of_state, 0.0) for x in squares)
     return torch.stack([x.reshape(*x.shape[:2], -1).sum(-1) for x in squares], dim=-1)
-
-
-def _systematic(share: Tensor) -> Tensor:
-    """Rows to keep: the number of copies of each is proportional to its weight; ``(K, N)``."""
-    count = len(share)
-    points = torch.rand(1, share.shape[1], dtype=share.dtype, device=share.device)
-    points = (points + torch.arange(count, device=share.device)[:, None]) / count
-    edges = share.cumsum(0)
-    edges = edges / edges[-1:]
-    return torch.searchsorted(edges.T.contiguous(), points.T.contiguous()).T.clamp(max=count - 1)

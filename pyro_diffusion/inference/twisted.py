@@ -1,0 +1,366 @@
+r"""Particles that look ahead to a likelihood: twisted sequential Monte Carlo along the reverse chain.
+
+The targets on the way are :math:`p(x_{t:T})\, \psi_t(x_t)`, and at the end :math:`p(x_{0:T})\, r(x_0)`. Near
+the estimate :math:`\hat x_0(x_t)` the likelihood is linear-Gaussian with rows :math:`J` and residual
+:math:`e` (:mod:`~pyro_diffusion.inference.targets`). What is left to know of the datum is its covariance,
+by Tweedie's second-order formula
+
+.. math::
+    C_t = \operatorname{Cov}[x_0 \mid x_t] = \frac{\partial \hat x_0}{\partial x_t} \frac{\sigma_t^2}{a_t},
+
+of which :math:`J C_t` takes one vector-Jacobian product of the network for each row. One step later
+
+.. math::
+    \frac{a_{t-1}}{\sigma_{t-1}^2} J C_{t-1} &\approx M (M + N)^{-1} J C_t \frac{a_{t-1}}{\sigma_{t-1}^2} =: B,
+        \qquad M = J C_t J^\top, \\
+    J C_{t-1} J^\top &\approx M (M + N)^{-1} M, \qquad
+        N = J C_t\, (\mathrm{SNR}_{t-1} - \mathrm{SNR}_t)\, C_t J^\top,
+
+because Bayes' rule for a Gaussian is :math:`C_{t-1}^{-1} = C_t^{-1} + \mathrm{SNR}_{t-1} - \mathrm{SNR}_t`.
+(The two are equal if the rows of :math:`J` span an invariant subspace of :math:`C_t`, and to first order in
+the step otherwise.) So the likelihood of :math:`x_{t-1}` is about
+
+.. math::
+    \phi(x_{t-1}) = e^c N\big(e;\; B (x_{t-1} - E[x_{t-1} \mid x_t]),\; \Sigma_y + J C_{t-1} J^\top\big).
+
+The proposal is :math:`p(x_{t-1} \mid x_t)\, \phi(x_{t-1}) / \psi_t(x_t)`, in closed form
+(:mod:`~pyro_diffusion.inference.conjugate`), and its normaliser is the twisting function,
+
+.. math::
+    \psi_t(x_t) = \int p(x_{t-1} \mid x_t)\, \phi(x_{t-1})\, dx_{t-1}
+        \;\; \big( = e^c N(e;\, 0,\, \Sigma_y + J C_t J^\top)\ \text{for a Gaussian kernel} \big).
+
+The weight of a step is :math:`\psi_{t-1}(x_{t-1}) / \phi(x_{t-1})`, that of the last one :math:`r(x_0) /
+\phi(x_0)`. They are exact for every model and every approximation above.
+
+References:
+    Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023).
+    https://arxiv.org/abs/2306.17775
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Bernoulli
+from torch import Tensor
+from torch.distributions import Independent
+from torch.utils._pytree import tree_map
+
+from pyro_diffusion.denoisers import Denoised
+from pyro_diffusion.evidence.evidence import effective, log_mean, systematic, tail
+from pyro_diffusion.inference.conjugate import (
+    Conjugate,
+    Factor,
+    Gaussians,
+    Noise,
+    as_gaussians,
+    log_normal,
+    root_of,
+)
+from pyro_diffusion.inference.targets import Local, Target, in_users_units
+from pyro_diffusion.processes import pad
+from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
+from pyro_diffusion.typed import TorchDistribution
+from pyro_diffusion.walk import ReverseWalk, taken
+
+__all__ = ["Run", "run"]
+
+_LEAST = 600.0  # nats below the largest weight, beyond which a weight counts as this one
+
+
+class Run(NamedTuple):
+    """The particles of one or several runs at the end; ``M`` columns, one for each run and datum."""
+
+    x_0: Tensor  #: data in the user's units, ``(K, M) + event``
+    log_weight: Tensor  #: ``(K, M)``
+    log_z: Tensor  #: ``(M,)``
+    ess: Tensor  #: ``(T, M)``
+    k: Tensor  #: the largest Pareto k of weights that were averaged, ``(M,)``
+
+
+class Ahead(NamedTuple):
+    r"""What is known at :math:`x_t`: the denoiser's output, :math:`\phi`, and :math:`\psi_t`."""
+
+    denoised: Denoised
+    factor: Factor | None  #: ``None`` where the reverse kernel itself is the proposal
+    log_psi: Tensor  #: ``(K, M)``
+
+
+def run(
+    walk: ReverseWalk,
+    target: Target,
+    num_particles: int,
+    columns: int,
+    exponents: Tensor,
+    noise: Noise,
+    bar: Any,
+    *,
+    steps: int | None = None,
+) -> Run:
+    """Particles from :math:`x_T` to data; ``steps`` stops them early, to measure memory.
+
+    Args:
+        walk: The reverse walk, with a context for each column.
+        target: The likelihood.
+        num_particles: Particles ``K``. A single one is not resampled.
+        columns: Number of runs times number of data, ``M``.
+        exponents: The power of the likelihood by timestep, ``(T + 1,)``; it is one at the datum.
+        noise: Where random numbers come from.
+        bar: A progress bar.
+        steps: Timesteps of a rehearsal; ``None`` for all.
+    """
+    path = _Path(walk, target, (num_particles, columns), exponents, noise)
+    x_t = path.start()
+    for t in walk.timesteps[:steps]:
+        x_t, ahead = path.resampled(x_t, path.look(x_t, t))
+        x_t = path.step(x_t, t, ahead) if t > 1 else path.end(x_t, ahead)
+        bar.update()
+    path.average(torch.ones_like(path.log_z, dtype=torch.bool))
+    return Run(x_t, path.log_weight, path.log_z, torch.stack(path.ess[::-1]), path.k)
+
+
+class _Path:
+    """Particles on their way; the weights are those of the target, with ψ taken out after each step."""
+
+    def __init__(
+        self,
+        walk: ReverseWalk,
+        target: Target,
+        shape: tuple[int, int],
+        exponents: Tensor,
+        noise: Noise,
+    ) -> None:
+        self.walk, self.target, self.shape, self.noise = walk, target, shape, noise
+        self.exponents: list[float] = exponents.tolist()
+        self.diffusion, self.event_shape = walk.diffusion, walk.diffusion.event_shape
+        self.guided = target.has_rows and self.diffusion.process.has_score
+        self.log_weight = torch.zeros(shape, dtype=torch.float64, device=self.diffusion.device)
+        self.log_z = torch.zeros_like(self.log_weight[0])
+        self.k = torch.full_like(self.log_z, -math.inf)
+        self.ess: list[Tensor] = []
+
+    # From x_T to x_0.
+
+    def start(self) -> Tensor:
+        r""":math:`x_T`, from the prior times its factor, which is expanded at the prior's mean."""
+        last, prior = self.walk.timesteps[0], self.walk.start()
+        if not self.guided:
+            return prior.sample(self.shape)
+        origin = prior.mean.expand(1, self.shape[1], *self.event_shape)
+        _, local, pulled = self._pulled(origin, last, self.exponents[last])
+        step = chain_step(last, self.diffusion.schedule)
+        factor = Factor.at(
+            local, pulled * self._entries(step.signal / step.noise**2), origin, _root(local, pulled)
+        )
+        factor = Factor(*(x.expand(self.shape[0], *x.shape[1:]) for x in factor))
+        kernel = as_gaussians(prior, torch.Size(self.shape))
+        assert kernel is not None  # the prior of a process with a score
+        return self._drawn(kernel, factor)
+
+    def look(self, x_t: Tensor, t: int) -> Ahead:
+        """What is known at the states, in slices of as many rows as the walk allows."""
+        look = partial(self._look if self.guided else self._look_without_rows, t=t)
+        return self._in_slices(look, x_t)
+
+    def resampled(self, x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Ahead]:
+        """States, resampled by weight and look-ahead where these are uneven."""
+        self.log_weight = self.log_weight + ahead.log_psi
+        self.ess.append(effective(self.log_weight))
+        uneven = self.ess[-1] < self.shape[0] / 2
+        if self.shape[0] == 1 or not uneven.any():
+            return x_t, ahead
+        in_place = torch.arange(self.shape[0], device=x_t.device)[:, None]
+        start = self.noise.uniform(self.log_weight[:1])
+        rows = torch.where(uneven, systematic(self.log_weight.softmax(0), start=start), in_place)
+        self.average(uneven)
+        self.log_weight = torch.where(uneven, 0.0, self.log_weight)
+        x_t, ahead = tree_map(lambda x: None if x is None else taken(x, rows), (x_t, ahead))
+        return x_t, ahead
+
+    def average(self, where: Tensor) -> None:
+        """Multiply Z by the mean of the weights, for some of the columns."""
+        largest = self.log_weight.amax(0)
+        _check_possible(largest)
+        self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
+        bounded = self.log_weight.maximum(largest - _LEAST)  # an impossible datum has no logarithm
+        self.k = torch.where(where, self.k.maximum(tail(bounded)), self.k)
+
+    def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
+        r""":math:`x_{t-1}`, ``t ≥ 2``, and the weights of the step."""
+
+        def draw(x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
+            """The next states of a slice, and what their weights lose."""
+            kernel = self.walk.kernel(x_t, t, ahead.denoised)
+            gaussians = as_gaussians(kernel, x_t.shape[:2])
+            if ahead.factor is None or gaussians is None:
+                return kernel.sample(), ahead.log_psi
+            x = self._conjugate_draw(gaussians, ahead.factor)
+            return x, ahead.factor.log_prob(x.flatten(2))
+
+        x_t, lost = self._in_slices(draw, x_t, ahead)
+        self.log_weight = self.log_weight - lost
+        return x_t
+
+    def end(self, x_1: Tensor, ahead: Ahead) -> Tensor:
+        r""":math:`x_0` in the user's units, and the last weights."""
+
+        def draw(x_1: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
+            """Data of a slice, and what their weights gain."""
+            if ahead.factor is None:
+                x_0, log_r = self.target.drawn(self._law(x_1, ahead.denoised))
+                return x_0, log_r - ahead.log_psi
+            kernel = self._last_kernel(x_1, ahead.denoised)
+            assert kernel is not None  # otherwise there is no factor
+            inside = self._conjugate_draw(kernel, ahead.factor)
+            x_0 = self.target.completed(in_users_units(self.diffusion, inside))
+            if self.target.is_exact:
+                return x_0, torch.zeros_like(ahead.log_psi)
+            return x_0, self.target.log_prob(x_0) - ahead.factor.log_prob(inside.flatten(2))
+
+        x_0, gained = self._in_slices(draw, x_1, ahead)
+        self.log_weight = self.log_weight + gained
+        return x_0
+
+    # What is known at a state.
+
+    def _look(self, x_t: Tensor, t: int) -> Ahead:
+        if t == 1:
+            denoised = self.walk.look(x_t, 1)
+            kernel = self._last_kernel(x_t, denoised)
+            if kernel is None:
+                return self._look_without_factor(x_t)
+            local = self.target.local(denoised.x_0_hat, 1.0)
+            none = torch.zeros(*local.residual.shape, local.residual.shape[-1]).to(local.residual)
+            factor = Factor.at(local, local.rows, denoised.x_0_hat, none)
+        else:
+            denoised, local, pulled = self._pulled(x_t, t, self.exponents[t - 1])
+            kernel = as_gaussians(self.walk.kernel(x_t, t, denoised), x_t.shape[:2])
+            assert kernel is not None  # the kernel of a process with a score
+            factor = self._between(x_t, t, denoised, local, pulled)
+        return Ahead(denoised, factor, Conjugate(kernel, factor).log_z)
+
+    def _between(
+        self, x_t: Tensor, t: int, denoised: Denoised, local: Local, pulled: Tensor
+    ) -> Factor:
+        r""":math:`\phi` as a function of :math:`x_{t-1}`; see the module."""
+        step = chain_step(t, self.diffusion.schedule)
+        rise = self._entries(step.signal_prev**2 / step.noise_prev**2 * step.share)
+        inner = _positive(pulled @ local.rows.mT)
+        size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
+        half = root_of(inner + (pulled * rise) @ pulled.mT + ridge)
+        root = torch.linalg.solve_triangular(half, inner, upper=False).mT
+        rows = root @ torch.linalg.solve_triangular(half, pulled, upper=False)
+        rows = rows * self._entries(step.signal_prev / step.noise_prev**2)
+        missing_dim = self.diffusion.process.missing_dim
+        centre = posterior_mean(
+            x_t.double(), denoised.x_0_hat.double(), step, missing_dim=missing_dim
+        )
+        return Factor.at(local, rows, centre, root)
+
+    def _look_without_factor(self, x_1: Tensor) -> Ahead:
+        """The look at :math:`x_1` where the data are levels, or the last kernel is not Gaussian."""
+        denoised, local, pulled = self._pulled(x_1, 1, 1.0)
+        inner = _positive(pulled @ local.rows.mT)
+        covariance = inner + torch.diag_embed(local.variance.expand(local.residual.shape))
+        log_psi = local.offset + log_normal(local.residual, root_of(covariance))
+        return Ahead(denoised, None, log_psi)
+
+    def _look_without_rows(self, x_t: Tensor, t: int) -> Ahead:
+        denoised = self.walk.look(x_t, t)
+        law = self._law(x_t, denoised)
+        return Ahead(denoised, None, self.exponents[t] * self.target.expected(law))
+
+    def _pulled(self, x_t: Tensor, t: int, exponent: float) -> tuple[Denoised, Local, Tensor]:
+        r"""The denoiser's output, the expansion of :math:`r` there, and :math:`J C_t`, ``(K, M, m, D)``."""
+        batch_shape, found = x_t.shape[:2], []
+
+        def pull(denoised: Denoised, part: slice) -> list[Tensor]:
+            """:math:`\hat x_0 \odot J_i` for each row."""
+            x_0_hat = denoised.x_0_hat
+            local = self.target.local(x_0_hat.detach().reshape(*batch_shape, *self.event_shape), exponent)
+            found.append(local)
+            rows = local.rows.to(x_0_hat).expand(*batch_shape, *local.rows.shape[-2:])
+            return [x_0_hat * row.reshape(x_0_hat.shape) for row in rows.unbind(-2)]
+
+        denoised, products = self.walk.pulled(x_t, t, pull)
+        step = chain_step(t, self.diffusion.schedule)
+        pulled = torch.stack([x.flatten(2).double() for x in products], dim=-2)
+        return denoised, found[0], pulled * self._entries(step.noise**2 / step.signal)
+
+    def _last_kernel(self, x_1: Tensor, denoised: Denoised) -> Gaussians | None:
+        """The kernel into the data in the chain's units, if it is Gaussian."""
+        kernel: Any = self.diffusion.decode_inside(self.walk.seen(x_1), denoised)
+        if not kernel.event_shape and self.event_shape:
+            kernel = Independent(kernel, len(self.event_shape), validate_args=False)
+        return as_gaussians(kernel, x_1.shape[:2])
+
+    def _law(self, x_t: Tensor, denoised: Denoised) -> TorchDistribution:
+        """Independent entries of the datum given a state, in the user's units."""
+        if denoised.logits is not None and denoised.logits.shape == x_t.shape:  # bits
+            law: TorchDistribution = Bernoulli(logits=denoised.logits)
+            return law.to_event(len(self.event_shape))
+        return self.walk.end(x_t, denoised)
+
+    # Small parts.
+
+    def _drawn(self, kernel: Gaussians, factor: Factor) -> Tensor:
+        """A draw of the proposal, with its weight."""
+        proposal = Conjugate(kernel, factor)
+        x = proposal.draw(self.noise).to(self.diffusion.dtype)
+        self.log_weight = self.log_weight + proposal.log_z - factor.log_prob(x)
+        return x.reshape(*self.shape, *self.event_shape)
+
+    def _conjugate_draw(self, kernel: Gaussians, factor: Factor) -> Tensor:
+        x = Conjugate(kernel, factor).draw(self.noise)
+        return x.to(self.diffusion.dtype).reshape(*x.shape[:2], *self.event_shape)
+
+    def _in_slices(self, function: Callable[..., Any], *particles: Any) -> Any:
+        """Apply a function to the particles, in slices of as many rows as the walk allows."""
+        size = max(self.walk.rows // self.shape[1], 1)
+        if self.shape[0] <= size:
+            return function(*particles)
+        slices = [slice(start, start + size) for start in range(0, self.shape[0], size)]
+        parts = [function(*tree_map(_part(rows), particles)) for rows in slices]
+        return tree_map(lambda *x: None if x[0] is None else torch.cat(x), *parts)
+
+    def _entries(self, coefficient: Tensor) -> Tensor:
+        """A coefficient of a step for each entry of a flattened state, ``(D,)``."""
+        padded = pad(coefficient, self.diffusion.process.missing_dim, torch.float64)
+        return padded.expand(self.event_shape).reshape(-1)
+
+
+def _part(rows: slice) -> Callable[[Any], Any]:
+    return lambda x: None if x is None else x[rows]
+
+
+def _positive(inner: Tensor) -> Tensor:
+    """A covariance that a learned Jacobian gave: made symmetric, with its negative eigenvalues at zero."""
+    inner = 0.5 * (inner + inner.mT)
+    size = inner.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+    ridge = (1e-6 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
+    failed = torch.linalg.cholesky_ex(inner + ridge)[1] > 0
+    if failed.any():
+        values, vectors = torch.linalg.eigh(inner[failed])
+        inner = inner.clone()
+        inner[failed] = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
+    return inner
+
+
+def _root(local: Local, pulled: Tensor) -> Tensor:
+    inner = _positive(pulled @ local.rows.mT)
+    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return root_of(inner + (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner))
+
+
+def _check_possible(largest: Tensor) -> None:
+    if not largest.isfinite().all():
+        count = int((~largest.isfinite()).sum())
+        raise ValueError(
+            f"argument 'log_likelihood': got -inf or NaN for every particle of {count} run(s); expected a "
+            "datum of positive likelihood among the particles. Take more particles, or widen the likelihood "
+            "by tempering."
+        )
