@@ -55,10 +55,9 @@ from pyro_diffusion import (
     DiffusionModel,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
-    LinearGaussian,
     LogSNRSchedule,
-    posterior_samples,
 )
+from pyro_diffusion.inference import LinearGaussian, posterior_samples
 
 NUM_DIRECTIONS = 100
 LOG_SNR_MIN = -14.0
