@@ -286,12 +286,13 @@ def posterior(found):
         lines.append([
             d, dy, len(group), f"{max(abs(r['error']) for r in group):.3f}",
             f"{sum(abs(r['z']) <= 3 for r in group)} of {len(group)}",
-            f"{min(r['least_ess'] for r in group):,.0f}",
+            f"{min(r['least_ess'] for r in group) / found['num_particles']:.0%}",
+            f"{sum(r['reliable'] for r in group)} of {len(group)}",
             *(f"{median(q):.2f} ({min(q):.2f} to {max(q):.2f})" for q in ratios), *modes,
         ])  # fmt: skip
     if lines:
         head = ["d", "d_y", "problems", "largest error of log p(y), nats", "within 3 of its errors",
-                "least ESS", "distance / that of exact draws, median (range)",
+                "least ESS by timestep", "called reliable", "distance / that of exact draws, median (range)",
                 "the same, uncorrected guidance", "distance of mode weights, median",
                 "the same, uncorrected guidance", "the same, exact draws"]  # fmt: skip
         parts.append("Mixtures:\n\n" + table(head, lines))
