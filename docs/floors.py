@@ -31,7 +31,7 @@ KINDS = {
         "#f6e7a8", "walk scoring given reading",
     ),
     "what reads, samples, trains and shows them": (
-        "#e3d7f0", "bounds evidence samplers training diagnostics plots",
+        "#e3d7f0", "bounds evidence samplers training diagnostics inference plots",
     ),
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ from pyro_diffusion.evidence import (
     summary,
 )
 from pyro_diffusion.hvae import HierarchicalVAE
+from pyro_diffusion.inference import LinearGaussian, impute, posterior_samples
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -157,6 +158,7 @@ __all__ = [
     "LevelLikelihood",
     "LevelPrediction",
     "LinearDecaySchedule",
+    "LinearGaussian",
     "LinearSchedule",
     "LogSNRSchedule",
     "Logit",
@@ -194,6 +196,7 @@ __all__ = [
     "forward_posterior",
     "forward_transition",
     "importance_evidence",
+    "impute",
     "ode_log_likelihood",
     "over_ranks",
     "plot_bound",
@@ -206,6 +209,7 @@ __all__ = [
     "plot_training",
     "plot_trajectory",
     "randomized_pit",
+    "posterior_samples",
     "simulation_based_calibration",
     "smc_evidence",
     "snr_weight",

@@ -41,6 +41,7 @@ ORDER = [
     "samplers",
     "training",
     "diagnostics",
+    "inference",
     "plots",
     "__init__",
     "__main__",

@@ -187,9 +187,7 @@ def effective(log_weight: Tensor) -> Tensor:
     return 1 / log_weight.softmax(0).square().sum(0)
 
 
-def systematic(
-    share: Tensor, count: int | None = None, start: Tensor | None = None
-) -> Tensor:
+def systematic(share: Tensor, count: int | None = None, start: Tensor | None = None) -> Tensor:
     """Rows to keep: the number of copies of each is proportional to its weight.
 
     Args:
@@ -202,7 +200,9 @@ def systematic(
     points = (start + torch.arange(count, device=share.device)[:, None]) / count
     edges = share.cumsum(0)
     edges = edges / edges[-1:]
-    return torch.searchsorted(edges.T.contiguous(), points.T.contiguous()).T.clamp(max=len(share) - 1)
+    return torch.searchsorted(edges.T.contiguous(), points.T.contiguous()).T.clamp(
+        max=len(share) - 1
+    )
 
 
 def tail(log_weights: Tensor) -> Tensor:

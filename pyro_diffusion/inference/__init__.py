@@ -5,6 +5,7 @@ that it knows in closed form. :func:`impute` draws missing entries given observe
 """
 
 from pyro_diffusion.inference.draws import PosteriorSamples, Statistic
+from pyro_diffusion.inference.imputation import impute
 from pyro_diffusion.inference.measurements import (
     BlockMeans,
     Blur,
@@ -22,5 +23,6 @@ __all__ = [
     "PosteriorSamples",
     "Statistic",
     "Subsampling",
+    "impute",
     "posterior_samples",
 ]

@@ -104,7 +104,9 @@ class Gaussians(NamedTuple):
 
     log_weights: Tensor  #: ``(K, M, C)``
     means: Tensor  #: ``(K, M, C, D)``
-    scale: Tensor  #: standard deviations that broadcast to the means, or a lower triangle ``(D, D)``
+    scale: (
+        Tensor  #: standard deviations that broadcast to the means, or a lower triangle ``(D, D)``
+    )
     diagonal: bool  #: whether ``scale`` are standard deviations
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -136,14 +138,22 @@ class Gaussians(NamedTuple):
 def as_gaussians(kernel: Any, batch_shape: torch.Size) -> Gaussians | None:
     """A kernel as a mixture of Gaussians over flattened states; ``None`` if it is not one."""
     if isinstance(kernel, MixtureSameFamily):
-        parts = as_gaussians(kernel.component_distribution, kernel.component_distribution.batch_shape)
+        parts = as_gaussians(
+            kernel.component_distribution, kernel.component_distribution.batch_shape
+        )
         log_weights: Any = kernel.mixture_distribution.logits
         if parts is None or not parts.diagonal:
             return None
-        log_weights = log_weights.double().log_softmax(-1).expand(*batch_shape, log_weights.shape[-1])
+        log_weights = (
+            log_weights.double().log_softmax(-1).expand(*batch_shape, log_weights.shape[-1])
+        )
         means = parts.means.squeeze(-2)
-        return Gaussians(log_weights, means.expand(*batch_shape, *means.shape[-2:]),
-                         parts.scale.squeeze(-2), True)
+        return Gaussians(
+            log_weights,
+            means.expand(*batch_shape, *means.shape[-2:]),
+            parts.scale.squeeze(-2),
+            True,
+        )
     alone = torch.zeros(*batch_shape, 1, dtype=torch.float64)
     if isinstance(kernel, MultivariateNormal):
         mean = kernel.loc.double().expand(*batch_shape, -1).unsqueeze(-2)
@@ -153,7 +163,8 @@ def as_gaussians(kernel: Any, batch_shape: torch.Size) -> Gaussians | None:
     if not isinstance(base, Normal):
         return None
     mean, scale = (
-        x.double().expand(batch_shape + base.loc.shape[base.loc.dim() - len(kernel.event_shape):])
+        x.double()
+        .expand(batch_shape + base.loc.shape[base.loc.dim() - len(kernel.event_shape) :])
         .reshape(*batch_shape, 1, -1)
         for x in (base.loc, base.scale.expand(base.loc.shape))
     )

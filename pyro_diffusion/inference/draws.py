@@ -35,16 +35,22 @@ class PosteriorSamples(NamedTuple):
     """
 
     samples: Tensor  #: draws, resampled from all runs by weight, ``(num_samples,) + event_shape``
-    log_evidence: Tensor  #: :math:`\log \hat Z`, the logarithm of the mean over runs, in nats; ``()``
+    log_evidence: (
+        Tensor  #: :math:`\log \hat Z`, the logarithm of the mean over runs, in nats; ``()``
+    )
     standard_error: Tensor  #: of ``log_evidence``, from the spread of the runs, ``()``
     ess: Tensor  #: effective sample size at the end, of the particles of all runs, ``()``
     #: effective sample size of a run's particles at :math:`x_t` before resampling, in row ``t − 1``, the mean
     #: over runs, ``(T,)``
     ess_by_timestep: Tensor
-    pareto_k: Tensor  #: the largest :math:`\hat k` of weights that were averaged, ``()``
+    #: the largest :math:`\hat k` of weights that were averaged, ``()``; −∞ if these always had more than nine
+    #: tenths effective particles, and so no tail that matters
+    pareto_k: Tensor
     particles: Tensor  #: the particles of all runs, ``(R, K) + event_shape``
     log_weights: Tensor  #: their weights, whose exponentials sum to one over all runs, ``(R, K)``
-    is_biased: bool = False  #: whether nothing corrects the proposals, as with a single particle a run
+    is_biased: bool = (
+        False  #: whether nothing corrects the proposals, as with a single particle a run
+    )
 
     @property
     def _several(self) -> bool:
@@ -63,7 +69,7 @@ class PosteriorSamples(NamedTuple):
 
     def _rows(self) -> dict[str, str]:
         if self.is_biased:
-            return {"biased": "uncorrected guidance: one particle a run, so that no weight corrects the draws"}
+            return {"biased": "uncorrected guidance: no weight corrects the draws"}
         runs, particles = self.log_weights.shape[:2]
         least = self.ess_by_timestep.amin(0)
         if self._several:
@@ -76,7 +82,7 @@ class PosteriorSamples(NamedTuple):
         return {
             "log p(y)": evidence,
             "runs": f"{runs} of {particles:,} particles",
-            "effective": f"{self.ess.min():.0f} draws at the end, least {least.min():.0f} in a run on the way",
+            "effective": f"{self.ess.min():.0f} draws at the end, at least {least.min():.0f} in a run before",
             "largest Pareto k": f"{self.pareto_k.max().item():.2f}",
             "reliable": trust,
         }
@@ -105,8 +111,8 @@ class PosteriorSamples(NamedTuple):
     def mean(self) -> Statistic:
         r"""The posterior mean, of the event's shape, by the weighted particles.
 
-        Its error is that of a ratio of means over runs, :math:`\sqrt{\sum_r \hat Z_r^2 (m_r - m)^2 / R (R - 1)}
-        / \bar Z`, with :math:`m_r` the mean of run :math:`r`.
+        Its error is that of a ratio of means over runs, with :math:`m_r` the mean of run :math:`r`,
+        :math:`\sqrt{\sum_r \hat Z_r^2 (m_r - m)^2 / R (R - 1)} / \bar Z`.
         """
         return self._moment(self.particles.double())
 
@@ -127,7 +133,13 @@ class PosteriorSamples(NamedTuple):
             q: A number in (0, 1).
         """
         q = float(as_numbers("q", q))
-        check_values("argument 'q'", torch.tensor(q), torch.tensor(0 < q < 1), "a number in (0, 1)", "0.5 is the median.")
+        check_values(
+            "argument 'q'",
+            torch.tensor(q),
+            torch.tensor(0 < q < 1),
+            "a number in (0, 1)",
+            "0.5 is the median.",
+        )
         x, weights = self.particles.double().flatten(0, 1), self._weights().flatten(0, 1)
         ordered, order = x.sort(dim=0)
         edges = weights.expand(x.shape).gather(0, order).cumsum(0)
@@ -162,7 +174,7 @@ class PosteriorSamples(NamedTuple):
         Draws of a run are resampled by its weights. Runs are weighted equally there, so that ``az.ess`` and
         ``az.rhat`` compare them; ``samples`` weights them by their evidence.
         """
-        runs, particles = self.log_weights.shape[:2]
+        particles = self.log_weights.shape[1]
         draws = torch.stack([
             drawn(x[None], w[None], particles) for x, w in zip(self.particles, self.log_weights, strict=True)
         ])  # fmt: skip
@@ -173,13 +185,19 @@ class PosteriorSamples(NamedTuple):
         posterior = xarray.Dataset(
             {"x_0": (("chain", "draw", *several, *event), draws.detach().cpu().numpy())}
         )
-        posterior = posterior.assign_coords({name: range(size) for name, size in posterior.sizes.items()})
+        posterior = posterior.assign_coords(
+            {name: range(size) for name, size in posterior.sizes.items()}
+        )
         numbers = {
-            name: getattr(self, name) for name in ("log_evidence", "standard_error", "ess", "pareto_k")
+            name: getattr(self, name)
+            for name in ("log_evidence", "standard_error", "ess", "pareto_k")
         } | {"reliable": self.reliable}
         evidence = dataset(several, numbers)
-        steps = dataset(("timestep", *several), {"ess_by_timestep": self.ess_by_timestep},
-                        timestep=range(1, 1 + len(self.ess_by_timestep)))
+        steps = dataset(
+            ("timestep", *several),
+            {"ess_by_timestep": self.ess_by_timestep},
+            timestep=range(1, 1 + len(self.ess_by_timestep)),
+        )
         return arviz_bridge.as_arviz({"posterior": posterior, "evidence": evidence.merge(steps)})
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import as_numbers, check_count, check_finite, check_values, described, require
+from pyro_diffusion.checks import (
+    as_numbers,
+    check_count,
+    check_finite,
+    check_values,
+    described,
+    require,
+)
 
 __all__ = ["BlockMeans", "Blur", "Entries", "LinearGaussian", "Subsampling"]
 
@@ -21,8 +28,8 @@ Operator = Callable[[Tensor], Tensor]
 class LinearGaussian:
     r"""The likelihood :math:`N(y; A x_0, \operatorname{diag} s^2)` of a linear measurement.
 
-    :func:`~pyro_diffusion.inference.posterior_samples` knows more about it than about a function: it conjugates
-    the reverse kernels with the measurement in closed form. For correlated noise, whiten operator and ``y``.
+    :func:`~pyro_diffusion.inference.posterior_samples` multiplies the reverse kernels with the measurement in
+    closed form. If the noise is correlated, whiten the operator and ``y``.
 
     Args:
         operator: :math:`A`: a matrix ``(d_y, D)`` for the flattened datum, or a callable that maps
@@ -51,18 +58,25 @@ class LinearGaussian:
     """
 
     def __init__(
-        self, operator: Tensor | Operator, y: Tensor, noise: Tensor | float, *, linearize: bool = False
+        self,
+        operator: Tensor | Operator,
+        y: Tensor,
+        noise: Tensor | float,
+        *,
+        linearize: bool = False,
     ) -> None:
-        matrix = not callable(operator)
-        self.operator: Any = as_numbers("operator", operator) if matrix else operator
+        matrix = None if callable(operator) else as_numbers("operator", operator)
+        self.operator: Any = operator if matrix is None else matrix
         require(
-            not matrix or self.operator.dim() == 2,
+            matrix is None or matrix.dim() == 2,
             "argument 'operator'",
             described(operator),
             "a matrix (d_y, D) for the flattened datum, or a callable",
             "Pass row[None] for a single measurement.",
         )
-        self.y = check_finite("argument 'y'", as_numbers("y", y), "Leave out what was not measured: Entries(mask).")
+        self.y = check_finite(
+            "argument 'y'", as_numbers("y", y), "Leave out what was not measured: Entries(mask)."
+        )
         self.noise = as_numbers("noise", noise, like=self.y)
         check_values(
             "argument 'noise'",
@@ -92,7 +106,8 @@ class LinearGaussian:
         batch = x_0.shape[: x_0.dim() - event_dim]
         if isinstance(self.operator, Tensor):
             return x_0.reshape(*batch, -1) @ self.operator.to(x_0).mT
-        return self.operator(x_0).reshape(*batch, -1)  # type: ignore[no-any-return]
+        measured: Tensor = self.operator(x_0).reshape(*batch, -1)
+        return measured
 
 
 class Entries:
@@ -153,7 +168,9 @@ class Blur:
         pads = [size // 2 for size in reversed(self.kernel.shape) for _ in range(2)]
         images = torch.nn.functional.pad(images, pads, mode="replicate")
         convolve = torch.nn.functional.conv1d if axes == 1 else torch.nn.functional.conv2d
-        return convolve(images, self.kernel.flip(tuple(range(axes))).to(x_0)[None, None]).reshape(x_0.shape)
+        return convolve(images, self.kernel.flip(tuple(range(axes))).to(x_0)[None, None]).reshape(
+            x_0.shape
+        )
 
     def __repr__(self) -> str:
         return f"Blur({' × '.join(map(str, self.kernel.shape))})"
@@ -174,7 +191,8 @@ class Subsampling:
         self.step = _whole("step", step)
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        return x_0[(..., *(slice(None, None, step) for step in self.step))]
+        kept: Any = (..., *(slice(None, None, step) for step in self.step))
+        return x_0[kept]
 
     def __repr__(self) -> str:
         return f"Subsampling({', '.join(map(str, self.step))})"
@@ -202,7 +220,11 @@ class BlockMeans:
             "argument 'size' of BlockMeans", f"{self.size} for axes of {tuple(blocked)}",
             "sizes that divide the axes", "Crop the data, or choose another size.",
         )  # fmt: skip
-        split = [n for length, size in zip(blocked, self.size, strict=True) for n in (length // size, size)]
+        split = [
+            n
+            for length, size in zip(blocked, self.size, strict=True)
+            for n in (length // size, size)
+        ]
         return x_0.reshape(*kept, *split).mean(tuple(range(-2 * axes + 1, 0, 2)))
 
     def __repr__(self) -> str:

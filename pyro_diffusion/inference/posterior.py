@@ -139,11 +139,15 @@ def draw_posterior(
 ) -> PosteriorSamples:
     """Runs of particles for a bound target, put together; ``single`` leaves out the axis of posteriors."""
     num_samples = check_count("num_samples", num_samples, 1, "Pass the number of draws.")
-    num_particles = check_count("num_particles", num_particles, 1, "Leave it out, or pass 1024, say.")
+    num_particles = check_count(
+        "num_particles", num_particles, 1, "Leave it out, or pass 1024, say."
+    )
     num_runs = check_count("num_runs", num_runs, 1, "Leave it out: 16 runs have a spread.")
     biased = num_particles == 1
     num_runs = num_samples if biased else num_runs
-    runs = _Runs(diffusion, target, num_particles, num_runs, given, exponents, common_noise, progress)
+    runs = _Runs(
+        diffusion, target, num_particles, num_runs, given, exponents, common_noise, progress
+    )
     result = _joined(runs.all(), num_samples, biased)
     if single:
         result = _squeezed(result)
@@ -165,13 +169,18 @@ class _Runs:
         common_noise: bool,
         progress: bool,
     ) -> None:
-        self.diffusion, self.target, self.given, self.exponents = diffusion, target, given, exponents
+        self.diffusion, self.target, self.given, self.exponents = (
+            diffusion,
+            target,
+            given,
+            exponents,
+        )
         self.particles, self.runs, self.common, self.progress = (
             num_particles, num_runs, common_noise, progress,
         )  # fmt: skip
 
     def all(self) -> Run:
-        """All runs of all data: ``(R, K, N) + event``, ``(R, K, N)``, ``(R, N)``, ``(T, R, N)``, ``(R, N)``."""
+        """All runs of all data; ``M`` columns have become axes of ``R`` runs and ``N`` data."""
         columns = self._columns()
         data = max(1, columns // self.runs) if self.target.is_divisible else self.target.num_data
         runs = max(1, min(self.runs, columns // data))
@@ -217,13 +226,20 @@ class _Runs:
         """Some runs of some data, with runs and data on axes of their own."""
         target = self.target.part(rows) if self.target.is_divisible else self.target
         found = self._run(target, rows, runs, bar)
-        apart = [x.unflatten(dim, (runs, target.num_data)) for x, dim in zip(found, (1, 1, 0, 1, 0), strict=True)]
+        apart = [
+            x.unflatten(dim, (runs, target.num_data))
+            for x, dim in zip(found, (1, 1, 0, 1, 0), strict=True)
+        ]
         x_0, log_weight, *others = apart
         return Run(x_0.transpose(0, 1), log_weight.transpose(0, 1), *others)
 
-    def _run(self, target: Target, rows: slice, runs: int, bar: Any, steps: int | None = None) -> Run:
+    def _run(
+        self, target: Target, rows: slice, runs: int, bar: Any, steps: int | None = None
+    ) -> Run:
         columns = runs * target.num_data
-        _, given = together(lambda x: repeated(x[rows], runs), torch.empty(self.target.num_data), self.given)
+        _, given = together(
+            lambda x: repeated(x[rows], runs), torch.empty(self.target.num_data), self.given
+        )
         walk = ReverseWalk(self.diffusion, rows=max(ROWS, columns), given=given)
         noise = Noise(target.num_data, common=self.common)
         return run(walk, target, self.particles, columns, self.exponents, noise, bar, steps=steps)
@@ -245,7 +261,9 @@ def _joined(runs: Run, num_samples: int, biased: bool) -> PosteriorSamples:
     count = len(runs.log_z)
     log_evidence = log_mean(runs.log_z)
     relative = (runs.log_z - log_evidence).exp()
-    log_weights = runs.log_weight.log_softmax(1) + (runs.log_z - runs.log_z.logsumexp(0)).unsqueeze(1)
+    log_weights = runs.log_weight.log_softmax(1) + (runs.log_z - runs.log_z.logsumexp(0)).unsqueeze(
+        1
+    )
     if biased:
         log_weights = torch.full_like(log_weights, -math.log(count))
     nan = torch.full_like(log_evidence, math.nan)
@@ -288,8 +306,8 @@ def _warn_of_few(result: PosteriorSamples) -> None:
         posteriors = int(few.any(0).sum())
         warnings.warn(
             f"argument 'log_likelihood': got {least:.1f} effective particles of a run at t = "
-            f"{int(steps[0])} … {int(steps[-1])}, for {posteriors} posterior(s); expected at least ten, below "
-            "which draws and evidence are not reliable. Take more particles or more timesteps, or temper a "
+            f"{int(steps[0])} … {int(steps[-1])}, for {posteriors} posterior(s); expected at least ten, "
+            "below which draws and evidence are not reliable. Take more particles or more timesteps, or temper a "
             "sharp likelihood: tempering=torch.linspace(1, 0.1, T).",
             stacklevel=4,
         )
@@ -332,5 +350,7 @@ def _exponents(diffusion: DiffusionModel, tempering: Any) -> Tensor:
         "Pass torch.linspace(1, 0.1, T).",
     )
     valid = (exponents > 0) & (exponents <= 1)
-    check_values("argument 'tempering'", exponents, valid, "exponents in (0, 1]", "One is no tempering.")
+    check_values(
+        "argument 'tempering'", exponents, valid, "exponents in (0, 1]", "One is no tempering."
+    )
     return torch.cat((torch.ones(1, dtype=torch.float64), exponents))

@@ -5,9 +5,10 @@ At each state of the chain, posterior sampling replaces the likelihood by a line
 .. math::
     \log r(x_0) \approx c + \log N\big(e;\; J (x_0 - \hat x_0),\; \operatorname{diag} v\big) .
 
-For a linear-Gaussian measurement this is an identity, with :math:`J = A` and :math:`e = y - A \hat x_0`. For a
-function it is the expansion of :math:`\log r` to second order, in the subspace that the gradient and the
-Hessian span (Lanczos): with one direction, along the gradient :math:`g` with the curvature :math:`h` there,
+For a linear-Gaussian measurement this is an identity, with :math:`J = A` and :math:`e = y - A \hat x_0`.
+For a function it is the expansion of :math:`\log r` to second order, in the subspace of the gradient and of
+directions in the range of the Hessian. With one direction it is along the gradient :math:`g`, with the
+curvature :math:`h` there,
 :math:`J = \sqrt h\, g^\top / \lVert g \rVert`, :math:`e = \lVert g \rVert / \sqrt h` and :math:`v = 1`.
 """
 
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.checks import require
+from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.inference.measurements import LinearGaussian
 from pyro_diffusion.typed import TorchDistribution
 
 _DRAWS = 8  # of independent entries, for an expected log-likelihood
 
-__all__ = ["Function", "Linear", "Local", "Target", "in_users_units"]
+__all__ = ["Function", "Linear", "Local", "Target", "in_users_units", "of_columns"]
 
 
 class Local(NamedTuple):
@@ -80,6 +82,10 @@ class Target(ABC):
         x_0 = law.sample()
         return x_0, self.log_prob(x_0)
 
+    def known(self, denoised: Denoised, x_t: Tensor) -> Denoised:
+        """The estimate by which states without a score are proposed."""
+        return denoised
+
     def completed(self, x_0: Tensor) -> Tensor:
         """Data of the last step as they are returned."""
         return x_0
@@ -93,7 +99,9 @@ class Linear(Target):
     def __init__(self, diffusion: DiffusionModel, likelihood: LinearGaussian) -> None:
         super().__init__(diffusion)
         self.likelihood = likelihood
-        zero = torch.zeros(1, *diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device)
+        zero = torch.zeros(
+            1, *diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
+        )
         size = self._measured(zero).shape[-1]
         y, noise = (
             x.to(diffusion.device).double().reshape(self._data_of(x, size), -1)
@@ -135,7 +143,9 @@ class Linear(Target):
     def _check_affine(self) -> bool:
         generator = torch.Generator(self.diffusion.device).manual_seed(0)
         shape = (2, *self.diffusion.event_shape)
-        points = torch.randn(shape, generator=generator, dtype=self.diffusion.dtype, device=self.diffusion.device)
+        points = torch.randn(
+            shape, generator=generator, dtype=self.diffusion.dtype, device=self.diffusion.device
+        )
         ends = torch.stack((torch.zeros_like(points[0]), points.sum(0)))
         with torch.no_grad():
             together, apart = self._measured(ends).sum(0), self._measured(points).sum(0)
@@ -164,12 +174,12 @@ class Linear(Target):
 
     def log_prob(self, x_0: Tensor) -> Tensor:
         measured = self.likelihood.measured(x_0, x_0.dim() - 2).double()
-        y, variance = (_of_columns(x, x_0.shape[1]) for x in (self.y, self.variance))
+        y, variance = (of_columns(x, x_0.shape[1]) for x in (self.y, self.variance))
         squares = (y - measured).square() / variance + variance.log() + math.log(2 * math.pi)
         return -0.5 * squares.sum(-1)
 
     def local(self, x_0_hat: Tensor, exponent: float) -> Local:
-        y, variance = (_of_columns(x, x_0_hat.shape[1]) for x in (self.y, self.variance))
+        y, variance = (of_columns(x, x_0_hat.shape[1]) for x in (self.y, self.variance))
         rows = self.rows
         if rows is None:
             rows = self._jacobian(x_0_hat.flatten(0, 1)).double()
@@ -187,7 +197,12 @@ class Function(Target):
         super().__init__(diffusion)
         self.function, self.directions = function, directions
         generator = torch.Generator(diffusion.device).manual_seed(0)
-        x = torch.randn((3, *diffusion.event_shape), generator=generator, dtype=diffusion.dtype, device=diffusion.device)
+        x = torch.randn(
+            (3, *diffusion.event_shape),
+            generator=generator,
+            dtype=diffusion.dtype,
+            device=diffusion.device,
+        )
         self.has_rows = not _is_discrete(diffusion, x)
         self.probe = in_users_units(diffusion, x) if self.has_rows else diffusion.sample(3)
         self.num_data, self.flat = self._layout()
@@ -216,7 +231,9 @@ class Function(Target):
     def _call(self, x_0: Tensor) -> Tensor:
         """The function at data of ``(K, M) + event``, ``(K, M)``."""
         batch, event = x_0.shape[:2], x_0.shape[2:]
-        value = self.function(x_0.reshape(-1, *event) if self.flat else x_0.reshape(-1, self.num_data, *event))
+        value = self.function(
+            x_0.reshape(-1, *event) if self.flat else x_0.reshape(-1, self.num_data, *event)
+        )
         if value.shape.numel() != batch.numel() or bool(value.isnan().any()):
             got = "NaN" if value.shape.numel() == batch.numel() else f"shape {tuple(value.shape)}"
             raise ValueError(
@@ -239,7 +256,9 @@ class Function(Target):
         require(
             gradient is not None and bool((gradient != 0).any()),
             "argument 'log_likelihood'",
-            "a function that is flat: its gradient is zero" if fit else "a function without a gradient",
+            "a function that is flat: its gradient is zero"
+            if fit
+            else "a function without a gradient",
             "one that depends on x_0 and that torch can differentiate, because its gradient guides the draws",
             "Compute it with torch from x_0 itself, without .item(), .detach(), NumPy or rounding.",
         )
@@ -265,7 +284,7 @@ class Function(Target):
 
     def _curvature(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         r""":math:`Q^\top H Q` and :math:`Q^\top`, for :math:`H = -\nabla^2 \log r` and a basis of the
-        gradient and of directions in the range of :math:`H`; ``(K, M, d, d)`` and ``(K, M, d, D)``, float64."""
+        gradient and of directions in the range of :math:`H`; ``(K, M, d, d)``, ``(K, M, d, D)``."""
 
         def curved(q: Tensor) -> Tensor:
             """:math:`H q`."""
@@ -315,6 +334,6 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(size > 1e-12 * (1 + size), x / size.clamp(min=1e-300), 0.0)
 
 
-def _of_columns(x: Tensor, columns: int) -> Tensor:
+def of_columns(x: Tensor, columns: int) -> Tensor:
     """A row for each datum, ``(N, …)``, repeated for the runs: ``(M, …)``."""
     return x.repeat(columns // len(x), *(1,) * (x.dim() - 1))

@@ -1,14 +1,14 @@
 r"""Particles that look ahead to a likelihood: twisted sequential Monte Carlo along the reverse chain.
 
 The targets on the way are :math:`p(x_{t:T})\, \psi_t(x_t)`, and at the end :math:`p(x_{0:T})\, r(x_0)`. Near
-the estimate :math:`\hat x_0(x_t)` the likelihood is linear-Gaussian with rows :math:`J` and residual
+the estimate :math:`\hat x_0(x_t)` the likelihood is linear-Gaussian, with rows :math:`J` and residual
 :math:`e` (:mod:`~pyro_diffusion.inference.targets`). What is left to know of the datum is its covariance,
 by Tweedie's second-order formula
 
 .. math::
     C_t = \operatorname{Cov}[x_0 \mid x_t] = \frac{\partial \hat x_0}{\partial x_t} \frac{\sigma_t^2}{a_t},
 
-of which :math:`J C_t` takes one vector-Jacobian product of the network for each row. One step later
+so that :math:`J C_t` takes one vector-Jacobian product of the network for each row. One step later
 
 .. math::
     \frac{a_{t-1}}{\sigma_{t-1}^2} J C_{t-1} &\approx M (M + N)^{-1} J C_t \frac{a_{t-1}}{\sigma_{t-1}^2} =: B,
@@ -63,11 +63,13 @@ from pyro_diffusion.inference.conjugate import (
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
 from pyro_diffusion.processes import pad
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
+from pyro_diffusion.scoring import score
 from pyro_diffusion.typed import TorchDistribution
 from pyro_diffusion.walk import ReverseWalk, taken
 
 __all__ = ["Run", "run"]
 
+_EVEN = 0.9  # share of effective particles above which weights are nearly equal
 _LEAST = 600.0  # nats below the largest weight, beyond which a weight counts as this one
 
 
@@ -186,7 +188,9 @@ class _Path:
         _check_possible(largest)
         self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
         bounded = self.log_weight.maximum(largest - _LEAST)  # an impossible datum has no logarithm
-        self.k = torch.where(where, self.k.maximum(tail(bounded)), self.k)
+        # Weights that are nearly equal have no tail that matters, whatever its shape is.
+        uneven = where & (effective(self.log_weight) < _EVEN * self.shape[0])
+        self.k = torch.where(uneven, self.k.maximum(tail(bounded)), self.k)
 
     def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
         r""":math:`x_{t-1}`, ``t ≥ 2``, and the weights of the step."""
@@ -196,7 +200,11 @@ class _Path:
             kernel = self.walk.kernel(x_t, t, ahead.denoised)
             gaussians = as_gaussians(kernel, x_t.shape[:2])
             if ahead.factor is None or gaussians is None:
-                return kernel.sample(), ahead.log_psi
+                known = self.target.known(ahead.denoised, x_t)
+                if known is ahead.denoised:
+                    return kernel.sample(), ahead.log_psi
+                site = score(self.walk.kernel(x_t, t, known), kernel)
+                return site.x, ahead.log_psi + site.log_ratio
             x = self._conjugate_draw(gaussians, ahead.factor)
             return x, ahead.factor.log_prob(x.flatten(2))
 
@@ -279,9 +287,11 @@ class _Path:
         batch_shape, found = x_t.shape[:2], []
 
         def pull(denoised: Denoised, part: slice) -> list[Tensor]:
-            """:math:`\hat x_0 \odot J_i` for each row."""
+            r""":math:`\hat x_0 \odot J_i` for each row."""
             x_0_hat = denoised.x_0_hat
-            local = self.target.local(x_0_hat.detach().reshape(*batch_shape, *self.event_shape), exponent)
+            local = self.target.local(
+                x_0_hat.detach().reshape(*batch_shape, *self.event_shape), exponent
+            )
             found.append(local)
             rows = local.rows.to(x_0_hat).expand(*batch_shape, *local.rows.shape[-2:])
             return [x_0_hat * row.reshape(x_0_hat.shape) for row in rows.unbind(-2)]
