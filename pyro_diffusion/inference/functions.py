@@ -95,7 +95,8 @@ class Function(Target):
         self.impossible = finite.median().item() - _LOST if len(finite) else 0.0
         fit = gradient is not None
         require(
-            len(finite) < value.numel() or (fit and bool((gradient != 0).any())),
+            len(finite) < value.numel()
+            or (gradient is not None and bool(gradient.abs().amax() > 0)),
             "argument 'log_likelihood'",
             "a function that is flat: its gradient is zero"
             if fit
