@@ -257,7 +257,7 @@ class Path:
         ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
         solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
         rows = inner @ solved * self._entries(step.signal_prev / step.noise_prev**2)
-        channel = (local.rows / rise) @ local.rows.mT
+        channel = (local.rows / rise.clamp(min=1e-8 * rise.amax())) @ local.rows.mT  # for digits
         half = torch.linalg.solve_triangular(root_of(inner + channel + ridge), inner, upper=False)
         root = root_of(inner - half.mT @ half + ridge)
         missing_dim = self.diffusion.process.missing_dim
