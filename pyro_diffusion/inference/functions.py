@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import require
+from pyro_diffusion.checks import holds, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
 
@@ -72,11 +72,12 @@ class Function(Target):
         value = self.function(
             x_0.reshape(-1, *event) if self.flat else x_0.reshape(-1, self.num_data, *event)
         )
-        if value.shape.numel() != batch.numel() or bool(value.isnan().any()):
-            got = "NaN" if value.shape.numel() == batch.numel() else f"shape {tuple(value.shape)}"
+        fit = value.shape.numel() == batch.numel()
+        if not fit or not holds(~value.isnan()):
             raise ValueError(
-                f"argument 'log_likelihood': got {got} for {batch.numel()} data; expected a number for each. "
-                "Return -inf where a datum is impossible, and keep the batch axes."
+                f"argument 'log_likelihood': got {'NaN' if fit else f'shape {tuple(value.shape)}'} for "
+                f"{batch.numel()} data; expected a number for each. Return -inf where a datum is impossible, "
+                "and keep the batch axes."
             )
         return value.reshape(batch)
 
