@@ -74,10 +74,11 @@ def test_the_flow_has_the_gradients_of_gaussian_data():
 
 
 @pytest.mark.parametrize(
-    "transform", [None, Standardize([1.0, 2.0], [3.0, 4.0])], ids=["own", "units"]
+    ("num_probes", "transform"),
+    [(None, Standardize([1.0, 2.0], [3.0, 4.0])), (3, None)],
+    ids=["exact, units", "probes, own"],
 )
-@pytest.mark.parametrize("num_probes", [None, 3])
-def test_the_gradients_of_the_flow_are_finite_differences(transform, num_probes):
+def test_the_gradients_of_the_flow_are_finite_differences(num_probes, transform):
     """By data, by parameters of the network and by the ends of a learned schedule."""
     diffusion = neural(transform=transform)
     x_0 = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
