@@ -16,7 +16,7 @@ References:
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,10 @@ class Denoiser(nn.Module, ABC):
     def missing_dim(self) -> int:
         """Event dimensions that coefficients lack: all of them, or none if each entry has its own curve."""
         return self.event_dim - self.schedule.event_dim
+
+    #: Whether the estimate is :math:`E[x_0 \mid x_t]` of the chain itself, so that its Jacobian times
+    #: :math:`\sigma_t^2 / a_t` is a covariance; a network learns the estimate, and not its Jacobian.
+    is_exact: ClassVar[bool] = False
 
     def with_schedule(self, schedule: NoiseSchedule) -> Self:
         """The same denoiser, parameters included, for a chain of another schedule."""

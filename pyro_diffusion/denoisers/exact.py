@@ -56,6 +56,7 @@ class GaussianDenoiser(Denoiser):
         tensor(-1.8379)
     """
 
+    is_exact = True
     mean: Tensor
     variance: Tensor
     rotation: Tensor | None
@@ -257,6 +258,7 @@ class GaussianMixtureDenoiser(Denoiser):
         tensor([0.4393])
     """
 
+    is_exact = True
     log_weights: Tensor
     means: Tensor
     variances: Tensor
@@ -349,8 +351,7 @@ class GaussianMixtureDenoiser(Denoiser):
     def decode(self, x_1: Tensor, denoised: Denoised) -> TorchDistribution:
         if denoised.logits is None:  # a guided estimate, which has no kernel for each component
             process: Any = self.process
-            law: TorchDistribution = process.reverse(x_1, denoised, 1, PosteriorVariance())
-            return law
+            return process.reverse(x_1, denoised, 1, PosteriorVariance())
         return super().decode(x_1, denoised)
 
     def _components(self, x_t: Tensor, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

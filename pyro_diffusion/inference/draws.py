@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion import arviz_bridge
-from pyro_diffusion.checks import as_numbers, check_count, check_values
+from pyro_diffusion.checks import check_between, check_count
 from pyro_diffusion.diagnostics.recording import dataset
 from pyro_diffusion.display import as_lines, as_table
 from pyro_diffusion.evidence.evidence import systematic
@@ -132,13 +132,8 @@ class PosteriorSamples(NamedTuple):
         Args:
             q: A number in (0, 1).
         """
-        q = float(as_numbers("q", q))
-        check_values(
-            "argument 'q'",
-            torch.tensor(q),
-            torch.tensor(0 < q < 1),
-            "a number in (0, 1)",
-            "0.5 is the median.",
+        q = check_between(
+            "q", q, 0, 1, "a probability", "Pass 0.5 for the median; call it once for each q."
         )
         x, weights = self.particles.double().flatten(0, 1), self._weights().flatten(0, 1)
         ordered, order = x.sort(dim=0)
@@ -149,7 +144,7 @@ class PosteriorSamples(NamedTuple):
             index = (edges < level).sum(0, keepdim=True).clamp(max=len(x) - 1)
             return ordered.gather(0, index)[0]
 
-        value = at(torch.as_tensor(q))
+        value = at(torch.as_tensor(q, dtype=x.dtype))
         error = self._moment((self.particles <= value).double()).standard_error.nan_to_num(math.nan)
         low, high = at((q - error).clamp(min=0)), at((q + error).clamp(max=1))
         return Statistic(value, torch.where(error.isnan(), math.nan, (high - low) / 2))

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from pyro_diffusion.checks import holds, require
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.given import Given
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
+from pyro_diffusion.typed import TorchDistribution
 
 __all__ = ["Function"]
 
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 _PROBES = 17  # data at which a function is tried out
 _LOST = 3.0  # nats below a typical value, for an estimate that is impossible itself
 _TRIALS = 16  # of a curvature, at most
@@ -30,7 +33,11 @@ class Function(Target):
     """A log-likelihood that is a function of the datum."""
 
     def __init__(
-        self, diffusion: DiffusionModel, function: Callable[[Tensor], Tensor], directions: int
+        self,
+        diffusion: DiffusionModel,
+        function: Callable[[Tensor], Tensor],
+        directions: int,
+        context: Any = None,
     ) -> None:
         super().__init__(diffusion)
         self.function, self.directions = function, directions
@@ -41,19 +48,20 @@ class Function(Target):
             dtype=diffusion.dtype,
             device=diffusion.device,
         )
-        self.whole = bool(diffusion.decode(x).support.is_discrete)
-        self.has_rows = diffusion.process.has_score
+        given = Given.of(context=context).with_rows(_PROBES, shared=True, device=diffusion.device)
+        law = diffusion.decode(diffusion.prior().sample((_PROBES,)), **given.of_kernels())
+        self.whole, self.has_rows = bool(law.support.is_discrete), diffusion.process.has_score
         try:
-            self.probe = self._in_users_units(x) if self.has_rows else diffusion.sample(_PROBES)
+            self.probe = self._in_users_units(x) if self.has_rows else law.sample()
             self.num_data, self.flat = self._layout()
-            if self.has_rows:
-                self._check_gradient()
+            self._check_gradient()
         except ValueError:
             if not (self.whole and self.has_rows):
                 raise
             # A function of whole numbers alone, such as a look-up.
-            self.has_rows, self.probe = False, diffusion.sample(_PROBES)
+            self.has_rows, self.probe = False, law.sample()
             self.num_data, self.flat = self._layout()
+            self._check_gradient()
 
     def _layout(self) -> tuple[int, bool]:
         """The number of data, and whether the function takes one batch axis only."""
@@ -61,7 +69,7 @@ class Function(Target):
         for batch in (self.probe.unsqueeze(1), self.probe):
             try:
                 value: Any = self.function(batch)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except _FAILURES as error:
                 found.append(f"{type(error).__name__}: {error}")
                 continue
             shape = tuple(getattr(value, "shape", ("no tensor",)))
@@ -92,10 +100,15 @@ class Function(Target):
     def log_prob(self, x_0: Tensor) -> Tensor:
         return self._call(x_0).double()
 
+    def expected(self, law: TorchDistribution) -> Tensor:
+        expected = super().expected(law)
+        return torch.where(expected.isfinite(), expected, self.impossible)
+
     def _check_gradient(self) -> None:
         """Raise a ``ValueError`` if the function has no gradient, or is flat; a hard constraint may be."""
         with torch.inference_mode(False), torch.enable_grad():
-            x = self.probe.clone().requires_grad_()
+            x = self.probe.clone()
+            x = x.requires_grad_() if self.has_rows else x
             value = self.function(x if self.flat else x.unsqueeze(1))
             gradient = None
             if value.requires_grad:
@@ -103,9 +116,9 @@ class Function(Target):
         finite = value.detach()[value.isfinite()].double()
         self.impossible = finite.median().item() - _LOST if len(finite) else 0.0
         fit = gradient is not None
+        steep = gradient is not None and bool(gradient.abs().amax() > 0)
         require(
-            len(finite) < value.numel()
-            or (gradient is not None and bool(gradient.abs().amax() > 0)),
+            steep or len(finite) < value.numel() or not self.has_rows,
             "argument 'log_likelihood'",
             "a function that is flat: its gradient is zero"
             if fit

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_diffusion.checks import as_numbers, check_data
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
-from pyro_diffusion.given import Given, as_real, observed_part
+from pyro_diffusion.given import Given, as_real, observed_part, usable
 from pyro_diffusion.inference.draws import PosteriorSamples
 from pyro_diffusion.inference.runs import draw_posterior
 from pyro_diffusion.inference.targets import Basis, Local, Target, of_columns
@@ -84,8 +84,8 @@ def impute(
     """
     diffusion = check_weights(check_diffusion(diffusion))
     mask, given = as_numbers("mask", mask), Given.of(context=context)
-    with reading(diffusion, data=(x_0, given)):
-        x_0 = check_data(x_0, mask)
+    with torch.inference_mode(False), reading(diffusion, data=(x_0, given)):
+        x_0 = check_data(usable(x_0) if isinstance(x_0, Tensor) else x_0, mask)
         target = Observed(diffusion, x_0, mask)
         length = diffusion.schedule.num_timesteps
         return draw_posterior(
@@ -151,12 +151,6 @@ class Observed(Target):
         size = self.diffusion.event_shape.numel()
         rows = torch.nn.functional.one_hot(self.index, size).double() * self.real.unsqueeze(-1)
         return Basis(rows, self.values.where(self.real, 0.0), self.variance)
-
-    def coordinates(self, x: Tensor) -> Tensor:
-        return x
-
-    def of_rows(self, values: Tensor) -> Tensor:
-        return values[..., self.index].where(self.real, 0.0)
 
     def local(self, x_0_hat: Tensor, exponent: float) -> Local:
         columns = x_0_hat.shape[1]

@@ -11,7 +11,7 @@ with :math:`C_t = \operatorname{Cov}[x_0 \mid x_t]` and :math:`b_t` the weight o
 :math:`\tilde\mu_t`. Each step of the method of conjugate gradients takes one vector-Jacobian product of the
 network. The determinant of :math:`S_t`, and the shrinkage of the kernel's covariance along the rows, would
 need all of it. They take its diagonal instead, with the mean variances :math:`c_{t,i}` of :math:`V_i x_0`
-given :math:`x_t`, which are estimated by draws of the model before the runs:
+given :math:`x_t`, which draws of the model show (:mod:`~pyro_diffusion.inference.covariance`):
 
 .. math::
     \log \psi_t &= -\tfrac12 (y - V \hat x_0)^\top w - \tfrac12 \sum_i \log 2 \pi (\Sigma_{y,i} + c_{t,i}), \\
@@ -28,43 +28,54 @@ References:
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import Given, together
-from pyro_diffusion.inference.conjugate import as_gaussians
+from pyro_diffusion.inference.conjugate import Noise, as_gaussians
+from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.targets import Basis, Target, of_columns
 from pyro_diffusion.inference.twisted import Ahead, Path
 from pyro_diffusion.processes.gaussian import chain_step, mean_coefficients
 from pyro_diffusion.reading import BUDGET
 from pyro_diffusion.walk import ReverseWalk
 
-__all__ = ["MANY", "ManyRows", "solve", "variances_along"]
+__all__ = ["MANY", "ManyRows", "solve"]
 
 MANY = 64  #: measured numbers above which a system is solved by conjugate gradients
 _STEPS = 8  # of conjugate gradients, at most
 _TOLERANCE = 1e-3  # relative size of the residuals at which they end
-_DRAWS = 64  # of the model, for the variances
 
 
 class ManyRows(Path):
     """Particles on their way, with many measured numbers.
 
     Args:
-        args: Those of :class:`~pyro_diffusion.inference.twisted.Path`.
+        walk: As in :class:`~pyro_diffusion.inference.twisted.Path`.
+        target: Likewise.
+        shape: Likewise.
+        exponents: Likewise.
+        noise: Likewise.
+        covariances: The covariance of the datum, by draws of the model.
         basis: The measurement with orthonormal rows, for each datum or for all.
-        variances: :math:`c_{t,i}` in row ``t``, ``(T + 1, N, m)`` or ``(T + 1, 1, m)``.
     """
 
-    def __init__(self, *args: Any, basis: Basis, variances: Tensor) -> None:
-        super().__init__(*args)
-        columns = self.shape[1]
+    def __init__(
+        self,
+        walk: ReverseWalk,
+        target: Target,
+        shape: tuple[int, int],
+        exponents: Tensor,
+        noise: Noise,
+        *,
+        covariances: Covariances,
+        basis: Basis,
+    ) -> None:
+        super().__init__(walk, target, shape, exponents, noise, covariances)
+        columns = shape[1]
+        self.known = covariances
         self.basis = Basis(*(of_columns(x, columns) if len(x) > 1 else x for x in basis))
-        self.variances = [of_columns(c, columns) if len(c) > 1 else c for c in variances]
 
     def start(self) -> Tensor:
         kernel = as_gaussians(self.walk.start(), torch.Size(self.shape))
@@ -77,6 +88,13 @@ class ManyRows(Path):
             self.rows_at_a_time = max(1, int(BUDGET / 256 / self.basis.rows.shape[-2:].numel()))
         return super().look(x_t, t)
 
+    def _variance(self, t: int) -> Tensor:
+        """:math:`c_{t,i}`, ``(1, M, m)`` or ``(1, 1, m)``."""
+        errors = self.known.errors[t].double().unsqueeze(1)
+        if len(self.basis.rows) > 1:
+            errors = errors.expand(-1, len(self.basis.rows), -1)
+        return self.basis.project(errors).square().mean(0, keepdim=True)
+
     def _look(self, x_t: Tensor, t: int) -> Ahead:
         if t == 1:
             return super()._look(x_t, t)
@@ -84,7 +102,7 @@ class ManyRows(Path):
         tweedie = self._entries(step.noise**2 / step.signal)
         weight = self._entries(mean_coefficients(step)[0])
         noise = self.basis.variance / self.exponents[t - 1]
-        diagonal = noise + self.variances[t]
+        diagonal, trust = noise + self._variance(t), self.known.trust[t]
 
         def pull(denoised: Denoised, vjp: Callable[[Tensor], Tensor], part: slice) -> list[Tensor]:
             """:math:`b_t C_t V^\\top w`."""
@@ -92,8 +110,11 @@ class ManyRows(Path):
 
             def covariance(rows: Tensor) -> Tensor:
                 """:math:`C_t V^\\top p`."""
-                e = self.basis.lift(rows).to(x_0_hat).reshape(x_0_hat.shape)
-                return vjp(e).double().reshape(*x_t.shape[:2], -1) * tweedie
+                e = self.basis.lift(rows)
+                product = vjp(e.to(x_0_hat).reshape(x_0_hat.shape)).double()
+                return trust * tweedie * product.reshape(e.shape) + (1 - trust) * self.known.mean(
+                    e, t
+                )
 
             miss = self.basis.values - self.basis.project(
                 x_0_hat.double().reshape(*x_t.shape[:2], -1)
@@ -111,7 +132,7 @@ class ManyRows(Path):
     def _look_without_factor(self, x_1: Tensor) -> Ahead:
         denoised = self.walk.look(x_1, 1)
         miss = self.basis.values - self.basis.project(denoised.x_0_hat.double().flatten(2))
-        diagonal = self.basis.variance + self.variances[1]
+        diagonal = self.basis.variance + self._variance(1)
         log_psi = -0.5 * (miss.square() / diagonal + (2 * math.pi * diagonal).log()).sum(-1)
         return Ahead(denoised, None, log_psi)
 
@@ -125,7 +146,8 @@ class ManyRows(Path):
             self._entries(step.signal_prev**2 / step.noise_prev**2 * step.share)
         )
         gain = self.basis.along(self._entries(step.signal_prev / step.noise_prev**2))
-        later = self.variances[t] / (1 + rise * self.variances[t])
+        later = self._variance(t)
+        later = later / (1 + rise * later)
         noise = self.basis.variance / self.exponents[t - 1] + later
         kept = noise / (noise + (gain * later).square() * self.basis.along(scale.square()))
         z = self.noise.normal(mean)
@@ -165,27 +187,3 @@ def solve(times: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) ->
         direction = z + new / size.clamp(min=1e-300) * direction
         size = torch.where(going, new, 0.0)
     return w
-
-
-def variances_along(diffusion: DiffusionModel, target: Target, given: Given) -> Tensor:
-    r""":math:`c_{t,i} = E \operatorname{Var}[V_i x_0 \mid x_t]` by draws of the model, ``(T + 1, N, m)``.
-
-    Args:
-        diffusion: The model.
-        target: The measurement; ``N`` is one if its rows are the same for all data.
-        given: What goes with the data, ``N`` rows.
-    """
-    numbers = torch.arange(_DRAWS, device=diffusion.device) % target.num_data
-    _, given = together(lambda x: x[numbers], numbers, given)
-    walk = ReverseWalk(diffusion, given=given)
-    x_t, estimates = walk.start().sample((1, _DRAWS)), []
-    for t in walk.timesteps:
-        denoised = walk.look(x_t, t)
-        estimates.append(target.coordinates(denoised.x_0_hat.flatten(2)[0].double()).float())
-        if t > 1:
-            x_t = walk.kernel(x_t, t, denoised).sample()
-    kernel: Any = diffusion.decode_inside(walk.seen(x_t), denoised)
-    x_0 = denoised.x_0_hat if kernel.support.is_discrete else kernel.sample()
-    x_0 = target.coordinates(x_0.reshape(x_t.shape).flatten(2)[0].double())
-    squares = [(x_0 - estimate).square().mean(0) for estimate in estimates[::-1]]
-    return target.of_rows(torch.stack([torch.zeros_like(squares[0]), *squares]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import as_numbers, check_finite, check_values, described, require
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.given import usable
 from pyro_diffusion.inference.targets import Basis, Local, Target, in_users_units, of_columns
 
 __all__ = ["Linear", "LinearGaussian"]
@@ -101,7 +102,7 @@ class LinearGaussian:
         """:math:`A x_0` for data of ``batch + event_shape``, flattened to ``batch + (d_y,)``."""
         batch = x_0.shape[: x_0.dim() - event_dim]
         if isinstance(self.operator, Tensor):
-            return x_0.reshape(*batch, -1) @ self.operator.to(x_0).mT
+            return x_0.reshape(*batch, -1) @ usable(self.operator).to(x_0).mT
         measured: Tensor = self.operator(x_0).reshape(*batch, -1)
         return measured
 
@@ -121,7 +122,7 @@ class Linear(Target):
         self.likelihood = likelihood
         size = self._size()
         y, noise = (
-            x.to(diffusion.device).double().reshape(self._data_of(x, size), -1)
+            usable(x).to(diffusion.device).double().reshape(self._data_of(x, size), -1)
             for x in (likelihood.y, likelihood.noise)
         )
         self.num_data, self.y, self.variance = len(y), y, noise.square()
@@ -220,14 +221,6 @@ class Linear(Target):
         values = ((y / scale) @ left / sizes)[:, kept]
         variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
         return Basis(rows[None, kept], values, variance)
-
-    def coordinates(self, x: Tensor) -> Tensor:
-        basis = self.basis()
-        assert basis is not None
-        return basis.project(x)
-
-    def of_rows(self, values: Tensor) -> Tensor:
-        return values.unsqueeze(-2)
 
     def log_prob(self, x_0: Tensor) -> Tensor:
         measured = self.likelihood.measured(x_0, x_0.dim() - 2).double()

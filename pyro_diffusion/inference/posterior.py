@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_diffusion.checks import as_numbers, check_count, check_values, described, require
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
@@ -66,9 +66,9 @@ def posterior_samples(
         num_runs: Independent runs; their spread gives the errors. Two are enough for an error, 16 for one
             that is known itself.
         context: Context of conditional data: one row for all posteriors, or a row for each.
-        tempering: Exponents of the likelihood by timestep, ``T`` numbers in (0, 1], entry ``t − 1`` for
-            :math:`\psi_t`; small ones at large ``t`` keep a sharp likelihood from deciding too early.
-            The last weight is exact in any case.
+        tempering: Exponents of the likelihood by timestep, ``T`` numbers in (0, 1], entry ``t − 1`` for what
+            the likelihood says of :math:`x_t`; small ones at large ``t`` keep a sharp likelihood from
+            deciding too early. The last weight is exact in any case.
         directions: Number of directions of the expansion of a function: the gradient, and the Krylov
             directions of its Hessian. Each costs a vector-Jacobian product of the network a step.
         common_noise: Whether all posteriors share their random numbers, so that differences of their evidence
@@ -103,8 +103,9 @@ def posterior_samples(
     diffusion = check_weights(check_diffusion(diffusion))
     directions = check_count("directions", directions, 1, "One is the gradient.")
     given = Given.of(context=context)
-    with reading(diffusion, data=given):
-        target = _target(diffusion, log_likelihood, directions)
+    tensors = [getattr(log_likelihood, name, None) for name in ("operator", "y", "noise")]
+    with torch.inference_mode(False), reading(diffusion, data=(given, tensors)):
+        target = _target(diffusion, log_likelihood, directions, context)
         rows = _rows(given, target.num_data)
         return draw_posterior(
             diffusion,
@@ -120,7 +121,9 @@ def posterior_samples(
         )
 
 
-def _target(diffusion: DiffusionModel, log_likelihood: Any, directions: int) -> Target:
+def _target(
+    diffusion: DiffusionModel, log_likelihood: Any, directions: int, context: Any
+) -> Target:
     if hasattr(log_likelihood, "target"):
         bound: Target = log_likelihood.target(diffusion)
         return bound
@@ -131,7 +134,7 @@ def _target(diffusion: DiffusionModel, log_likelihood: Any, directions: int) -> 
         "a function of x_0, or a LinearGaussian",
         "Pass lambda x_0: Normal(A(x_0), 0.1).log_prob(y).sum(-1), say.",
     )
-    return Function(diffusion, log_likelihood, directions)
+    return Function(diffusion, log_likelihood, directions, _first(context))
 
 
 def _rows(given: Given, num_data: int) -> int:
@@ -161,3 +164,9 @@ def _exponents(diffusion: DiffusionModel, tempering: Any) -> Tensor:
         "argument 'tempering'", exponents, valid, "exponents in (0, 1]", "One is no tempering."
     )
     return torch.cat((torch.ones(1, dtype=torch.float64), exponents))
+
+
+def _first(context: Any) -> Any:
+    """The first row of a context, with which a function is tried out."""
+    context = Given.of(context=context).context
+    return tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, context)

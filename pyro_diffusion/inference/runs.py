@@ -15,8 +15,9 @@ from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import log_mean
 from pyro_diffusion.given import Given, repeated, together
 from pyro_diffusion.inference.conjugate import Noise, as_gaussians
+from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.draws import PosteriorSamples, drawn
-from pyro_diffusion.inference.iterative import MANY, ManyRows, variances_along
+from pyro_diffusion.inference.iterative import MANY, ManyRows
 from pyro_diffusion.inference.targets import Target
 from pyro_diffusion.inference.twisted import Path, Run
 from pyro_diffusion.reading import BUDGET, footprint, rows_within
@@ -79,13 +80,21 @@ class _Runs:
         self.particles, self.runs, self.common, self.progress = (
             num_particles, num_runs, common_noise, progress,
         )  # fmt: skip
-        self.variances = _variances(diffusion, target, given)
+        self.columns = 1
+        self.has_many = _has_many(diffusion, target, given)
+        exact = diffusion.denoiser.is_exact
+        self.covariances: Covariances | None = None
+        if target.has_rows and (self.has_many or not exact):
+            found = Covariances.of_draws(diffusion, given, target.num_data)
+            self.covariances = found.exactly() if exact else found
 
     def all(self) -> Run:
         """All runs of all data; ``M`` columns have become axes of ``R`` runs and ``N`` data."""
         columns = self._columns()
         data = max(1, columns // self.runs) if self.target.is_divisible else self.target.num_data
+        data = min(data, self.target.num_data)
         runs = max(1, min(self.runs, columns // data))
+        self.columns = runs * data
         length = self.diffusion.schedule.num_timesteps
         chunks = math.ceil(self.target.num_data / data) * math.ceil(self.runs / runs)
         seed = int(torch.randint(2**62, ()))
@@ -142,31 +151,30 @@ class _Runs:
         _, given = together(
             lambda x: repeated(x[rows], runs), torch.empty(self.target.num_data), self.given
         )
-        walk = ReverseWalk(self.diffusion, rows=max(ROWS, shape[1]), given=given)
+        columns = max(self.columns, shape[1])
+        walk = ReverseWalk(self.diffusion, rows=max(ROWS, columns), given=given)
         noise = Noise(target.num_data, common=self.common)
-        path = Path(walk, target, shape, self.exponents, noise)
-        if self.variances is not None:
-            basis, variances = target.basis(), self.variances
-            assert basis is not None  # otherwise there are no variances
-            variances = variances[:, rows] if variances.shape[1] > 1 else variances
-            path = ManyRows(
-                walk, target, shape, self.exponents, noise, basis=basis, variances=variances
-            )
+        arguments = (walk, target, shape, self.exponents, noise)
+        path = Path(*arguments, self.covariances)
+        if self.has_many:
+            basis, covariances = target.basis(), self.covariances
+            assert basis is not None  # otherwise it does not have many rows
+            assert covariances is not None
+            path = ManyRows(*arguments, covariances=covariances, basis=basis)
+        path.columns = columns  # slices of a small chunk are those of a large one, for common noise
         return path.run(bar, rehearsal=rehearsal)
 
 
-def _variances(diffusion: DiffusionModel, target: Target, given: Given) -> Tensor | None:
-    """Variances along the rows of a measurement of many numbers; ``None`` for other targets."""
+def _has_many(diffusion: DiffusionModel, target: Target, given: Given) -> bool:
+    """Whether a system is solved for the measured numbers, which needs kernels with independent entries."""
     basis = target.basis() if target.has_rows else None
     if basis is None or basis.rows.shape[1] <= MANY:
-        return None
+        return False
     _, first = together(lambda x: x[:1], torch.empty(target.num_data), given)
     walk = ReverseWalk(diffusion, given=first)
     x_t, t = walk.start().sample((1, 1)), walk.timesteps[0]
     kernel = as_gaussians(walk.kernel(x_t, t, walk.look(x_t, t)), x_t.shape[:2])
-    if kernel is None or not kernel.diagonal or kernel.means.shape[-2] > 1:
-        return None
-    return variances_along(diffusion, target, given)
+    return kernel is not None and kernel.diagonal and kernel.means.shape[-2] == 1
 
 
 @contextmanager

@@ -11,6 +11,7 @@ For a linear-Gaussian measurement this is an identity, with :math:`J = A` and :m
 (:mod:`~pyro_diffusion.inference.imputation`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from copy import copy
 from typing import NamedTuple, Self
@@ -90,14 +91,6 @@ class Target(ABC):
         """The measurement with orthonormal rows, if it is linear and the same at every state."""
         return None
 
-    def coordinates(self, x: Tensor) -> Tensor:
-        """Coordinates ``(n, p)`` of states ``(n, D)``, of which the rows of the basis are some."""
-        raise NotImplementedError
-
-    def of_rows(self, values: Tensor) -> Tensor:
-        """Values for each coordinate, ``(…, p)``, as values for each row, ``(…, N, m)``."""
-        raise NotImplementedError
-
     @abstractmethod
     def log_prob(self, x_0: Tensor) -> Tensor:
         r""":math:`\log r(x_0)` for data in the user's units, ``(K, M) + event``; float64 ``(K, M)``."""
@@ -107,8 +100,11 @@ class Target(ABC):
         """The expansion of :math:`r` to a power, at estimates in the chain's units."""
 
     def expected(self, law: TorchDistribution) -> Tensor:
-        r"""The mean of :math:`\log r` over draws of independent entries, ``(K, M)``."""
-        return torch.stack([self.log_prob(law.sample()) for _ in range(_DRAWS)]).mean(0)
+        r"""The mean of :math:`\log r` over draws of independent entries, lower by impossible ones."""
+        values = torch.stack([self.log_prob(law.sample()) for _ in range(_DRAWS)])
+        possible = values > -math.inf
+        mean = values.where(possible, 0.0).sum(0) / possible.sum(0)
+        return mean + (possible.sum(0) / len(values)).log()
 
     def drawn(self, law: TorchDistribution) -> tuple[Tensor, Tensor]:
         r"""Data from :math:`p(x_0 \mid x_1)` in the user's units, and their :math:`\log r`."""

@@ -8,7 +8,8 @@ by Tweedie's second-order formula
 .. math::
     C_t = \operatorname{Cov}[x_0 \mid x_t] = \frac{\partial \hat x_0}{\partial x_t} \frac{\sigma_t^2}{a_t},
 
-so that :math:`J C_t` takes one vector-Jacobian product of the network for each row. One step later
+so that :math:`J C_t` takes one vector-Jacobian product of the network for each row. (How far the Jacobian of
+a network is to be trusted: :mod:`~pyro_diffusion.inference.covariance`.) One step later
 
 .. math::
     \frac{a_{t-1}}{\sigma_{t-1}^2} J C_{t-1}
@@ -62,6 +63,7 @@ from pyro_diffusion.inference.conjugate import (
     log_normal,
     root_of,
 )
+from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
 from pyro_diffusion.processes import pad
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
@@ -104,6 +106,7 @@ class Path:
         shape: ``(K, M)``: particles, and runs times data. A single particle is not resampled.
         exponents: The power of the likelihood by timestep, ``(T + 1,)``; it is one at the datum.
         noise: Where random numbers come from.
+        covariances: What stands in for the Jacobian of a learned estimate; ``None`` if it is exact.
     """
 
     def __init__(
@@ -113,9 +116,11 @@ class Path:
         shape: tuple[int, int],
         exponents: Tensor,
         noise: Noise,
+        covariances: Covariances | None = None,
     ) -> None:
         self.walk, self.target, self.shape, self.noise = walk, target, shape, noise
-        self.rows_at_a_time = walk.rows
+        self.rows_at_a_time, self.covariances = walk.rows, covariances
+        self.columns = shape[1]  # by which slices are measured
         self.exponents: list[float] = exponents.tolist()
         self.diffusion, self.event_shape = walk.diffusion, walk.diffusion.event_shape
         self.guided = target.has_rows and self.diffusion.process.has_score
@@ -170,7 +175,7 @@ class Path:
         rows = torch.where(uneven, systematic(self.log_weight.softmax(0), start=start), in_place)
         self.average(uneven)
         self.log_weight = torch.where(uneven, 0.0, self.log_weight)
-        x_t, ahead = tree_map(lambda x: None if x is None else taken(x, rows), (x_t, ahead))
+        x_t, ahead = tree_map(lambda x: _gathered(x, rows), (x_t, ahead))
         return x_t, ahead
 
     def average(self, where: Tensor) -> None:
@@ -236,7 +241,9 @@ class Path:
             if kernel is None:
                 return self._look_without_factor(x_t)
             local = self.target.local(denoised.x_0_hat, 1.0)
-            none = torch.zeros(*local.residual.shape, local.residual.shape[-1]).to(local.residual)
+            size = local.residual.shape[-1]
+            none = torch.zeros(1, 1, size, size).to(local.residual)
+            none = none.expand(*x_t.shape[:2], size, size)
             factor = Factor.at(local, local.rows, denoised.x_0_hat, none)
         else:
             denoised, local, pulled = self._pulled(x_t, t, self.exponents[t - 1])
@@ -264,7 +271,14 @@ class Path:
         centre = posterior_mean(
             x_t.double(), denoised.x_0_hat.double(), step, missing_dim=missing_dim
         )
-        return Factor.at(local, rows, centre, root)
+        return self._rounded(Factor.at(local, rows, centre, root))
+
+    def _rounded(self, factor: Factor) -> Factor:
+        """The factor, no narrower than what rounding of a state to the chain's dtype leaves."""
+        eps = 4 * torch.finfo(self.diffusion.dtype).eps
+        size = (eps * (1 + factor.centre.abs())).square()
+        rounding = (factor.rows.square() @ size.unsqueeze(-1)).squeeze(-1)
+        return factor._replace(variance=factor.variance + rounding)
 
     def _look_without_factor(self, x_1: Tensor) -> Ahead:
         """The look at :math:`x_1` where the data are levels, or the last kernel is not Gaussian."""
@@ -299,7 +313,10 @@ class Path:
         denoised, products = self.walk.pulled(x_t, t, pull)
         step = chain_step(t, self.diffusion.schedule)
         pulled = torch.stack([x.flatten(2).double() for x in products], dim=-2)
-        return denoised, found[0], pulled * self._entries(step.noise**2 / step.signal)
+        pulled = pulled * self._entries(step.noise**2 / step.signal)
+        if self.covariances is not None:
+            pulled = self.covariances.mixed(found[0].rows, pulled, t)
+        return denoised, found[0], pulled
 
     def _last_kernel(self, x_1: Tensor, denoised: Denoised) -> Gaussians | None:
         """The kernel into the data in the chain's units, if it is Gaussian."""
@@ -330,17 +347,38 @@ class Path:
 
     def _in_slices(self, function: Callable[..., Any], *particles: Any) -> Any:
         """Apply a function to the particles, in slices of as many rows as the walk allows."""
-        size = max(self.rows_at_a_time // self.shape[1], 1)
+        size = max(self.rows_at_a_time // self.columns, 1)
         if self.shape[0] <= size:
             return function(*particles)
         slices = [slice(start, start + size) for start in range(0, self.shape[0], size)]
         parts = [function(*tree_map(_part(rows), particles)) for rows in slices]
-        return tree_map(lambda *x: None if x[0] is None else torch.cat(x), *parts)
+        return tree_map(_catted, *parts)
 
     def _entries(self, coefficient: Tensor) -> Tensor:
         """A coefficient of a step for each entry of a flattened state, ``(D,)``."""
         padded = pad(coefficient, self.diffusion.process.missing_dim, torch.float64)
         return padded.expand(self.event_shape).reshape(-1)
+
+
+def _is_shared(x: Tensor) -> bool:
+    """Whether all particles have the same values, in one place of memory."""
+    return x.dim() > 2 and x.stride(0) == 0
+
+
+def _gathered(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    if x is None or _is_shared(x):
+        return x
+    gathered: Tensor = taken(x, rows)
+    return gathered
+
+
+def _catted(*parts: Tensor | None) -> Tensor | None:
+    first = parts[0]
+    if first is None:
+        return None
+    if _is_shared(first):
+        return first[:1].expand(sum(len(x) for x in parts if x is not None), *first.shape[1:])
+    return torch.cat(parts)  # type: ignore[arg-type]
 
 
 def _part(rows: slice) -> Callable[[Any], Any]:
