@@ -202,7 +202,10 @@ class MixturePosterior:
         scales = np.sqrt(self.covariances[:, entry, entry])
         for _ in range(80):
             middle = (low + high) / 2
-            below = [0.5 * (1 + math.erf(z / math.sqrt(2))) for z in (middle - self.means[:, entry]) / scales]
+            below = [
+                0.5 * (1 + math.erf(z / math.sqrt(2)))
+                for z in (middle - self.means[:, entry]) / scales
+            ]
             low, high = (middle, high) if self.weights @ below < q else (low, middle)
         return low
 

@@ -31,12 +31,22 @@ def kernel_of(kind, batch):
     if kind == "diagonal":
         stds = 0.3 + torch.rand(D)
         covariances = torch.diag(stds**2).expand(*batch, 1, D, D)
-        return dist.Normal(means, stds).to_event(1), torch.zeros(*batch, 1), means[..., None, :], covariances
+        return (
+            dist.Normal(means, stds).to_event(1),
+            torch.zeros(*batch, 1),
+            means[..., None, :],
+            covariances,
+        )
     if kind == "full":
         root = torch.randn(D, D)
         covariance = root @ root.T + 0.2 * torch.eye(D)
         kernel = dist.MultivariateNormal(means, covariance)
-        return kernel, torch.zeros(*batch, 1), means[..., None, :], covariance.expand(*batch, 1, D, D)
+        return (
+            kernel,
+            torch.zeros(*batch, 1),
+            means[..., None, :],
+            covariance.expand(*batch, 1, D, D),
+        )
     logits, means = torch.randn(*batch, 3), 2 * torch.randn(*batch, 3, D)
     stds = 0.3 + torch.rand(3, D)
     kernel = dist.MixtureSameFamily(
