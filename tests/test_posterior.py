@@ -1,0 +1,243 @@
+"""Draws of p(x_0) times a likelihood, with their evidence, against exact models.
+
+Oracles come first, in float64: conjugate Gaussians and mixtures (``oracles.py``), integrals on a grid, and sums
+over all values of discrete data. Monte Carlo results are within four of their own standard errors.
+"""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import MixturePosterior, gaussian_posterior
+from pyro import poutine
+from torch import nn
+from torch.distributions import ExpTransform, Laplace, Normal, Poisson, StudentT
+
+import pyro_diffusion.inference.posterior as runs
+from pyro_diffusion import (
+    MLP,
+    BernoulliLikelihood,
+    DiffusionModel,
+    DiscretizedGaussianLikelihood,
+    GaussianDenoiser,
+    GaussianMixtureDenoiser,
+    LevelPrediction,
+    LinearDecaySchedule,
+    LinearGaussian,
+    LogSNRSchedule,
+    MonotoneSchedule,
+    NeuralBernoulliDenoiser,
+    NeuralCategoricalDenoiser,
+    NeuralDenoiser,
+    PoissonLikelihood,
+    Standardize,
+    VarianceExploding,
+    posterior_samples,
+)
+from pyro_diffusion.inference import Entries, PosteriorSamples
+
+FEW = "ignore:argument 'log_likelihood'.*effective particles"
+
+
+def sampled(diffusion, likelihood, num_samples=9, **settings):
+    return posterior_samples(diffusion, likelihood, num_samples, progress=False, **settings)
+
+
+def schedule(num_timesteps, log_snr_max=8.0, log_snr_min=-30.0):
+    return LogSNRSchedule(num_timesteps, log_snr_max=log_snr_max, log_snr_min=log_snr_min)
+
+
+def within(statistic, exact, errors=4.0):
+    """Whether a statistic is what it should be."""
+    exact = torch.as_tensor(exact)
+    return bool(((statistic.value - exact).abs() < errors * statistic.standard_error + 1e-7).all())
+
+
+def evidence_within(draws, exact, errors=4.0):
+    """Whether Ẑ is within its errors. They are those of Ẑ, in units of Ẑ."""
+    ratio = (torch.as_tensor(exact) - draws.log_evidence).exp()
+    return bool(((ratio - 1).abs() < errors * draws.standard_error + 1e-7).all())
+
+
+# Gaussian oracles.
+
+MEAN = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
+STD = torch.tensor([0.5, 1.5, 1.0, 0.2], dtype=torch.float64)
+COVARIANCE = 0.9 ** (torch.arange(4.0)[:, None] - torch.arange(4.0)).abs().double()
+MIXING = torch.tensor(
+    [[1.0, 0.5, -0.3, 0.0], [0.0, 1.0, 0.7, -0.2], [0.3, 0.0, 1.0, 1.0], [-1.0, 0.2, 0.1, 0.4]],
+    dtype=torch.float64,
+)
+Y = torch.tensor([0.5, -0.4, 1.2, -2.0], dtype=torch.float64)
+
+
+def correlated(num_timesteps, **ends):
+    return GaussianDenoiser.from_covariance(MEAN, COVARIANCE, schedule(num_timesteps, **ends))
+
+
+def independent(curve):
+    return GaussianDenoiser(MEAN, STD, curve)
+
+
+def curves(num_timesteps):
+    """A schedule with a curve for each entry."""
+    curve = MonotoneSchedule(num_timesteps, log_snr_max=9.0, log_snr_min=-30.0, event_shape=(4,))
+    with torch.no_grad():
+        curve.interior += torch.linspace(-1, 1, 4)[:, None] * torch.arange(curve.num_pieces + 1)
+    return curve
+
+
+ENTRIES = torch.eye(4, dtype=torch.float64)[[1, 3]]
+INVARIANT = {
+    "all entries, correlated": (correlated, COVARIANCE, MIXING),
+    "an eigenvector": (correlated, COVARIANCE, torch.linalg.eigh(COVARIANCE).eigenvectors[:, [2]].T),
+    "some entries": (lambda n: independent(schedule(n)), torch.diag(STD**2), ENTRIES),
+    "curves": (lambda n: independent(curves(n)), torch.diag(STD**2), ENTRIES),
+    "all entries, curves": (lambda n: independent(curves(n)), torch.diag(STD**2), MIXING),
+    "exploding": (
+        lambda n: independent(VarianceExploding(schedule(n))), torch.diag(STD**2), ENTRIES
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 3, 10, 100])
+@pytest.mark.parametrize("name", INVARIANT)
+def test_weights_are_constant_where_the_rows_span_an_invariant_subspace(name, num_timesteps):
+    """Nothing is approximate then, for any number of steps: log Z is exact, and all particles count."""
+    denoiser, covariance, rows = INVARIANT[name]
+    diffusion, y = DiffusionModel(denoiser(num_timesteps)), Y[: len(rows)]
+    exact = gaussian_posterior(
+        MEAN.numpy(), covariance.numpy(), rows.numpy(), y.numpy(), 0.09 * np.eye(len(y))
+    )
+    draws = sampled(diffusion, LinearGaussian(rows, y, 0.3), num_particles=30, num_runs=2)
+    # What x_T still knows of the datum is e^{-15} of it: the prior is not the chain's own end.
+    assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=2e-5)
+    assert draws.ess_by_timestep.shape == (num_timesteps,)
+    assert draws.ess_by_timestep.min().item() == pytest.approx(30, rel=1e-8)
+    assert draws.ess.item() == pytest.approx(60, rel=1e-8)
+    torch.testing.assert_close(
+        draws.log_weights, torch.full((2, 30), -math.log(60)).double(), rtol=0, atol=1e-5
+    )
+    assert draws.standard_error < 1e-5
+    assert draws.pareto_k == -math.inf
+    assert draws.reliable
+
+
+def test_constant_weights_are_those_of_the_right_draws():
+    """Means and covariances of draws with constant weights, in closed form."""
+    diffusion = DiffusionModel(correlated(4))
+    exact = gaussian_posterior(
+        MEAN.numpy(), COVARIANCE.numpy(), MIXING.numpy(), Y.numpy(), 0.09 * np.eye(4)
+    )
+    draws = sampled(diffusion, LinearGaussian(MIXING, Y, 0.3), 20_000, num_particles=1000)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+    error = draws.samples - torch.tensor(exact.mean)
+    products = error[:, :, None] * error[:, None, :]
+    spread = products.std(0) / math.sqrt(16_000)
+    assert ((products.mean(0) - torch.tensor(exact.covariance)).abs() < 5 * spread).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_correlated_entries_keep_999_of_a_thousand_particles(scale):
+    """Two of four correlated entries, T = 100: 99.98 % with the conjugate proposal."""
+    diffusion = DiffusionModel(correlated(100, log_snr_min=-12.0))
+    y = torch.tensor([[1.0, -0.5], [-1.0, 2.0]]).double()  # two measurements, two posteriors
+    noise = torch.tensor([[scale], [scale]])
+    draws = sampled(diffusion, LinearGaussian(torch.eye(4)[[0, 3]], y, noise), num_particles=60, num_runs=16)
+    assert (draws.ess > 0.999 * 960).all()
+    assert (draws.ess_by_timestep > 0.999 * 60).all()
+    for n in range(2):
+        exact = gaussian_posterior(
+            MEAN.numpy(), COVARIANCE.numpy(), np.eye(4)[[0, 3]], y[n].numpy(), scale**2 * np.eye(2)
+        )
+        # A mean of 2 is e^{-6} of it at the end: 0.005 in log p(y).
+        assert abs(draws.log_evidence[n] - exact.log_evidence) < 4 * draws.standard_error[n] + 0.006
+        at = draws._replace(particles=draws.particles[:, :, n], log_weights=draws.log_weights[:, :, n])
+        assert within(at.mean(), exact.mean, 4.5)
+        assert within(at.std(), exact.std, 4.5)
+
+
+@pytest.mark.parametrize("num_timesteps", [3, 10])
+def test_a_few_large_steps_are_corrected(num_timesteps):
+    """The look-ahead is rough, the weights are exact; with noise that is not small against a step."""
+    diffusion = DiffusionModel(correlated(num_timesteps, log_snr_max=4.0))
+    rows, y = MIXING[:2], Y[:2]
+    draws = sampled(diffusion, LinearGaussian(rows, y, 2.0), num_particles=600)
+    exact = gaussian_posterior(
+        MEAN.numpy(), COVARIANCE.numpy(), rows.numpy(), y.numpy(), 4 * np.eye(2)
+    )
+    assert draws.ess_by_timestep.min() < 0.99 * 600
+    assert evidence_within(draws, exact.log_evidence)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+
+
+def test_units_of_the_user():
+    """Standardised data: a measurement, its evidence and the draws are in the user's units."""
+    mean, std = torch.tensor([300.0, -5.0]).double(), torch.tensor([20.0, 0.1]).double()
+    denoiser = GaussianDenoiser(torch.zeros(2).double(), torch.ones(2).double(), schedule(10))
+    diffusion = DiffusionModel(denoiser, transform=Standardize(mean, std))
+    rows, y = torch.tensor([[1.0, 100.0]]).double(), torch.tensor([-180.0]).double()
+    exact = gaussian_posterior(
+        mean.numpy(), np.diag(std.numpy() ** 2), rows.numpy(), y.numpy(), 25 * np.eye(1)
+    )
+    # The covariance of the chain is the unit matrix: every direction is invariant.
+    draws = sampled(diffusion, LinearGaussian(rows, y, 5.0), num_particles=400)
+    assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-5)
+    assert draws.ess.item() == pytest.approx(6400)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+    # The same as a function of the datum.
+    function = sampled(diffusion, lambda x: Normal(x @ rows[0], 5.0).log_prob(y[0]), num_particles=50)
+    assert function.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-5)
+
+
+def test_a_measurement_through_a_transform_is_linearised_if_asked_for():
+    """The sum of two log-normal numbers, against a grid."""
+    denoiser = GaussianDenoiser(torch.zeros(2).double(), torch.tensor([0.5, 0.8]).double(), schedule(20))
+    diffusion = DiffusionModel(denoiser, transform=ExpTransform().inv)
+    likelihood = LinearGaussian(torch.ones(1, 2), torch.tensor([4.0]), 0.5, linearize=True)
+    draws = sampled(diffusion, likelihood, num_particles=150)
+    z = torch.linspace(-6, 6, 801).double()
+    law = Normal(0.0, torch.tensor([0.5, 0.8]).double()).log_prob(torch.cartesian_prod(z, z)).sum(-1)
+    data = torch.cartesian_prod(z, z).exp()
+    log_p = law + Normal(data.sum(-1), 0.5).log_prob(torch.tensor(4.0).double())
+    exact = log_p.logsumexp(0) + 2 * math.log(12 / 800)
+    assert evidence_within(draws, exact)
+    assert within(draws.mean(), (log_p.softmax(0)[:, None] * data).sum(0))
+
+
+def test_float32_is_float64_but_for_rounding():
+    """The same problem in the default dtype: dtypes of the results, and constant weights to 1e-3."""
+    denoiser = GaussianDenoiser(MEAN.float(), STD.float(), schedule(50))
+    draws = sampled(
+        DiffusionModel(denoiser), LinearGaussian(ENTRIES, Y[:2], 0.3), num_particles=30, num_runs=4
+    )
+    exact = gaussian_posterior(
+        MEAN.numpy(), np.diag(STD.numpy() ** 2), ENTRIES.numpy(), Y[:2].numpy(), 0.09 * np.eye(2)
+    )
+    assert draws.samples.dtype == draws.particles.dtype == torch.float32
+    numbers = (draws.log_evidence, draws.standard_error, draws.ess, draws.log_weights, draws.pareto_k)
+    assert {x.dtype for x in numbers} == {torch.float64}
+    assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-3)
+    assert draws.ess > 119.9
+    assert draws.reliable
+
+
+def test_no_noise_is_an_equation():
+    """A x_0 = y holds for every draw, and the evidence is the density of A x_0."""
+    diffusion = DiffusionModel(correlated(50))
+    draws = sampled(diffusion, LinearGaussian(MIXING[:2], Y[:2], 0.0), num_particles=100)
+    exact = gaussian_posterior(
+        MEAN.numpy(), COVARIANCE.numpy(), MIXING[:2].numpy(), Y[:2].numpy(), np.zeros((2, 2))
+    )
+    measured = draws.samples @ MIXING[:2].T
+    torch.testing.assert_close(measured, Y[:2].expand_as(measured), rtol=0, atol=1e-7)
+    assert abs(draws.log_evidence - exact.log_evidence) < 4 * draws.standard_error
+    assert within(draws.mean(), exact.mean, 5)
