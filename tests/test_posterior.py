@@ -149,7 +149,9 @@ def test_correlated_entries_keep_999_of_a_thousand_particles(scale):
     diffusion = DiffusionModel(correlated(100, log_snr_min=-12.0))
     y = torch.tensor([[1.0, -0.5], [-1.0, 2.0]]).double()  # two measurements, two posteriors
     noise = torch.tensor([[scale], [scale]])
-    draws = sampled(diffusion, LinearGaussian(torch.eye(4)[[0, 3]], y, noise), num_particles=60, num_runs=16)
+    draws = sampled(
+        diffusion, LinearGaussian(torch.eye(4)[[0, 3]], y, noise), num_particles=60, num_runs=16
+    )
     assert (draws.ess > 0.999 * 960).all()
     assert (draws.ess_by_timestep > 0.999 * 60).all()
     for n in range(2):
@@ -158,7 +160,9 @@ def test_correlated_entries_keep_999_of_a_thousand_particles(scale):
         )
         # A mean of 2 is e^{-6} of it at the end: 0.005 in log p(y).
         assert abs(draws.log_evidence[n] - exact.log_evidence) < 4 * draws.standard_error[n] + 0.006
-        at = draws._replace(particles=draws.particles[:, :, n], log_weights=draws.log_weights[:, :, n])
+        at = draws._replace(
+            particles=draws.particles[:, :, n], log_weights=draws.log_weights[:, :, n]
+        )
         assert within(at.mean(), exact.mean, 4.5)
         assert within(at.std(), exact.std, 4.5)
 
@@ -168,11 +172,9 @@ def test_a_few_large_steps_are_corrected(num_timesteps):
     """The look-ahead is rough, the weights are exact; with noise that is not small against a step."""
     diffusion = DiffusionModel(correlated(num_timesteps, log_snr_max=4.0))
     rows, y = MIXING[:2], Y[:2]
-    draws = sampled(diffusion, LinearGaussian(rows, y, 2.0), num_particles=600)
-    exact = gaussian_posterior(
-        MEAN.numpy(), COVARIANCE.numpy(), rows.numpy(), y.numpy(), 4 * np.eye(2)
-    )
-    assert draws.ess_by_timestep.min() < 0.99 * 600
+    draws = sampled(diffusion, LinearGaussian(rows, y, 1.0), num_particles=600)
+    exact = gaussian_posterior(MEAN.numpy(), COVARIANCE.numpy(), rows.numpy(), y.numpy(), np.eye(2))
+    assert draws.ess_by_timestep.min() < 0.95 * 600
     assert evidence_within(draws, exact.log_evidence)
     assert within(draws.mean(), exact.mean)
     assert within(draws.std(), exact.std)
@@ -194,18 +196,24 @@ def test_units_of_the_user():
     assert within(draws.mean(), exact.mean)
     assert within(draws.std(), exact.std)
     # The same as a function of the datum.
-    function = sampled(diffusion, lambda x: Normal(x @ rows[0], 5.0).log_prob(y[0]), num_particles=50)
+    function = sampled(
+        diffusion, lambda x: Normal(x @ rows[0], 5.0).log_prob(y[0]), num_particles=50
+    )
     assert function.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-5)
 
 
 def test_a_measurement_through_a_transform_is_linearised_if_asked_for():
     """The sum of two log-normal numbers, against a grid."""
-    denoiser = GaussianDenoiser(torch.zeros(2).double(), torch.tensor([0.5, 0.8]).double(), schedule(20))
+    denoiser = GaussianDenoiser(
+        torch.zeros(2).double(), torch.tensor([0.5, 0.8]).double(), schedule(20)
+    )
     diffusion = DiffusionModel(denoiser, transform=ExpTransform().inv)
     likelihood = LinearGaussian(torch.ones(1, 2), torch.tensor([4.0]), 0.5, linearize=True)
     draws = sampled(diffusion, likelihood, num_particles=150)
     z = torch.linspace(-6, 6, 801).double()
-    law = Normal(0.0, torch.tensor([0.5, 0.8]).double()).log_prob(torch.cartesian_prod(z, z)).sum(-1)
+    law = (
+        Normal(0.0, torch.tensor([0.5, 0.8]).double()).log_prob(torch.cartesian_prod(z, z)).sum(-1)
+    )
     data = torch.cartesian_prod(z, z).exp()
     log_p = law + Normal(data.sum(-1), 0.5).log_prob(torch.tensor(4.0).double())
     exact = log_p.logsumexp(0) + 2 * math.log(12 / 800)
@@ -223,7 +231,13 @@ def test_float32_is_float64_but_for_rounding():
         MEAN.numpy(), np.diag(STD.numpy() ** 2), ENTRIES.numpy(), Y[:2].numpy(), 0.09 * np.eye(2)
     )
     assert draws.samples.dtype == draws.particles.dtype == torch.float32
-    numbers = (draws.log_evidence, draws.standard_error, draws.ess, draws.log_weights, draws.pareto_k)
+    numbers = (
+        draws.log_evidence,
+        draws.standard_error,
+        draws.ess,
+        draws.log_weights,
+        draws.pareto_k,
+    )
     assert {x.dtype for x in numbers} == {torch.float64}
     assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-3)
     assert draws.ess > 119.9
@@ -241,3 +255,182 @@ def test_no_noise_is_an_equation():
     torch.testing.assert_close(measured, Y[:2].expand_as(measured), rtol=0, atol=1e-7)
     assert abs(draws.log_evidence - exact.log_evidence) < 4 * draws.standard_error
     assert within(draws.mean(), exact.mean, 5)
+
+
+# Mixtures, by both kinds of likelihood.
+
+WEIGHTS = [0.2, 0.5, 0.3]
+MEANS = torch.tensor([[-2.0, 0.5], [1.5, 1.0], [0.0, -2.0]], dtype=torch.float64)
+STDS = torch.tensor([[0.5, 0.3], [0.4, 0.8], [0.6, 0.4]], dtype=torch.float64)
+ROW = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+
+
+def mixture(num_timesteps=25):
+    return GaussianMixtureDenoiser(WEIGHTS, MEANS, STDS, schedule(num_timesteps, log_snr_min=-16.0))
+
+
+def mixture_posterior(rows, y, noise):
+    return MixturePosterior.of(
+        WEIGHTS, MEANS.numpy(), torch.diag_embed(STDS**2).numpy(), rows.numpy(), y.numpy(),
+        noise**2 * np.eye(len(y)),
+    )  # fmt: skip
+
+
+def shares(draws):
+    """The posterior weights of the modes, from the particles' responsibilities under the prior's modes."""
+    near = (draws.particles[..., None, :] - MEANS).div(STDS).square().sum(-1)
+    log_p = torch.tensor(WEIGHTS).log() - 0.5 * near - STDS.log().sum(-1)
+    return log_p.softmax(-1)
+
+
+WAYS = {
+    "closed form": lambda rows, y, noise: (LinearGaussian(rows, y, noise), {}),
+    "gradient": lambda rows, y, noise: (
+        lambda x: Normal(x @ rows.T, noise).log_prob(y).sum(-1), {}
+    ),
+    "four directions": lambda rows, y, noise: (
+        lambda x: Normal(x @ rows.T, noise).log_prob(y).sum(-1), {"directions": 4}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mixture(way, count):
+    """Evidence, means, standard deviations and mode weights in closed form."""
+    rows, y, noise = (ROW, torch.tensor([0.3]).double(), 0.5) if count == 1 else (
+        torch.eye(2).double(), torch.tensor([0.2, 0.1]).double(), 1.0)  # fmt: skip
+    exact = mixture_posterior(rows, y, noise)
+    assert exact.weights.min() > 0.01
+    likelihood, settings = WAYS[way](rows, y, noise)
+    draws = sampled(DiffusionModel(mixture()), likelihood, num_particles=200, **settings)
+    assert evidence_within(draws, exact.log_evidence)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+    of_modes = draws._replace(particles=shares(draws)).mean()
+    assert within(of_modes, exact.weights)
+    assert draws.standard_error < 0.1
+    assert draws.reliable
+
+
+def test_several_directions_see_several_measurements():
+    """Four linear measurements as a function: with four directions the same law as LinearGaussian's."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(6).double()
+    diffusion = DiffusionModel(GaussianDenoiser(mean, torch.ones(6).double(), schedule(10)))
+    rows = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(4, generator=generator, dtype=torch.float64)
+    exact = gaussian_posterior(mean.numpy(), np.eye(6), rows.numpy(), y.numpy(), 0.04 * np.eye(4))
+
+    def log_likelihood(x):
+        return Normal(x @ rows.T, 0.2).log_prob(y).sum(-1)
+
+    four = sampled(diffusion, log_likelihood, num_particles=40, directions=4)
+    assert four.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-4)
+    assert four.ess > 0.999 * 640
+    with pytest.warns(UserWarning, match="effective particles"):
+        one = sampled(diffusion, log_likelihood, num_particles=40)
+    assert one.ess_by_timestep.min() < 20
+
+
+# Likelihoods that are not Gaussian, against integrals on a grid.
+
+
+def toy(dimension):
+    if dimension == 1:
+        means, stds = torch.tensor([[-1.0], [1.5]]), torch.tensor([[0.5], [0.8]])
+    else:
+        means, stds = (
+            torch.tensor([[-1.0, 0.5], [1.5, 0.0]]),
+            torch.tensor([[0.5, 0.7], [0.8, 0.5]]),
+        )
+    curve = schedule(25, log_snr_min=-16.0)
+    return GaussianMixtureDenoiser([0.4, 0.6], means.double(), stds.double(), curve)
+
+
+def integrated(denoiser, log_likelihood):
+    """log Z, the mean and the standard deviation of each entry, by the trapezoidal rule."""
+    dimension = len(denoiser.event_shape)
+    count = 40_001 if denoiser.event_shape == (1,) else 601
+    line = torch.linspace(-8, 9, count).double()
+    points = torch.cartesian_prod(*[line] * denoiser.event_shape.numel()).reshape(
+        -1, *denoiser.event_shape
+    )
+    assert dimension == 1
+    log_p = denoiser.data_distribution.log_prob(points) + log_likelihood(points)
+    log_z = log_p.logsumexp(0) + denoiser.event_shape.numel() * math.log(17 / (count - 1))
+    share = log_p.softmax(0)[:, None]
+    mean = (share * points).sum(0)
+    return log_z, mean, (share * (points - mean).square()).sum(0).sqrt()
+
+
+def one(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def inside(x, low, high):
+    """Smooth where it is possible, and −∞ elsewhere."""
+    possible = ((x > low) & (x < high)).all(-1)
+    return torch.where(possible, Normal(x, 2.0).log_prob(one(0.3)).sum(-1), -math.inf)
+
+
+LIKELIHOODS = {
+    "heavy tails": (1, lambda x: StudentT(3.0, x[..., 0], 0.5).log_prob(one(1.2))),
+    "counts": (1, lambda x: Poisson(x[..., 0].exp()).log_prob(one(4.0))),
+    "a corner": (1, lambda x: Laplace(x[..., 0], 0.5).log_prob(one(-0.3))),
+    "two modes": (1, lambda x: Normal(x[..., 0].square(), 0.7).log_prob(one(1.0))),
+    "counts in two": (2, lambda x: Poisson(x.sum(-1).exp()).log_prob(one(3.0))),
+    "a corner in two": (2, lambda x: Laplace(x, 1.0).log_prob(one([0.2, 0.4])).sum(-1)),
+    "exponential": (1, lambda x: 0.5 * x[..., 0]),
+}
+BOXES = {
+    "an interval": (1, lambda x: inside(x, -0.5, 1.0)),
+    "a half-line": (1, lambda x: inside(x, 0.0, math.inf)),
+    "a box": (2, lambda x: inside(x, -0.5, 1.0)),
+}
+
+
+def check_integrals(dimension, log_likelihood, num_particles=250):
+    denoiser = toy(dimension)
+    log_z, mean, std = integrated(denoiser, log_likelihood)
+    draws = sampled(DiffusionModel(denoiser), log_likelihood, num_particles=num_particles)
+    assert evidence_within(draws, log_z)
+    assert within(draws.mean(), mean)
+    assert within(draws.std(), std)
+    assert draws.standard_error < 0.15
+    return draws
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_likelihood_that_is_not_gaussian(name):
+    check_integrals(*LIKELIHOODS[name])
+
+
+@pytest.mark.xfail(strict=True, reason="fault 7: −∞ becomes NaN in the weights")
+@pytest.mark.parametrize("name", BOXES)
+def test_data_may_be_impossible(name):
+    draws = check_integrals(*BOXES[name])
+    assert draws.samples.isfinite().all()
+    assert BOXES[name][1](draws.samples).isfinite().all()
+
+
+# Unbiased estimates of Z.
+
+
+@pytest.mark.filterwarnings(FEW)
+@pytest.mark.parametrize("kind", ["linear", "function", "tempered"])
+def test_the_estimate_is_unbiased(kind):
+    """Ẑ, not its logarithm: 3,000 runs of four particles, resampling and all."""
+    rows, y, noise = ROW, torch.tensor([0.3]).double(), 0.5
+    exact = mixture_posterior(rows, y, noise)
+    likelihood, settings = WAYS["gradient" if kind == "function" else "closed form"](rows, y, noise)
+    if kind == "tempered":
+        settings = {"tempering": torch.linspace(1, 0.2, 12)}
+    draws = sampled(
+        DiffusionModel(mixture(12)), likelihood, num_particles=4, num_runs=3000, **settings
+    )
+    assert draws.ess_by_timestep.min() < 3.6
+    assert (draws.log_weights.logsumexp(1).exp().std() * 3000) > 0.1  # runs differ
+    assert evidence_within(draws, exact.log_evidence)
+    assert draws.standard_error < 0.06
+    assert within(draws.mean(), exact.mean)
