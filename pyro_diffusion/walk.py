@@ -228,7 +228,9 @@ class ReverseWalk:
         )
 
 
-Pull = Callable[[Denoised, slice], Sequence[Tensor]]
+#: ``pull(denoised, vjp, rows)``: tensors of the states' shape, from the output at some rows and the function
+#: that multiplies its Jacobian with a vector.
+Pull = Callable[[Denoised, Callable[[Tensor], Tensor], slice], Sequence[Tensor]]
 
 
 def look(
@@ -249,14 +251,13 @@ def look(
         denoiser: The denoiser.
         x_t: States, ``batch_shape + event_shape``.
         log_snr: Their log-SNR, one for all.
-        pull: ``pull(denoised, part)`` gives tensors whose sums are differentiated in :math:`x_t`, from the
-            output for the rows ``part`` of the flattened states: :math:`\hat x_0 \odot e` for the product
-            :math:`e^\top \partial \hat x_0 / \partial x_t`.
+        pull: ``pull(denoised, vjp, part)`` gives vector-Jacobian products for the rows ``part`` of the
+            flattened states, where ``vjp(e)`` is :math:`e^\top \partial \hat x_0 / \partial x_t`.
         rows: Network rows at a time.
         given: ``context=`` of conditional data.
 
     Returns:
-        :class:`Denoised`, and for each tensor of ``pull`` a gradient of the states' shape.
+        :class:`Denoised`, and the tensors of ``pull`` for all states.
     """
     batch_shape = x_t.shape[: x_t.dim() - denoiser.event_dim]
     count = batch_shape.numel()
@@ -290,10 +291,15 @@ def _look(
         x_t = x_t.clone() if x_t.is_inference() else x_t
         x_t = x_t if wanted and x_t.requires_grad else x_t.detach().requires_grad_()
         said = denoiser.denoise(x_t, log_snr, **given)
-        gradients = [
-            torch.autograd.grad(value.sum(), x_t, retain_graph=True, create_graph=wanted)[0]
-            for value in pull(said, part)
-        ]
+
+        def vjp(e: Tensor) -> Tensor:
+            """The product with a vector."""
+            (product,) = torch.autograd.grad(
+                said.x_0_hat, x_t, e, retain_graph=True, create_graph=wanted
+            )
+            return product
+
+        gradients = list(pull(said, vjp, part))
     if wanted:
         return said, gradients
     return Denoised(*(None if x is None else x.detach() for x in said)), gradients  # type: ignore[arg-type]

@@ -49,6 +49,18 @@ ORDER = [
 
 #: Methods that are documented where they are declared first.
 INHERITED = {
+    "expanded",
+    "part",
+    "local",
+    "basis",
+    "coordinates",
+    "of_rows",
+    "drawn",
+    "completed",
+    "known",
+    "expected",
+    "look",
+    "start",
     "log_snr",
     "entrance",
     "check_states",

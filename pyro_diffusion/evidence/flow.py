@@ -237,7 +237,7 @@ def _velocity(
             diffusion.denoiser,
             x,
             log_snr,
-            pull=lambda said, part: [said.x_0_hat * e[part] for e in probes],
+            pull=lambda said, vjp, part: [vjp(e[part]) for e in probes],
             **given.of_kernels(),
         )
         trace = (torch.stack(products) * probes).reshape(*probes.shape[:2], -1).double().sum(2)

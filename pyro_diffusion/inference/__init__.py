@@ -6,13 +6,8 @@ that it knows in closed form. :func:`impute` draws missing entries given observe
 
 from pyro_diffusion.inference.draws import PosteriorSamples, Statistic
 from pyro_diffusion.inference.imputation import impute
-from pyro_diffusion.inference.measurements import (
-    BlockMeans,
-    Blur,
-    Entries,
-    LinearGaussian,
-    Subsampling,
-)
+from pyro_diffusion.inference.measurements import LinearGaussian
+from pyro_diffusion.inference.operators import BlockMeans, Blur, Entries, Subsampling
 from pyro_diffusion.inference.posterior import posterior_samples
 
 __all__ = [

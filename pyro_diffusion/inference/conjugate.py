@@ -156,6 +156,8 @@ def as_gaussians(kernel: Any, batch_shape: torch.Size) -> Gaussians | None:
         )
     alone = torch.zeros(*batch_shape, 1, dtype=torch.float64)
     if isinstance(kernel, MultivariateNormal):
+        if kernel._unbroadcasted_scale_tril.dim() > 2:  # a covariance for each state
+            return None
         mean = kernel.loc.double().expand(*batch_shape, -1).unsqueeze(-2)
         tril: Tensor = kernel._unbroadcasted_scale_tril
         return Gaussians(alone.to(mean.device), mean, tril.double(), False)

@@ -12,8 +12,8 @@ from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.given import Given, as_real, observed_part
 from pyro_diffusion.inference.draws import PosteriorSamples
-from pyro_diffusion.inference.posterior import draw_posterior
-from pyro_diffusion.inference.targets import Local, Target, of_columns
+from pyro_diffusion.inference.runs import draw_posterior
+from pyro_diffusion.inference.targets import Basis, Local, Target, of_columns
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import log_density
 from pyro_diffusion.typed import TorchDistribution
@@ -40,8 +40,8 @@ def impute(
     The draws are those of the joint model, by twisted sequential Monte Carlo as in
     :func:`~pyro_diffusion.inference.posterior_samples`. The last weight is the decoder's own
     :math:`p(x_{0, \text{obs}} \mid x_1)`. The weights are exact for every likelihood that acts entry by
-    entry, and for the kernels of the exact denoisers. The evidence is the log-density (or log-mass) of the observed
-    entries under the joint model,
+    entry, and for the kernels of the exact denoisers. The evidence is the log-density (or log-mass) of the
+    observed entries under the joint model,
 
     .. math::
         \log Z = \log p_\theta(x_{\text{obs}}) = \log \int p_\theta(x_0)\, dx_{\text{mis}}, \qquad
@@ -146,6 +146,17 @@ class Observed(Target):
             setattr(target, name, getattr(self, name)[rows])
         target.num_data = len(target.x_0)
         return target
+
+    def basis(self) -> Basis | None:
+        size = self.diffusion.event_shape.numel()
+        rows = torch.nn.functional.one_hot(self.index, size).double() * self.real.unsqueeze(-1)
+        return Basis(rows, self.values.where(self.real, 0.0), self.variance)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return x
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        return values[..., self.index].where(self.real, 0.0)
 
     def local(self, x_0_hat: Tensor, exponent: float) -> Local:
         columns = x_0_hat.shape[1]

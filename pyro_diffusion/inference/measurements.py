@@ -1,26 +1,22 @@
-r"""Linear-Gaussian measurements of a datum, :math:`y = A x_0 + n`, and ready-made operators.
+r"""Linear-Gaussian measurements of a datum, :math:`y = A x_0 + n`.
 
-An operator is any callable that maps data ``batch + event_shape`` to ``batch`` + the shape of a measurement.
-Autograd finds its adjoint. :class:`Entries`, :class:`Blur`, :class:`Subsampling` and :class:`BlockMeans` are
-operators of this kind.
+An operator is a matrix, or any callable that maps data ``batch + event_shape`` to ``batch`` + the shape of a
+measurement. Autograd finds its adjoint. :mod:`~pyro_diffusion.inference.operators` has a few.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import (
-    as_numbers,
-    check_count,
-    check_finite,
-    check_values,
-    described,
-    require,
-)
+from pyro_diffusion.checks import as_numbers, check_finite, check_values, described, require
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.inference.targets import Basis, Local, Target, in_users_units, of_columns
 
-__all__ = ["BlockMeans", "Blur", "Entries", "LinearGaussian", "Subsampling"]
+__all__ = ["Linear", "LinearGaussian"]
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -109,128 +105,144 @@ class LinearGaussian:
         measured: Tensor = self.operator(x_0).reshape(*batch, -1)
         return measured
 
+    def target(self, diffusion: DiffusionModel) -> "Linear":
+        """The measurement as a target of the chain of a model."""
+        diffusion.process.check_has_score("log_likelihood", "Pass a function of the datum.")
+        return Linear(diffusion, self)
 
-class Entries:
-    """Some entries of a datum, in their order.
 
-    Args:
-        mask: True where an entry is measured, boolean, of the datum's shape.
+class Linear(Target):
+    """A linear-Gaussian measurement."""
 
-    Example:
-        >>> Entries(torch.tensor([True, False, True]))(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([1., 3.])
-    """
+    is_divisible = True
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = as_numbers("mask", mask)
-        require(
-            self.mask.dtype == torch.bool and bool(self.mask.any()),
-            "argument 'mask'",
-            f"{described(mask)} and {self.mask.dtype}, {int(self.mask.sum())} of it true",
-            "a boolean of the datum's shape, true where an entry is measured",
-            "Pass mask.bool() with at least one entry.",
+    def __init__(self, diffusion: DiffusionModel, likelihood: LinearGaussian) -> None:
+        super().__init__(diffusion)
+        self.likelihood = likelihood
+        zero = torch.zeros(
+            1, *diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
         )
-
-    def __call__(self, x_0: Tensor) -> Tensor:
-        return x_0[..., self.mask.to(x_0.device)]
-
-    def __repr__(self) -> str:
-        return f"Entries({int(self.mask.sum())} of {self.mask.numel()})"
-
-
-class Blur:
-    """A convolution over the last axes of a datum, which are extended by their edges; the shape stays.
-
-    Args:
-        kernel: Weights with an odd size along each of their one or two axes.
-
-    Raises:
-        ValueError: A kernel of another number of axes, or of an even size.
-
-    Example:
-        >>> Blur(torch.ones(3) / 3)(torch.tensor([0.0, 3.0, 0.0, 0.0]))
-        tensor([1., 1., 1., 0.])
-    """
-
-    def __init__(self, kernel: Tensor) -> None:
-        self.kernel = as_numbers("kernel", kernel)
-        require(
-            self.kernel.dim() in (1, 2) and all(size % 2 for size in self.kernel.shape),
-            "argument 'kernel'",
-            described(kernel),
-            "weights of one or two axes, each of an odd size",
-            "Pad the kernel with a zero, so that it has a centre.",
+        size = self._measured(zero).shape[-1]
+        y, noise = (
+            x.to(diffusion.device).double().reshape(self._data_of(x, size), -1)
+            for x in (likelihood.y, likelihood.noise)
         )
+        self.num_data, self.y, self.variance = len(y), y, noise.square()
+        self.is_affine = self._check_affine()
+        self.is_exact = self.is_affine
+        origin = torch.zeros(1, *diffusion.event_shape).to(diffusion.device, diffusion.dtype)
+        self.rows = self._jacobian(origin)[0].double() if self.is_affine else None
 
-    def __call__(self, x_0: Tensor) -> Tensor:
-        axes = self.kernel.dim()
-        images = x_0.reshape(-1, 1, *x_0.shape[x_0.dim() - axes :])
-        pads = [size // 2 for size in reversed(self.kernel.shape) for _ in range(2)]
-        images = torch.nn.functional.pad(images, pads, mode="replicate")
-        convolve = torch.nn.functional.conv1d if axes == 1 else torch.nn.functional.conv2d
-        return convolve(images, self.kernel.flip(tuple(range(axes))).to(x_0)[None, None]).reshape(
-            x_0.shape
-        )
+    def expanded(self, num_data: int) -> Self:
+        target = super().expanded(num_data)
+        target.y, target.variance = (x.expand(num_data, -1) for x in (self.y, self.variance))
+        return target
 
-    def __repr__(self) -> str:
-        return f"Blur({' × '.join(map(str, self.kernel.shape))})"
+    def part(self, rows: slice) -> Self:
+        target = copy(self)
+        target.y, target.variance = self.y[rows], self.variance[rows]
+        target.num_data = len(target.y)
+        return target
 
-
-class Subsampling:
-    """Every so many-th entry along the last axes, beginning with the first one.
-
-    Args:
-        step: The step, or one for each of the last axes.
-
-    Example:
-        >>> Subsampling(2)(torch.arange(5.0))
-        tensor([0., 2., 4.])
-    """
-
-    def __init__(self, step: int | Sequence[int]) -> None:
-        self.step = _whole("step", step)
-
-    def __call__(self, x_0: Tensor) -> Tensor:
-        kept: Any = (..., *(slice(None, None, step) for step in self.step))
-        return x_0[kept]
-
-    def __repr__(self) -> str:
-        return f"Subsampling({', '.join(map(str, self.step))})"
-
-
-class BlockMeans:
-    """Means over blocks of entries along the last axes, whose sizes are multiples of the block's.
-
-    Args:
-        size: The block's size, or one for each of the last axes.
-
-    Example:
-        >>> BlockMeans((2, 2))(torch.arange(8.0).reshape(2, 4))
-        tensor([[2.5000, 4.5000]])
-    """
-
-    def __init__(self, size: int | Sequence[int]) -> None:
-        self.size = _whole("size", size)
-
-    def __call__(self, x_0: Tensor) -> Tensor:
-        axes = len(self.size)
-        kept, blocked = x_0.shape[: x_0.dim() - axes], x_0.shape[x_0.dim() - axes :]
+    def _data_of(self, x: Tensor, size: int) -> int:
+        whole = x.numel() == size and x.dim() > 0
+        several = x.dim() > 0 and len(x) > 0 and x.numel() == size * len(x)
         require(
-            not any(length % size for length, size in zip(blocked, self.size, strict=True)),
-            "argument 'size' of BlockMeans", f"{self.size} for axes of {tuple(blocked)}",
-            "sizes that divide the axes", "Crop the data, or choose another size.",
-        )  # fmt: skip
-        split = [
-            n
-            for length, size in zip(blocked, self.size, strict=True)
-            for n in (length // size, size)
-        ]
-        return x_0.reshape(*kept, *split).mean(tuple(range(-2 * axes + 1, 0, 2)))
+            whole or several,
+            "argument 'y'",
+            f"shape {tuple(x.shape)} for an operator whose output has {size} numbers",
+            "the shape of the operator's output, or (N,) in front of it for N measurements",
+            "Check operator(x_0).shape for a datum x_0.",
+        )
+        return 1 if whole else len(x)
 
-    def __repr__(self) -> str:
-        return f"BlockMeans({', '.join(map(str, self.size))})"
+    def _measured(self, x_0_hat: Tensor) -> Tensor:
+        """:math:`A x_0` at estimates in the chain's units, ``batch + (d_y,)``."""
+        x_0 = in_users_units(self.diffusion, x_0_hat)
+        return self.likelihood.measured(x_0, len(self.diffusion.event_shape))
 
+    def _size(self) -> int:
+        """Number of measured numbers, :math:`d_y`."""
+        diffusion = self.diffusion
+        zero = torch.zeros(
+            2, *diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
+        )
+        try:
+            return self._measured(zero).shape[-1]
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"argument 'operator': got {self.likelihood}, which does not take data of shape "
+                f"{tuple(zero.shape)} ({error}); expected a matrix (d_y, {zero[0].numel()}), or a "
+                "callable of data with a batch axis in front. Check operator(x_0) for data x_0."
+            ) from error
 
-def _whole(argument: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    return tuple(check_count(argument, size, 1, "Pass a number for each axis.") for size in sizes)
+    def _check_affine(self) -> bool:
+        generator = torch.Generator(self.diffusion.device).manual_seed(0)
+        shape = (2, *self.diffusion.event_shape)
+        points = torch.randn(
+            shape, generator=generator, dtype=self.diffusion.dtype, device=self.diffusion.device
+        )
+        ends = torch.stack((torch.zeros_like(points[0]), points.sum(0)))
+        with torch.no_grad():
+            together, apart = self._measured(ends).sum(0), self._measured(points).sum(0)
+        size = apart.abs().amax().clamp(min=1e-30)
+        affine = bool(((together - apart).abs() <= torch.finfo(size.dtype).eps ** 0.6 * size).all())
+        require(
+            affine or self.likelihood.linearize,
+            "argument 'log_likelihood'",
+            f"{self.likelihood} of data that depend on the chain's units through "
+            f"{self.diffusion.transform or self.diffusion.likelihood or 'an operator'}, not affinely",
+            "a measurement that is affine in the chain's units",
+            "Pass linearize=True to linearise it at each state; the weights stay exact.",
+        )
+        return affine
+
+    def _jacobian(self, x_0_hat: Tensor) -> Tensor:
+        """:math:`J` at estimates ``(P,) + event_shape``, ``(P, m, D)``."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_0_hat.detach().clone().requires_grad_()
+            measured = self._measured(x)
+            rows = [
+                torch.autograd.grad(measured[:, i].sum(), x, retain_graph=True)[0].flatten(1)
+                for i in range(measured.shape[-1])
+            ]
+        return torch.stack(rows, dim=1)
+
+    def basis(self) -> Basis | None:
+        if self.rows is None:
+            return None
+        zero = torch.zeros_like(self.rows[:1]).reshape(1, *self.diffusion.event_shape)
+        y = self.y - self._measured(zero.to(self.diffusion.dtype)).double()
+        scale = self.variance[:1].sqrt()
+        if bool((self.variance == self.variance[:, :1]).all()):
+            scale = torch.ones_like(scale)  # each datum has one noise, which may be zero
+        elif not bool((self.variance == self.variance[:1]).all()) or not bool((scale > 0).all()):
+            return None
+        left, sizes, rows = torch.linalg.svd(self.rows / scale[0, :, None], full_matrices=False)
+        kept = sizes > 1e-8 * sizes[0]
+        values = ((y / scale) @ left / sizes)[:, kept]
+        variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
+        return Basis(rows[None, kept], values, variance)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        basis = self.basis()
+        assert basis is not None
+        return basis.project(x)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        return values.unsqueeze(-2)
+
+    def log_prob(self, x_0: Tensor) -> Tensor:
+        measured = self.likelihood.measured(x_0, x_0.dim() - 2).double()
+        y, variance = (of_columns(x, x_0.shape[1]) for x in (self.y, self.variance))
+        squares = (y - measured).square() / variance + variance.log() + math.log(2 * math.pi)
+        return -0.5 * squares.sum(-1)
+
+    def local(self, x_0_hat: Tensor, exponent: float) -> Local:
+        y, variance = (of_columns(x, x_0_hat.shape[1]) for x in (self.y, self.variance))
+        rows = self.rows
+        if rows is None:
+            rows = self._jacobian(x_0_hat.flatten(0, 1)).double()
+            rows = rows.reshape(*x_0_hat.shape[:2], *rows.shape[1:])
+        residual = y - self._measured(x_0_hat).double()
+        return Local(rows, residual, variance / exponent, torch.zeros_like(residual[..., 0]))

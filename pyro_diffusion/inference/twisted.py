@@ -11,17 +11,18 @@ by Tweedie's second-order formula
 so that :math:`J C_t` takes one vector-Jacobian product of the network for each row. One step later
 
 .. math::
-    \frac{a_{t-1}}{\sigma_{t-1}^2} J C_{t-1} &\approx M (M + N)^{-1} J C_t \frac{a_{t-1}}{\sigma_{t-1}^2} =: B,
-        \qquad M = J C_t J^\top, \\
-    J C_{t-1} J^\top &\approx M (M + N)^{-1} M, \qquad
-        N = J C_t\, (\mathrm{SNR}_{t-1} - \mathrm{SNR}_t)\, C_t J^\top,
+    \frac{a_{t-1}}{\sigma_{t-1}^2} J C_{t-1}
+        &\approx M (M + N)^{-1} J C_t \frac{a_{t-1}}{\sigma_{t-1}^2} =: B, \qquad M = J C_t J^\top, \\
+    J C_{t-1} J^\top &\lesssim M - M (M + P)^{-1} M =: U, \\
+    N &= J C_t\, \Delta_t\, C_t J^\top, \qquad P = J \Delta_t^{-1} J^\top, \qquad
+        \Delta_t = \mathrm{SNR}_{t-1} - \mathrm{SNR}_t,
 
-because Bayes' rule for a Gaussian is :math:`C_{t-1}^{-1} = C_t^{-1} + \mathrm{SNR}_{t-1} - \mathrm{SNR}_t`.
-(The two are equal if the rows of :math:`J` span an invariant subspace of :math:`C_t`, and to first order in
-the step otherwise.) So the likelihood of :math:`x_{t-1}` is about
+because Bayes' rule for a Gaussian is :math:`C_{t-1}^{-1} = C_t^{-1} + \Delta_t`. Both are equalities if the
+rows of :math:`J` span an invariant subspace of :math:`C_t`, and hold to first order in the step otherwise.
+:math:`U` is an upper bound, so that weights have no heavy tail. The likelihood of :math:`x_{t-1}` is about
 
 .. math::
-    \phi(x_{t-1}) = e^c N\big(e;\; B (x_{t-1} - E[x_{t-1} \mid x_t]),\; \Sigma_y + J C_{t-1} J^\top\big).
+    \phi(x_{t-1}) = e^c N\big(e;\; B (x_{t-1} - E[x_{t-1} \mid x_t]),\; \Sigma_y + U\big).
 
 The proposal is :math:`p(x_{t-1} \mid x_t)\, \phi(x_{t-1}) / \psi_t(x_t)`, in closed form
 (:mod:`~pyro_diffusion.inference.conjugate`), and its normaliser is the twisting function,
@@ -67,7 +68,7 @@ from pyro_diffusion.scoring import score
 from pyro_diffusion.typed import TorchDistribution
 from pyro_diffusion.walk import ReverseWalk, taken
 
-__all__ = ["Run", "run"]
+__all__ = ["Ahead", "Path", "Run"]
 
 _EVEN = 0.9  # share of effective particles above which weights are nearly equal
 _LEAST = 600.0  # nats below the largest weight, beyond which a weight counts as this one
@@ -84,48 +85,26 @@ class Run(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    r"""What is known at :math:`x_t`: the denoiser's output, :math:`\phi`, and :math:`\psi_t`."""
+    r"""What is known at :math:`x_t`."""
 
     denoised: Denoised
-    factor: Factor | None  #: ``None`` where the reverse kernel itself is the proposal
+    factor: Factor | None  #: :math:`\phi`; ``None`` where the proposal does not come from it
     log_psi: Tensor  #: ``(K, M)``
+    push: Tensor | None = (
+        None  #: of the mean of the kernel, where there is no factor, ``(K, M, D)``
+    )
 
 
-def run(
-    walk: ReverseWalk,
-    target: Target,
-    num_particles: int,
-    columns: int,
-    exponents: Tensor,
-    noise: Noise,
-    bar: Any,
-    *,
-    steps: int | None = None,
-) -> Run:
-    """Particles from :math:`x_T` to data; ``steps`` stops them early, to measure memory.
+class Path:
+    """Particles on their way; the weights are those of the target, with ψ taken out after each step.
 
     Args:
         walk: The reverse walk, with a context for each column.
         target: The likelihood.
-        num_particles: Particles ``K``. A single one is not resampled.
-        columns: Number of runs times number of data, ``M``.
+        shape: ``(K, M)``: particles, and runs times data. A single particle is not resampled.
         exponents: The power of the likelihood by timestep, ``(T + 1,)``; it is one at the datum.
         noise: Where random numbers come from.
-        bar: A progress bar.
-        steps: Timesteps of a rehearsal; ``None`` for all.
     """
-    path = _Path(walk, target, (num_particles, columns), exponents, noise)
-    x_t = path.start()
-    for t in walk.timesteps[:steps]:
-        x_t, ahead = path.resampled(x_t, path.look(x_t, t))
-        x_t = path.step(x_t, t, ahead) if t > 1 else path.end(x_t, ahead)
-        bar.update()
-    path.average(torch.ones_like(path.log_z, dtype=torch.bool))
-    return Run(x_t, path.log_weight, path.log_z, torch.stack(path.ess[::-1]), path.k)
-
-
-class _Path:
-    """Particles on their way; the weights are those of the target, with ψ taken out after each step."""
 
     def __init__(
         self,
@@ -136,6 +115,7 @@ class _Path:
         noise: Noise,
     ) -> None:
         self.walk, self.target, self.shape, self.noise = walk, target, shape, noise
+        self.rows_at_a_time = walk.rows
         self.exponents: list[float] = exponents.tolist()
         self.diffusion, self.event_shape = walk.diffusion, walk.diffusion.event_shape
         self.guided = target.has_rows and self.diffusion.process.has_score
@@ -143,6 +123,17 @@ class _Path:
         self.log_z = torch.zeros_like(self.log_weight[0])
         self.k = torch.full_like(self.log_z, -math.inf)
         self.ess: list[Tensor] = []
+
+    def run(self, bar: Any, *, rehearsal: bool = False) -> Run:
+        """From :math:`x_T` to data; a rehearsal takes the first step and the last one, for their memory."""
+        timesteps = list(self.walk.timesteps)
+        x_t = self.start()
+        for t in {timesteps[0]: 0, 1: 0} if rehearsal else timesteps:
+            x_t, ahead = self.resampled(x_t, self.look(x_t, t))
+            x_t = self.step(x_t, t, ahead) if t > 1 else self.end(x_t, ahead)
+            bar.update()
+        self.average(torch.ones_like(self.log_z, dtype=torch.bool))
+        return Run(x_t, self.log_weight, self.log_z, torch.stack(self.ess[::-1]), self.k)
 
     # From x_T to x_0.
 
@@ -195,22 +186,22 @@ class _Path:
     def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
         r""":math:`x_{t-1}`, ``t ≥ 2``, and the weights of the step."""
 
-        def draw(x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
-            """The next states of a slice, and what their weights lose."""
-            kernel = self.walk.kernel(x_t, t, ahead.denoised)
-            gaussians = as_gaussians(kernel, x_t.shape[:2])
-            if ahead.factor is None or gaussians is None:
-                known = self.target.known(ahead.denoised, x_t)
-                if known is ahead.denoised:
-                    return kernel.sample(), ahead.log_psi
-                site = score(self.walk.kernel(x_t, t, known), kernel)
-                return site.x, ahead.log_psi + site.log_ratio
-            x = self._conjugate_draw(gaussians, ahead.factor)
-            return x, ahead.factor.log_prob(x.flatten(2))
-
-        x_t, lost = self._in_slices(draw, x_t, ahead)
+        x_t, lost = self._in_slices(partial(self._next, t), x_t, ahead)
         self.log_weight = self.log_weight - lost
         return x_t
+
+    def _next(self, t: int, x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
+        """The next states, and what their weights lose."""
+        kernel = self.walk.kernel(x_t, t, ahead.denoised)
+        gaussians = as_gaussians(kernel, x_t.shape[:2])
+        if ahead.factor is None or gaussians is None:
+            known = self.target.known(ahead.denoised, x_t)
+            if known is ahead.denoised:
+                return kernel.sample(), ahead.log_psi
+            site = score(self.walk.kernel(x_t, t, known), kernel)
+            return site.x, ahead.log_psi + site.log_ratio
+        x = self._conjugate_draw(gaussians, ahead.factor)
+        return x, ahead.factor.log_prob(x.flatten(2))
 
     def end(self, x_1: Tensor, ahead: Ahead) -> Tensor:
         r""":math:`x_0` in the user's units, and the last weights."""
@@ -246,7 +237,8 @@ class _Path:
         else:
             denoised, local, pulled = self._pulled(x_t, t, self.exponents[t - 1])
             kernel = as_gaussians(self.walk.kernel(x_t, t, denoised), x_t.shape[:2])
-            assert kernel is not None  # the kernel of a process with a score
+            if kernel is None:
+                return self._without_factor(denoised, local, pulled)
             factor = self._between(x_t, t, denoised, local, pulled)
         return Ahead(denoised, factor, Conjugate(kernel, factor).log_z)
 
@@ -259,10 +251,11 @@ class _Path:
         inner = _positive(pulled @ local.rows.mT)
         size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
-        half = root_of(inner + (pulled * rise) @ pulled.mT + ridge)
-        root = torch.linalg.solve_triangular(half, inner, upper=False).mT
-        rows = root @ torch.linalg.solve_triangular(half, pulled, upper=False)
-        rows = rows * self._entries(step.signal_prev / step.noise_prev**2)
+        solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
+        rows = inner @ solved * self._entries(step.signal_prev / step.noise_prev**2)
+        channel = (local.rows / rise) @ local.rows.mT
+        half = torch.linalg.solve_triangular(root_of(inner + channel + ridge), inner, upper=False)
+        root = root_of(inner - half.mT @ half + ridge)
         missing_dim = self.diffusion.process.missing_dim
         centre = posterior_mean(
             x_t.double(), denoised.x_0_hat.double(), step, missing_dim=missing_dim
@@ -271,7 +264,10 @@ class _Path:
 
     def _look_without_factor(self, x_1: Tensor) -> Ahead:
         """The look at :math:`x_1` where the data are levels, or the last kernel is not Gaussian."""
-        denoised, local, pulled = self._pulled(x_1, 1, 1.0)
+        return self._without_factor(*self._pulled(x_1, 1, 1.0))
+
+    def _without_factor(self, denoised: Denoised, local: Local, pulled: Tensor) -> Ahead:
+        r""":math:`\psi_t` alone, :math:`e^c N(e; 0, \Sigma_y + J C_t J^\top)`; the kernel is the proposal."""
         inner = _positive(pulled @ local.rows.mT)
         covariance = inner + torch.diag_embed(local.variance.expand(local.residual.shape))
         log_psi = local.offset + log_normal(local.residual, root_of(covariance))
@@ -286,15 +282,15 @@ class _Path:
         r"""The denoiser's output, the expansion of :math:`r` there, and :math:`J C_t`, ``(K, M, m, D)``."""
         batch_shape, found = x_t.shape[:2], []
 
-        def pull(denoised: Denoised, part: slice) -> list[Tensor]:
-            r""":math:`\hat x_0 \odot J_i` for each row."""
+        def pull(denoised: Denoised, vjp: Callable[[Tensor], Tensor], part: slice) -> list[Tensor]:
+            r""":math:`J_i \, \partial \hat x_0 / \partial x_t` for each row."""
             x_0_hat = denoised.x_0_hat
             local = self.target.local(
                 x_0_hat.detach().reshape(*batch_shape, *self.event_shape), exponent
             )
             found.append(local)
             rows = local.rows.to(x_0_hat).expand(*batch_shape, *local.rows.shape[-2:])
-            return [x_0_hat * row.reshape(x_0_hat.shape) for row in rows.unbind(-2)]
+            return [vjp(row.reshape(x_0_hat.shape)) for row in rows.unbind(-2)]
 
         denoised, products = self.walk.pulled(x_t, t, pull)
         step = chain_step(t, self.diffusion.schedule)
@@ -330,7 +326,7 @@ class _Path:
 
     def _in_slices(self, function: Callable[..., Any], *particles: Any) -> Any:
         """Apply a function to the particles, in slices of as many rows as the walk allows."""
-        size = max(self.walk.rows // self.shape[1], 1)
+        size = max(self.rows_at_a_time // self.shape[1], 1)
         if self.shape[0] <= size:
             return function(*particles)
         slices = [slice(start, start + size) for start in range(0, self.shape[0], size)]

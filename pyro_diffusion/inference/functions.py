@@ -1,0 +1,200 @@
+r"""A log-likelihood that is a function of the datum, and its expansion near an estimate.
+
+The expansion of :math:`\log r` is to second order, in the subspace of the gradient :math:`g` and of
+directions in the range of the Hessian. With one direction it is along the gradient, with a curvature
+:math:`h > 0`: :math:`J = \sqrt h\, g^\top / \lVert g \rVert`, :math:`e = \lVert g \rVert / \sqrt h` and
+:math:`v = 1`. The curvature is that of the Hessian if :math:`\log r` is at the maximum of the expansion about
+what the expansion says. Otherwise it is that of the parabola through the value there, at most :math:`\lVert g
+\rVert^2`, so that the factor is not narrower than the likelihood.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_diffusion.checks import require
+from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.inference.targets import Local, Target, in_users_units
+
+__all__ = ["Function"]
+
+_PROBES = 17  # data at which a function is tried out
+_TRIALS = 8  # of a curvature, at most
+
+
+class Function(Target):
+    """A log-likelihood that is a function of the datum."""
+
+    def __init__(
+        self, diffusion: DiffusionModel, function: Callable[[Tensor], Tensor], directions: int
+    ) -> None:
+        super().__init__(diffusion)
+        self.function, self.directions = function, directions
+        generator = torch.Generator(diffusion.device).manual_seed(0)
+        x = torch.randn(
+            (_PROBES, *diffusion.event_shape),
+            generator=generator,
+            dtype=diffusion.dtype,
+            device=diffusion.device,
+        )
+        self.has_rows = not _is_discrete(diffusion, x)
+        self.probe = in_users_units(diffusion, x) if self.has_rows else diffusion.sample(_PROBES)
+        self.num_data, self.flat = self._layout()
+        if self.has_rows:
+            self._check_gradient()
+
+    def _layout(self) -> tuple[int, bool]:
+        """The number of data, and whether the function takes one batch axis only."""
+        found = []
+        for batch in (self.probe.unsqueeze(1), self.probe):
+            try:
+                value: Any = self.function(batch)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                found.append(f"{type(error).__name__}: {error}")
+                continue
+            shape = tuple(getattr(value, "shape", ("no tensor",)))
+            if len(shape) == batch.dim() - self.probe.dim() + 1 and shape[0] == _PROBES:
+                return (shape[1], False) if len(shape) == 2 else (1, True)
+            found.append(f"shape {shape} for data {tuple(batch.shape)}")
+        raise ValueError(
+            f"argument 'log_likelihood': got {'; '.join(found)}; expected a number for each datum, of shape "
+            "(3, N) and (3,). Sum over the entries of a datum, and keep the batch axes: "
+            "Normal(A(x_0), 0.1).log_prob(y).sum(-1)."
+        )
+
+    def _call(self, x_0: Tensor) -> Tensor:
+        """The function at data of ``(K, M) + event``, ``(K, M)``."""
+        batch, event = x_0.shape[:2], x_0.shape[2:]
+        value = self.function(
+            x_0.reshape(-1, *event) if self.flat else x_0.reshape(-1, self.num_data, *event)
+        )
+        if value.shape.numel() != batch.numel() or bool(value.isnan().any()):
+            got = "NaN" if value.shape.numel() == batch.numel() else f"shape {tuple(value.shape)}"
+            raise ValueError(
+                f"argument 'log_likelihood': got {got} for {batch.numel()} data; expected a number for each. "
+                "Return -inf where a datum is impossible, and keep the batch axes."
+            )
+        return value.reshape(batch)
+
+    def log_prob(self, x_0: Tensor) -> Tensor:
+        return self._call(x_0).double()
+
+    def _check_gradient(self) -> None:
+        """Raise a ``ValueError`` if the function has no gradient, or is flat; a hard constraint may be."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x = self.probe.clone().requires_grad_()
+            value = self.function(x if self.flat else x.unsqueeze(1))
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        finite = value.detach()[value.isfinite()].double()
+        self.impossible = finite.median().item() if len(finite) else 0.0
+        fit = gradient is not None
+        require(
+            len(finite) < value.numel() or (fit and bool((gradient != 0).any())),
+            "argument 'log_likelihood'",
+            "a function that is flat: its gradient is zero"
+            if fit
+            else "a function without a gradient",
+            "one that depends on x_0 and that torch can differentiate, because its gradient guides the draws",
+            "Compute it with torch from x_0 itself, without .item(), .detach(), NumPy or rounding.",
+        )
+
+    def local(self, x_0_hat: Tensor, exponent: float) -> Local:
+        batch = x_0_hat.shape[:2]
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x_0_hat.detach().clone().requires_grad_()
+            value = self._value(x, exponent)
+            gradient = torch.zeros_like(x)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+            tridiagonal, basis = self._curvature(gradient, x)
+        value = value.detach().double()
+        possible = value.isfinite()
+        value = value.where(possible, exponent * self.impossible)
+        size = gradient.detach().double().nan_to_num().reshape(*batch, -1).norm(dim=-1)
+        size = torch.where(possible, size, 0.0)
+        curvature, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+        slopes = size[..., None] * vectors[..., 0, :]
+        directions = vectors.mT @ basis
+        curvature = self._kept(x.detach(), exponent, value, slopes, curvature, directions)
+        residual = slopes / curvature.sqrt()
+        offset = value + 0.5 * residual.square().sum(-1)
+        offset = offset + 0.5 * self.directions * math.log(2 * math.pi)
+        rows = curvature.sqrt().unsqueeze(-1) * directions
+        return Local(rows, residual, torch.ones_like(residual), offset)
+
+    def _value(self, x: Tensor, exponent: float) -> Tensor:
+        """A power of the likelihood at states, as a logarithm."""
+        return exponent * self._call(in_users_units(self.diffusion, x))
+
+    def _kept(
+        self,
+        x: Tensor,
+        exponent: float,
+        value: Tensor,
+        slopes: Tensor,
+        curvature: Tensor,
+        directions: Tensor,
+    ) -> Tensor:
+        """Curvatures whose promise the likelihood keeps, ``(K, M, d)``."""
+        squares = slopes.square()
+        curvature = torch.where(curvature > 1e-6 * squares, curvature, 0.5 * squares + 1e-30)
+        for i in range(slopes.shape[-1]):
+            slope, h = slopes[..., i], curvature[..., i]
+            largest = h.maximum(squares[..., i])
+            for _ in range(_TRIALS):
+                step = slope / h
+                moved = x + (step.unsqueeze(-1) * directions[..., i, :]).to(x).reshape(x.shape)
+                there = self._value(moved, exponent).double()
+                promised = value + 0.5 * slope * step
+                error = (there - promised).abs()
+                broken = (error > 0.1 + 0.05 * slope * step) & (slope != 0)
+                if not broken.any():
+                    break
+                parabola = 2 * (value + slope * step - there) / step.square()
+                parabola = parabola.nan_to_num(math.inf).maximum(h / 4).minimum(4 * h)
+                parabola = parabola.minimum(largest)
+                h = torch.where(broken, parabola, h)
+            curvature[..., i] = h
+        return curvature
+
+    def _curvature(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        r""":math:`Q^\top H Q` and :math:`Q^\top`, for :math:`H = -\nabla^2 \log r` and a basis of the
+        gradient and of directions in the range of :math:`H`; ``(K, M, d, d)``, ``(K, M, d, D)``."""
+
+        def curved(q: Tensor) -> Tensor:
+            """:math:`H q`."""
+            if not gradient.requires_grad:
+                return torch.zeros_like(q)
+            along = (gradient * q.to(gradient).reshape(gradient.shape)).sum()
+            (product,) = torch.autograd.grad(along, x, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(q) if product is None else -product.double().reshape(q.shape)
+
+        flat = gradient.detach().double().nan_to_num().reshape(*x.shape[:2], -1)
+        generator = torch.Generator().manual_seed(0)
+        basis = [_unit(flat)]
+        for _ in range(self.directions - 1):
+            probe = torch.randn(flat.shape[-1:], generator=generator, dtype=torch.float64)
+            rest = curved(probe.to(flat).expand(flat.shape))
+            for q in basis + basis:  # twice, against rounding
+                rest = rest - (rest * q).sum(-1, keepdim=True) * q
+            basis.append(_unit(rest))
+        products = [curved(q) for q in basis]
+        q, h = torch.stack(basis, dim=-2), torch.stack(products, dim=-2)
+        inner = q @ h.mT
+        return 0.5 * (inner + inner.mT), q
+
+
+def _is_discrete(diffusion: DiffusionModel, x_1: Tensor) -> bool:
+    """Whether data are whole numbers."""
+    return bool(diffusion.decode(x_1).support.is_discrete)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """A vector of length one in the direction of ``x``; zero for one that is zero."""
+    size = x.norm(dim=-1, keepdim=True)
+    return torch.where(size > 1e-12 * (1 + size), x / size.clamp(min=1e-300), 0.0)
