@@ -261,6 +261,68 @@ def sbi(found):
     return table(head, rows)
 
 
+def posterior(found):
+    guidance, corrected, exact = "uncorrected guidance", "posterior_samples", "exact draws"
+    gaussian = [
+        [name, f"{max(map(abs, r['mean_z'])):.1f}", f"{max(map(abs, r['variance_errors'])):.1%}",
+         f"{r['error']:+.5f} ± {r['standard_error']:.5f}" if "error" in r else "none"]
+        for name, r in found["gaussian"]["rows"].items()
+    ]  # fmt: skip
+    head = ["Gaussian", "worst mean, in its errors", "worst variance", "error of log p(y), nats"]
+    parts = [table(head, gaussian)]
+    groups, rows = {}, found["rows"]
+    for r in rows:
+        groups.setdefault((r["d"], r["dy"]), []).append(r)
+    lines = []
+    for (d, dy), group in groups.items():
+        floor = [r["distance"][exact][0] for r in group]
+        ratios = [
+            [r["distance"][m][0] / f for r, f in zip(group, floor, strict=True)]
+            for m in (corrected, guidance)
+        ]
+        modes = [
+            f"{median(r['modes'][m][0] for r in group):.3f}" for m in (corrected, guidance, exact)
+        ]
+        lines.append([
+            d, dy, len(group), f"{max(abs(r['error']) for r in group):.3f}",
+            f"{sum(abs(r['z']) <= 3 for r in group)} of {len(group)}",
+            f"{min(r['least_ess'] for r in group) / found['num_particles']:.0%}",
+            f"{sum(r['reliable'] for r in group)} of {len(group)}",
+            *(f"{median(q):.2f} ({min(q):.2f} to {max(q):.2f})" for q in ratios), *modes,
+        ])  # fmt: skip
+    if lines:
+        head = ["d", "d_y", "problems", "largest error of log p(y), nats", "within 3 of its errors",
+                "least ESS by timestep", "called reliable", "distance / that of exact draws, median (range)",
+                "the same, uncorrected guidance", "distance of mode weights, median",
+                "the same, uncorrected guidance", "the same, exact draws"]  # fmt: skip
+        ours, theirs = found["ends"]
+        parts.append(
+            f"Mixtures. At T a component is at most {ours:.4f} nats from N(0, I) in KL at d = 80; with "
+            f"the authors' schedule {theirs:.2f}:\n\n" + table(head, lines)
+        )
+    seen = sorted((r for r in rows if (r["d"], r["seed"]) == (8, 27)), key=lambda r: r["dy"])
+    if seen:
+        methods = [
+            [f"{name}, published", *("{:.3g} ± {:.2g}".format(*by[str(r["dy"])]) for r in seen)]
+            for name, by in found["published"].items()
+        ]
+        methods += [
+            [name, *("{:.3g} ± {:.2g}".format(*r["of_a_tenth"][name]) for r in seen)]
+            for name in (guidance, corrected, exact)
+        ]
+        head = ["method", *(f"d_y = {r['dy']}" for r in seen)]
+        parts.append("Max-sliced distance of 1,000 draws, seed 27:\n\n" + table(head, methods))
+    every = [
+        [r["d"], r["dy"], r["seed"], f"{r['exact']:.3f}", f"{r['error']:+.4f} ± {r['standard_error']:.4f}",
+         *("{:.3f} ± {:.3f}".format(*r["distance"][m]) for m in (corrected, guidance, exact))]
+        for r in rows
+    ]  # fmt: skip
+    if every:
+        head = ["d", "d_y", "seed", "log p(y)", "error", "distance", "uncorrected", "exact draws"]
+        parts.append(f":::{{dropdown}} Every problem\n{table(head, every)}:::")
+    return "\n".join(parts)
+
+
 def parity(found):
     values = sum(len(q["values"]) for q in found["quantities"].values())
     return (
@@ -305,7 +367,7 @@ TABLES = {
     "Are the errors honest?": [honesty, calibration, smc],
     "Bounds and schedules": [lengths, variance],
     "Densities that are known": [toys, heartbeat, ising],
-    "Samples": [samplers, sbi],
+    "Samples": [samplers, sbi, posterior],
     "Training": [fit],
     "Robustness": [stress, parity],
 }

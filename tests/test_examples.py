@@ -46,6 +46,7 @@ BENCHMARKS = {
     "stress.py": ["| 12 | 12 | 0 | 0 | 0 | 0 |", "slowest"],
     "calibration.py": ["truth as model", "predictive", "posterior"],
     "memory_map.py": ["anonymous, MB", "rows/s", "MB more than"],
+    "posterior.py": ["uncorrected guidance", "d8_dy2_seed0", "within three errors"],
     "paired.py": ["after / before", "rows are slower"],
     "parity.py": ["kernels of q", "bound by paths", "samples: DDIM", "losses: compiled, bits"],
     "evidence.py": ["network rows alone", "ratio", "peak memory", "netCDF"],

@@ -147,13 +147,11 @@ def as_gaussians(kernel: Any, batch_shape: torch.Size) -> Gaussians | None:
         log_weights = (
             log_weights.double().log_softmax(-1).expand(*batch_shape, log_weights.shape[-1])
         )
-        means = parts.means.squeeze(-2)
-        return Gaussians(
-            log_weights,
-            means.expand(*batch_shape, *means.shape[-2:]),
-            parts.scale.squeeze(-2),
-            True,
-        )
+        means, scale = parts.means.squeeze(-2), parts.scale.squeeze(-2)
+        if bool((scale == scale[..., :1, :]).all()):  # one covariance for all components
+            scale = scale[..., :1, :]
+        means, scale = (x.expand(*batch_shape, *x.shape[-2:]) for x in (means, scale))
+        return Gaussians(log_weights, means, scale, True)
     alone = torch.zeros(*batch_shape, 1, dtype=torch.float64)
     if isinstance(kernel, MultivariateNormal):
         if kernel._unbroadcasted_scale_tril.dim() > 2:  # a covariance for each state
@@ -198,7 +196,8 @@ class Conjugate:
         u = noise.uniform(share[..., :1])
         k = (share.cumsum(-1)[..., :-1] < u).sum(-1, keepdim=True)
         kernel = self.kernel.at(k)
-        root = _component(self.root.flatten(-2), k).reshape(factor.root.shape)
+        roots = self.root.expand(*share.shape, *self.root.shape[-2:])
+        root = _component(roots, k).squeeze(2)
         x = kernel.draw(noise)
         n = factor.variance.sqrt() * noise.normal(factor.residual)
         n = n + _times(factor.root, noise.normal(factor.residual))

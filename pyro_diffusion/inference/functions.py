@@ -3,9 +3,9 @@ r"""A log-likelihood that is a function of the datum, and its expansion near an 
 The expansion of :math:`\log r` is to second order, in the subspace of the gradient :math:`g` and of
 directions in the range of the Hessian. With one direction it is along the gradient, with a curvature
 :math:`h > 0`: :math:`J = \sqrt h\, g^\top / \lVert g \rVert`, :math:`e = \lVert g \rVert / \sqrt h` and
-:math:`v = 1`. The curvature is that of the Hessian if :math:`\log r` is at the maximum of the expansion about
-what the expansion says. Otherwise it is that of the parabola through the value there, at most :math:`\lVert g
-\rVert^2`, so that the factor is not narrower than the likelihood.
+:math:`v = 1`. The curvature is that of the Hessian if the expansion is right about :math:`\log r` at its own
+maximum. Otherwise this maximum is moved until it is, to a factor of two. The curvature is then at most
+:math:`\lVert g \rVert^2`, so that the factor is not narrower than the likelihood.
 """
 
 import math
@@ -22,7 +22,8 @@ from pyro_diffusion.inference.targets import Local, Target, in_users_units
 __all__ = ["Function"]
 
 _PROBES = 17  # data at which a function is tried out
-_TRIALS = 8  # of a curvature, at most
+_LOST = 3.0  # nats below a typical value, for an estimate that is impossible itself
+_TRIALS = 16  # of a curvature, at most
 
 
 class Function(Target):
@@ -91,10 +92,11 @@ class Function(Target):
             if value.requires_grad:
                 (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
         finite = value.detach()[value.isfinite()].double()
-        self.impossible = finite.median().item() if len(finite) else 0.0
+        self.impossible = finite.median().item() - _LOST if len(finite) else 0.0
         fit = gradient is not None
         require(
-            len(finite) < value.numel() or (fit and bool((gradient != 0).any())),
+            len(finite) < value.numel()
+            or (gradient is not None and bool(gradient.abs().amax() > 0)),
             "argument 'log_likelihood'",
             "a function that is flat: its gradient is zero"
             if fit
@@ -145,20 +147,20 @@ class Function(Target):
         curvature = torch.where(curvature > 1e-6 * squares, curvature, 0.5 * squares + 1e-30)
         for i in range(slopes.shape[-1]):
             slope, h = slopes[..., i], curvature[..., i]
-            largest = h.maximum(squares[..., i])
+            largest, moving = h.maximum(squares[..., i]), slope.abs() > 0
+            going, grows = moving, moving
             for _ in range(_TRIALS):
                 step = slope / h
-                moved = x + (step.unsqueeze(-1) * directions[..., i, :]).to(x).reshape(x.shape)
-                there = self._value(moved, exponent).double()
-                promised = value + 0.5 * slope * step
-                error = (there - promised).abs()
-                broken = (error > 0.1 + 0.05 * slope * step) & (slope != 0)
-                if not broken.any():
+                moved = (step.unsqueeze(-1) * directions[..., i, :]).to(x).reshape(x.shape)
+                there = self._value(x + moved, exponent).double()
+                surplus = there - (value + 0.5 * slope * step)
+                margin = 0.1 + 0.05 * slope * step
+                kept = surplus >= -margin  # false where it is not a number
+                going = going & (~kept | (grows & (surplus > margin)))
+                grows = grows & kept
+                if not bool(going.any()):
                     break
-                parabola = 2 * (value + slope * step - there) / step.square()
-                parabola = parabola.nan_to_num(math.inf).maximum(h / 4).minimum(4 * h)
-                parabola = parabola.minimum(largest)
-                h = torch.where(broken, parabola, h)
+                h = torch.where(going, torch.where(kept, h / 4, (2 * h).minimum(largest)), h)
             curvature[..., i] = h
         return curvature
 

@@ -71,6 +71,7 @@ from pyro_diffusion.walk import ReverseWalk, taken
 __all__ = ["Ahead", "Path", "Run"]
 
 _EVEN = 0.9  # share of effective particles above which weights are nearly equal
+_FEW = 9.99  # effective particles, at least
 _LEAST = 600.0  # nats below the largest weight, beyond which a weight counts as this one
 
 
@@ -181,7 +182,10 @@ class Path:
         bounded = self.log_weight.maximum(largest - _LEAST)  # an impossible datum has no logarithm
         # Weights that are nearly equal have no tail that matters, whatever its shape is.
         uneven = where & (effective(self.log_weight) < _EVEN * self.shape[0])
-        self.k = torch.where(uneven, self.k.maximum(tail(bounded)), self.k)
+        k = tail(bounded)
+        # Infinite if fewer than five weights lie above a quantile, as when the largest are all equal.
+        k = torch.where((k == math.inf) & (effective(self.log_weight) > _FEW), -math.inf, k)
+        self.k = torch.where(uneven, self.k.maximum(k), self.k)
 
     def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
         r""":math:`x_{t-1}`, ``t ≥ 2``, and the weights of the step."""
