@@ -97,7 +97,9 @@ def by_entry(kind, count):
     shape = (count,)
     if kind == "levels by logits":
         prediction = LevelPrediction(4)
-        return DiffusionModel(NeuralDenoiser(EachEntry(4, slope=0.0), curve(), shape, prediction=prediction))
+        return DiffusionModel(
+            NeuralDenoiser(EachEntry(4, slope=0.0), curve(), shape, prediction=prediction)
+        )
     if kind == "learned variance":
         denoiser = NeuralDenoiser(
             EachEntry(2), curve(), shape, prediction=DataPrediction(), variance=LearnedVariance()

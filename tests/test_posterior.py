@@ -5,41 +5,32 @@ sums over all values of discrete data. Monte Carlo results are within four of th
 """
 
 import math
-import re
-import warnings
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from enumerated import by_entry, discrete, masses_of_an_entry, masses_of_states, values_of
 from oracles import MixturePosterior, gaussian_posterior
-from pyro import poutine
 from torch import nn
 from torch.distributions import ExpTransform, Laplace, Normal, Poisson, StudentT
 
 from pyro_diffusion import (
-    MLP,
-    BernoulliLikelihood,
     DiffusionModel,
-    DiscretizedGaussianLikelihood,
     GaussianDenoiser,
     GaussianMixtureDenoiser,
-    LevelPrediction,
     LinearDecaySchedule,
     LinearGaussian,
     LogSNRSchedule,
     MonotoneSchedule,
     NeuralBernoulliDenoiser,
-    NeuralCategoricalDenoiser,
-    NeuralDenoiser,
-    PoissonLikelihood,
     Standardize,
     VarianceExploding,
     posterior_samples,
 )
-from pyro_diffusion.inference import Entries, PosteriorSamples, runs
+from pyro_diffusion.inference.conjugate import Noise
+from pyro_diffusion.inference.twisted import Path
+from pyro_diffusion.walk import ReverseWalk
 
 FEW = "ignore:argument 'log_likelihood'.*effective particles"
 
@@ -562,3 +553,65 @@ def test_bits_have_no_gaussian_measurement():
     diffusion, _ = discrete("bits")
     with pytest.raises(ValueError, match="argument 'log_likelihood'.*Pass a function"):
         sampled(diffusion, LinearGaussian(torch.ones(1, 3), one([1.0]), 1.0))
+
+
+# Tempering.
+
+
+def test_tempering_changes_the_way_and_not_the_end():
+    """Exact with any exponents; ones are no tempering, to the last digit."""
+    exact = mixture_posterior(ROW, one([0.3]), 0.2)
+    diffusion, likelihood = DiffusionModel(mixture()), LinearGaussian(ROW, one([0.3]), 0.2)
+    found = {}
+    for name, tempering in (
+        ("none", None), ("ones", [1.0] * 25), ("array", np.ones(25)), ("half", torch.linspace(1, 0.1, 25))
+    ):  # fmt: skip
+        pyro.set_rng_seed(3)
+        found[name] = sampled(diffusion, likelihood, num_particles=150, tempering=tempering)
+    for name in ("ones", "array"):
+        assert torch.equal(found[name].particles, found["none"].particles)
+        assert torch.equal(found[name].log_weights, found["none"].log_weights)
+    assert not torch.equal(found["half"].particles, found["none"].particles)
+    assert evidence_within(found["half"], exact.log_evidence)
+    assert within(found["half"].mean(), exact.mean)
+    # The likelihood arrives later: the particles are more even at large t, and less at small t.
+    even = {name: found[name].ess_by_timestep for name in ("half", "none")}
+    assert even["half"][12:].mean() > even["none"][12:].mean()
+
+
+def test_the_exponent_acts_where_it_is_said_to():
+    """Entry t − 1 is that of the factor of x_t: ψ of the timestep before it, by hand."""
+    denoiser = GaussianDenoiser(torch.zeros(1).double(), torch.ones(1).double(), schedule(3))
+    diffusion = DiffusionModel(denoiser)
+    target = LinearGaussian(torch.ones(1, 1), one([2.0]), 0.5).target(diffusion)
+    exponents = torch.tensor([1.0, 0.5, 0.2, 0.1])
+    path = Path(ReverseWalk(diffusion), target, (4, 1), exponents, Noise())
+    x_3 = 0.01 * torch.randn(4, 1, 1).double()  # which knows nothing of the datum
+    for t, exponent in ((3, 0.2), (2, 0.5), (1, 1.0)):
+        with torch.no_grad():
+            log_psi = path.look(x_3, t).log_psi
+        law = denoiser.denoise(x_3, diffusion.schedule.log_snr(t)).x_0_hat[..., 0]
+        variance = 1 / (1 + diffusion.schedule.snr(t)) + 0.25 / exponent
+        torch.testing.assert_close(log_psi, Normal(law, variance.sqrt()).log_prob(one(2.0)))
+
+
+# Simulation-based calibration.
+
+
+def test_ranks_of_simulated_data_are_uniform():
+    """500 data of a mixture with a measurement each, all at once, and their ranks among draws."""
+    from scipy import stats
+
+    denoiser = mixture(12)
+    x_0 = denoiser.data_distribution.sample((500,))
+    y = x_0 @ ROW.T + 0.5 * torch.randn(500, 1).double()
+    draws = sampled(
+        DiffusionModel(denoiser), LinearGaussian(ROW, y, 0.5), 19, num_particles=40, num_runs=3
+    )
+    assert draws.samples.shape == (19, 500, 2)
+    for entry in (draws.samples, (draws.samples @ ROW.T).expand(19, 500, 2)):
+        truth = x_0 if entry is draws.samples else (x_0 @ ROW.T).expand(500, 2)
+        ranks = (entry < truth).double().sum(0)
+        for numbers in ((ranks + torch.rand_like(ranks)) / 20).T.numpy():
+            assert stats.kstest(numbers, "uniform").pvalue > 0.01
+            assert stats.cramervonmises(numbers, "uniform").pvalue > 0.01
