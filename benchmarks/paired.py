@@ -116,6 +116,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.smoke:
         args.before, args.pairs, args.repeats, args.only = ROOT, 1, 1, "bound"
+        args.num_timesteps, args.num_data = 20, 8
     if args.before is None:
         parser.error(
             "--before: got nothing; expected a checkout. Run git worktree add /tmp/before <commit>."

@@ -96,7 +96,7 @@ class SmallNetwork(nn.Module):
 def small_steps(args):
     """A step of a network so small that the cost of Python is visible: on one thread, and on two."""
     rows = []
-    for count in (1, 2):
+    for count in (1,) if args.smoke else (1, 2):
         with threads(count):
             pyro.clear_param_store()
             works = training_steps(SmallNetwork, (DIMENSION,), 128, args)
@@ -127,7 +127,8 @@ def threads(count):
 def steps(args):
     """A step of an MLP: SVI, compiled, by hand, by hand compiled; batches of 128 and 2048."""
     rows = small_steps(args)
-    for batch, target in ((128, 1.6), (2048, 1.15)):
+    targets = {128: 1.6} if args.smoke else {128: 1.6, 2048: 1.15}
+    for batch, target in targets.items():
         pyro.clear_param_store()
         works = training_steps(lambda: MLP((DIMENSION,)), (DIMENSION,), batch, args)
         times = interleaved(works, args)
@@ -460,10 +461,10 @@ def plot_costs(scaling, path):
 def interleaved(works, args, calls=None, repeats=None, seconds=None):
     """Seconds a call of each function, by repeat; the first calls of each are not counted."""
     for work in works.values():
-        for _ in range(1 if calls else 10):
+        for _ in range(1 if calls or args.smoke else 10):
             timed(work, 1, args)
     if calls is None:
-        longest = max(timed(work, 3, args) for work in works.values())
+        longest = max(timed(work, 1 if args.smoke else 3, args) for work in works.values())
         calls = max(1, math.ceil((seconds or args.seconds) / longest))
     times = {name: [] for name in works}
     for _ in range(repeats or args.repeats):

@@ -142,7 +142,7 @@ def parse_arguments():
     parser.add_argument("--smoke", action="store_true", help="a minute's work in seconds")
     parser.add_argument("--output", type=Path, default=Path("outputs/two_moons"))
     args = parser.parse_args()
-    args.seconds = 1 if args.smoke else 40
+    args.seconds = 0.2 if args.smoke else 40
     args.long = 30 if args.smoke else 1000
     return args
 

@@ -48,7 +48,7 @@ def tiny(num_outputs=1, dropout=0.0):
     return network
 
 
-def diffusion_model(num_timesteps=4, dropout=0.0, **arguments):
+def diffusion_model(num_timesteps=3, dropout=0.0, **arguments):
     schedule = LogSNRSchedule(num_timesteps, learnable=True)
     denoiser = NeuralDenoiser(tiny(dropout=dropout), schedule, event_shape=(3,), **arguments)
     return DiffusionModel(denoiser).double()
@@ -153,17 +153,17 @@ def test_draws_are_new_seeded_and_not_moved_by_tracing():
 def test_unbiased_over_draws():
     """The mean of compiled draws is the bound, of which the whole chain gives another estimate."""
     diffusion = diffusion_model()
-    x_0 = torch.randn(5, 3, dtype=torch.float64)
+    x_0 = torch.randn(100, 3, dtype=torch.float64)
     pair = diffusion.subsampled()
     compiled = interpreted(pair.model, pair.guide, TraceMeanField_ELBO())
     whole = TraceMeanField_ELBO()(diffusion.model, diffusion.posterior_guide)
     torch.manual_seed(1)
     with torch.no_grad():
-        ours = torch.stack([compiled(x_0) for _ in range(1500)])
-        theirs = torch.stack([whole(x_0) for _ in range(300)])
+        ours = torch.stack([compiled(x_0) for _ in range(300)])
+        theirs = torch.stack([whole(x_0) for _ in range(60)])
     error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 5 * error
-    assert error < 0.05 * theirs.mean()
+    assert error < 0.02 * theirs.mean()
 
 
 def test_without_gradients():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import require
+from pyro_diffusion.checks import holds, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
 
@@ -41,11 +41,19 @@ class Function(Target):
             dtype=diffusion.dtype,
             device=diffusion.device,
         )
-        self.has_rows = not _is_discrete(diffusion, x)
-        self.probe = in_users_units(diffusion, x) if self.has_rows else diffusion.sample(_PROBES)
-        self.num_data, self.flat = self._layout()
-        if self.has_rows:
-            self._check_gradient()
+        self.whole = bool(diffusion.decode(x).support.is_discrete)
+        self.has_rows = diffusion.process.has_score
+        try:
+            self.probe = self._in_users_units(x) if self.has_rows else diffusion.sample(_PROBES)
+            self.num_data, self.flat = self._layout()
+            if self.has_rows:
+                self._check_gradient()
+        except ValueError:
+            if not (self.whole and self.has_rows):
+                raise
+            # A function of whole numbers alone, such as a look-up.
+            self.has_rows, self.probe = False, diffusion.sample(_PROBES)
+            self.num_data, self.flat = self._layout()
 
     def _layout(self) -> tuple[int, bool]:
         """The number of data, and whether the function takes one batch axis only."""
@@ -62,7 +70,7 @@ class Function(Target):
             found.append(f"shape {shape} for data {tuple(batch.shape)}")
         raise ValueError(
             f"argument 'log_likelihood': got {'; '.join(found)}; expected a number for each datum, of shape "
-            "(3, N) and (3,). Sum over the entries of a datum, and keep the batch axes: "
+            f"({_PROBES}, N) or ({_PROBES},). Sum over the entries of a datum, and keep the batch axes: "
             "Normal(A(x_0), 0.1).log_prob(y).sum(-1)."
         )
 
@@ -72,11 +80,12 @@ class Function(Target):
         value = self.function(
             x_0.reshape(-1, *event) if self.flat else x_0.reshape(-1, self.num_data, *event)
         )
-        if value.shape.numel() != batch.numel() or bool(value.isnan().any()):
-            got = "NaN" if value.shape.numel() == batch.numel() else f"shape {tuple(value.shape)}"
+        fit = value.shape.numel() == batch.numel()
+        if not fit or not holds(~value.isnan()):
             raise ValueError(
-                f"argument 'log_likelihood': got {got} for {batch.numel()} data; expected a number for each. "
-                "Return -inf where a datum is impossible, and keep the batch axes."
+                f"argument 'log_likelihood': got {'NaN' if fit else f'shape {tuple(value.shape)}'} for "
+                f"{batch.numel()} data; expected a number for each. Return -inf where a datum is impossible, "
+                "and keep the batch axes."
             )
         return value.reshape(batch)
 
@@ -131,7 +140,11 @@ class Function(Target):
 
     def _value(self, x: Tensor, exponent: float) -> Tensor:
         """A power of the likelihood at states, as a logarithm."""
-        return exponent * self._call(in_users_units(self.diffusion, x))
+        return exponent * self._call(self._in_users_units(x))
+
+    def _in_users_units(self, x: Tensor) -> Tensor:
+        """An estimate in the user's units; between the smallest and the largest level, if data are levels."""
+        return in_users_units(self.diffusion, x.clamp(-1, 1) if self.whole else x)
 
     def _kept(
         self,
@@ -189,11 +202,6 @@ class Function(Target):
         q, h = torch.stack(basis, dim=-2), torch.stack(products, dim=-2)
         inner = q @ h.mT
         return 0.5 * (inner + inner.mT), q
-
-
-def _is_discrete(diffusion: DiffusionModel, x_1: Tensor) -> bool:
-    """Whether data are whole numbers."""
-    return bool(diffusion.decode(x_1).support.is_discrete)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -119,10 +119,7 @@ class Linear(Target):
     def __init__(self, diffusion: DiffusionModel, likelihood: LinearGaussian) -> None:
         super().__init__(diffusion)
         self.likelihood = likelihood
-        zero = torch.zeros(
-            1, *diffusion.event_shape, dtype=diffusion.dtype, device=diffusion.device
-        )
-        size = self._measured(zero).shape[-1]
+        size = self._size()
         y, noise = (
             x.to(diffusion.device).double().reshape(self._data_of(x, size), -1)
             for x in (likelihood.y, likelihood.noise)

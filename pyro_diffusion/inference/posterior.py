@@ -48,10 +48,11 @@ def posterior_samples(
     - :class:`~pyro_diffusion.inference.LinearGaussian` measurements of real numbers, or of levels: the
       Gaussian closed form with the covariance :math:`\operatorname{Cov}[x_0 \mid x_t]`, for one
       vector-Jacobian product of the network a measured number.
-    - A function of real numbers: the same for its expansion to second order along its gradient at
-      :math:`\hat x_0(x_t)`, and further ``directions`` if asked for.
-    - A function of levels, counts, categories or bits: the mean of :math:`\log r` over 8 draws of independent
-      entries of :math:`x_0` given :math:`x_t`; the reverse kernels are the proposals.
+    - A function of real numbers or of levels, which it must then take as real numbers: the same for its
+      expansion to second order along its gradient at :math:`\hat x_0(x_t)`, and in further ``directions`` if
+      asked for.
+    - Another function, of categories, bits or whole numbers alone: the mean of :math:`\log r` over 8 draws of
+      independent entries of :math:`x_0` given :math:`x_t`; the reverse kernels are the proposals.
 
     Args:
         diffusion: The model. Its parameters are read.

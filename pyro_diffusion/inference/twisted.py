@@ -50,6 +50,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.utils._pytree import tree_map
 
+from pyro_diffusion.checks import holds
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.evidence.evidence import effective, log_mean, systematic, tail
 from pyro_diffusion.inference.conjugate import (
@@ -91,9 +92,7 @@ class Ahead(NamedTuple):
     denoised: Denoised
     factor: Factor | None  #: :math:`\phi`; ``None`` where the proposal does not come from it
     log_psi: Tensor  #: ``(K, M)``
-    push: Tensor | None = (
-        None  #: of the mean of the kernel, where there is no factor, ``(K, M, D)``
-    )
+    push: Tensor | None = None  #: added to the kernel's mean if there is no factor, ``(K, M, D)``
 
 
 class Path:
@@ -179,7 +178,8 @@ class Path:
         largest = self.log_weight.amax(0)
         _check_possible(largest)
         self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
-        bounded = self.log_weight.maximum(largest - _LEAST)  # an impossible datum has no logarithm
+        # An impossible datum has no logarithm.
+        bounded = self.log_weight.maximum(largest - _LEAST).nan_to_num(neginf=0.0)
         # Weights that are nearly equal have no tail that matters, whatever its shape is.
         uneven = where & (effective(self.log_weight) < _EVEN * self.shape[0])
         k = tail(bounded)
@@ -257,7 +257,7 @@ class Path:
         ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
         solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
         rows = inner @ solved * self._entries(step.signal_prev / step.noise_prev**2)
-        channel = (local.rows / rise) @ local.rows.mT
+        channel = (local.rows / rise.clamp(min=1e-8 * rise.amax())) @ local.rows.mT  # for digits
         half = torch.linalg.solve_triangular(root_of(inner + channel + ridge), inner, upper=False)
         root = root_of(inner - half.mT @ half + ridge)
         missing_dim = self.diffusion.process.missing_dim
@@ -367,7 +367,7 @@ def _root(local: Local, pulled: Tensor) -> Tensor:
 
 
 def _check_possible(largest: Tensor) -> None:
-    if not largest.isfinite().all():
+    if not holds(largest.isfinite()):
         count = int((~largest.isfinite()).sum())
         raise ValueError(
             f"argument 'log_likelihood': got -inf or NaN for every particle of {count} run(s); expected a "
