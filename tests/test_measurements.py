@@ -226,7 +226,6 @@ def test_a_y_of_another_shape_is_refused(shape):
         read(LinearGaussian(torch.ones(2, 3), torch.zeros(shape), 0.1))
 
 
-@pytest.mark.xfail(strict=True, reason="fault 4: RuntimeError and IndexError")
 @pytest.mark.parametrize(
     "operator", [torch.ones(2, 4), Entries(torch.ones(4) > 0)], ids=["matrix", "entries"]
 )
