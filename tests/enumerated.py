@@ -143,3 +143,52 @@ def discrete(kind):
         return DiffusionModel(EnumeratedDenoiser(data, decay, weights)), all_values(2, 3)
     denoiser = NeuralCategoricalDenoiser(small_mlp((2, 3)), decay, (2,), num_categories=3)
     return DiffusionModel(denoiser), all_values(3, 2)
+
+
+@torch.no_grad()
+def masses_of_two_entries(diffusion, values, points=65):
+    """log p of the ``values`` (V, 2) of a datum of two entries that depend on one another, on a grid.
+
+    The chain's noise has to be wide against the grid's step, 10 / 64: a largest log-SNR of about zero.
+    """
+    line = torch.linspace(-5, 5, points).double()
+    grid, cell = torch.cartesian_prod(line, line), 2 * math.log(10 / (points - 1))
+    log_p = diffusion.prior().expand((len(grid),)).log_prob(grid) + cell
+    for t in range(diffusion.schedule.num_timesteps, 0, -1):
+        denoised = diffusion.denoiser.denoise(grid, diffusion.schedule.log_snr(t))
+        if t == 1:
+            kernel = diffusion.decode(grid, denoised)
+            return torch.stack(
+                [(log_p + kernel.log_prob(v.expand_as(grid))).logsumexp(0) for v in values]
+            )
+        kernel = diffusion.denoiser.reverse_kernel(grid, t, denoised)
+        steps = [kernel.log_prob(state.expand_as(grid)) for state in grid]
+        log_p = torch.stack([(log_p + step).logsumexp(0) for step in steps]) + cell
+    raise AssertionError
+
+
+class Mixed(nn.Module):
+    """A network whose two outputs depend on both entries: about half of their mean, and a wave on it."""
+
+    def forward(self, x_t, log_snr):
+        known = torch.sigmoid(log_snr)[:, None]
+        matrix = torch.tensor([[0.6, 0.3], [0.3, 0.6]]).to(x_t)
+        shift = torch.tensor([0.3, -0.5]).to(x_t)
+        return (0.1 + known) * (x_t @ matrix) + 0.15 * torch.sin(2 * x_t.flip(-1) + shift)
+
+
+def coupled(kind):
+    """A model of two real numbers, levels or counts that depend on one another."""
+    schedule = LogSNRSchedule(3, log_snr_max=0.5, log_snr_min=-6.0)
+    if kind == "levels by logits":
+        network = small_mlp((2,), num_outputs=3)
+        denoiser = NeuralDenoiser(network, schedule, (2,), prediction=LevelPrediction(3))
+        return DiffusionModel(denoiser)
+    denoiser = NeuralDenoiser(Mixed(), schedule, (2,), prediction=DataPrediction())
+    likelihoods = {
+        "levels": DiscretizedGaussianLikelihood(3, scale=0.7),
+        "counts": PoissonLikelihood(3),
+        "bits by threshold": BernoulliLikelihood(1.0),
+        "real": None,
+    }
+    return DiffusionModel(denoiser, likelihoods[kind])
