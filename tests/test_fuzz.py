@@ -114,7 +114,7 @@ def evidence():
 
 def draws():
     likelihood = pd.LinearGaussian(torch.ones(1, 2), torch.ones(1), 1.0)
-    return pd.posterior_samples(diffusion(), likelihood, 3, num_particles=2, num_runs=2)
+    return pd.posterior_samples(diffusion(), likelihood, 3, num_particles=40, num_runs=2)
 
 
 X_0 = torch.linspace(-1, 1, 8).reshape(4, 2)
@@ -336,31 +336,31 @@ CALLS = {
     ),
     "posterior_samples": (
         lambda log_likelihood, n, **settings: pd.posterior_samples(
-            diffusion(), log_likelihood, n, **{"num_particles": 2, "num_runs": 2} | settings
+            diffusion(), log_likelihood, n, **{"num_particles": 40, "num_runs": 2} | settings
         ),
-        {"log_likelihood": (lambda x: -(x - 1).square().sum(-1), "log-likelihood"), "n": (3, "count"),
-         "num_particles": (3, "count"), "num_runs": (2, "count"), "directions": (1, "count"),
+        {"log_likelihood": (lambda x: -0.1 * (x - 1).square().sum(-1), "log-likelihood"), "n": (3, "count"),
+         "num_particles": (40, "count"), "num_runs": (2, "count"), "directions": (1, "count"),
          "tempering": (None, "exponents"), "context": (None, "context")},
     ),
     "posterior_samples given numbers": (
         lambda context: pd.posterior_samples(
             conditional(context_shape=(3,)), pd.LinearGaussian(torch.ones(1, 2), torch.ones(4, 1), 1.0), 3,
-            num_particles=2, num_runs=2, context=context,
+            num_particles=40, num_runs=2, context=context,
         ),
         {"context": (torch.zeros(4, 3), "conditions")},
     ),
     "posterior_samples of a measurement": (
         lambda y: pd.posterior_samples(
-            diffusion(), pd.LinearGaussian(torch.ones(2, 2), y, 1.0), 3, num_particles=2, num_runs=2
+            diffusion(), pd.LinearGaussian(torch.ones(2, 2), y, 1.0), 3, num_particles=40, num_runs=2
         ),
         {"y": (torch.zeros(4, 2), "measured")},
     ),
     "impute": (
         lambda x_0, mask, n, **settings: pd.impute(
-            diffusion(), x_0, mask, n, **{"num_particles": 2, "num_runs": 2} | settings
+            diffusion(), x_0, mask, n, **{"num_particles": 40, "num_runs": 2} | settings
         ),
         {"x_0": (X_0, "data"), "mask": (torch.ones(4, 2) > 0, "mask of all"), "n": (3, "count"),
-         "num_particles": (3, "count"), "num_runs": (2, "count"), "context": (None, "context")},
+         "num_particles": (40, "count"), "num_runs": (2, "count"), "context": (None, "context")},
     ),
     "PosteriorSamples": (
         lambda q, n: (draws().quantile(q), draws().resample(n)), {"q": (0.5, "level"), "n": (3, "count")}
@@ -574,7 +574,6 @@ def test_the_right_arguments_are_right(name):
         pytest.skip("what is right is made of the wrong ones' kind")
     call, arguments = CALLS[name]
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="argument 'x_0'"
-        )  # data that an untrained model draws
+        # data that an untrained model draws, and its few effective particles
+        warnings.filterwarnings("ignore", message="argument '(x_0|log_likelihood)'")
         call(**{key: right for key, (right, _) in arguments.items() if right is not None})
