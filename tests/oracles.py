@@ -6,6 +6,7 @@ the bound is an expectation of a quadratic form. Arrays over timesteps have inde
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -146,3 +147,69 @@ class GaussianReverseChain:
         precision, error = np.linalg.inv(cov_p), mean_p - mean_q
         log_dets = np.linalg.slogdet(cov_p)[1] - np.linalg.slogdet(cov_q)[1]
         return 0.5 * (np.trace(precision @ cov_q) + error @ precision @ error - T + log_dets)
+
+
+@dataclasses.dataclass
+class MixturePosterior:
+    """p(x | y) and p(y) of x ~ Σ_k w_k N(m_k, C_k), y | x ~ N(A x, R), by Bayes' rule."""
+
+    log_evidence: float
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+
+    @classmethod
+    def of(cls, weights, means, covariances, operator, y, noise):
+        """Shapes (K,), (K, D), (K, D, D), (m, D), (m,), (m, m)."""
+        terms, new_means, new_covariances = [], [], []
+        for w, m, c in zip(weights / np.sum(weights), means, covariances, strict=True):
+            s = operator @ c @ operator.T + noise
+            error, gain = y - operator @ m, np.linalg.solve(s, operator @ c).T
+            log_det = np.linalg.slogdet(s)[1] + len(y) * np.log(2 * np.pi)
+            terms.append(np.log(w) - 0.5 * (error @ np.linalg.solve(s, error) + log_det))
+            new_means.append(m + gain @ error)
+            new_covariances.append(c - gain @ operator @ c)
+        log_evidence = np.logaddexp.reduce(terms)
+        shares = np.exp(np.array(terms) - log_evidence)
+        return cls(log_evidence, shares, np.array(new_means), np.array(new_covariances))
+
+    @property
+    def mean(self):
+        return self.weights @ self.means
+
+    @property
+    def covariance(self):
+        second = self.covariances + self.means[:, :, None] * self.means[:, None, :]
+        return np.tensordot(self.weights, second, 1) - np.outer(self.mean, self.mean)
+
+    @property
+    def std(self):
+        return np.sqrt(np.diag(self.covariance))
+
+    def log_density(self, x):
+        """log p(x | y) at (…, D)."""
+        terms = []
+        for w, m, c in zip(self.weights, self.means, self.covariances, strict=True):
+            error = x - m
+            squares = (error * np.linalg.solve(c, error[..., None])[..., 0]).sum(-1)
+            log_det = np.linalg.slogdet(c)[1] + len(m) * np.log(2 * np.pi)
+            terms.append(np.log(w) - 0.5 * (squares + log_det))
+        return np.logaddexp.reduce(terms, axis=0)
+
+    def quantile(self, q, entry):
+        """The quantile of an entry, by bisection."""
+        low, high = -50.0, 50.0
+        scales = np.sqrt(self.covariances[:, entry, entry])
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = [
+                0.5 * (1 + math.erf(z / math.sqrt(2)))
+                for z in (middle - self.means[:, entry]) / scales
+            ]
+            low, high = (middle, high) if self.weights @ below < q else (low, middle)
+        return low
+
+
+def gaussian_posterior(mean, covariance, operator, y, noise):
+    """The same for a single Gaussian, with shapes (D,) and (D, D)."""
+    return MixturePosterior.of([1.0], mean[None], covariance[None], operator, y, noise)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import pyro_diffusion as pd
 from pyro_diffusion import LogSNRSchedule
 from pyro_diffusion.checks import described
+from pyro_diffusion.inference import operators
 
 #: Which argument or site; what came; what was expected; what to do.
 FOUR_BEATS = re.compile(
@@ -109,6 +110,11 @@ def evidence():
         name: pd.importance_evidence(diffusion(), torch.zeros(4, 2), num_particles=25)
         for name in "ab"
     }
+
+
+def draws():
+    likelihood = pd.LinearGaussian(torch.ones(1, 2), torch.ones(1), 1.0)
+    return pd.posterior_samples(diffusion(), likelihood, 3, num_particles=40, num_runs=2)
 
 
 X_0 = torch.linspace(-1, 1, 8).reshape(4, 2)
@@ -328,6 +334,46 @@ CALLS = {
          "num_timesteps": (5, "count but ends"), "batch_size": (9, "count or nothing"),
          "context": (None, "context")},
     ),
+    "posterior_samples": (
+        lambda log_likelihood, n, **settings: pd.posterior_samples(
+            diffusion(), log_likelihood, n, **{"num_particles": 40, "num_runs": 2} | settings
+        ),
+        {"log_likelihood": (lambda x: -0.1 * (x - 1).square().sum(-1), "log-likelihood"), "n": (3, "count"),
+         "num_particles": (40, "count"), "num_runs": (2, "count"), "directions": (1, "count"),
+         "tempering": (None, "exponents"), "context": (None, "context")},
+    ),
+    "posterior_samples given numbers": (
+        lambda context: pd.posterior_samples(
+            conditional(context_shape=(3,)), pd.LinearGaussian(torch.ones(1, 2), torch.ones(4, 1), 1.0), 3,
+            num_particles=40, num_runs=2, context=context,
+        ),
+        {"context": (torch.zeros(4, 3), "conditions")},
+    ),
+    "posterior_samples of a measurement": (
+        lambda y: pd.posterior_samples(
+            diffusion(), pd.LinearGaussian(torch.ones(2, 2), y, 1.0), 3, num_particles=40, num_runs=2
+        ),
+        {"y": (torch.zeros(4, 2), "measured")},
+    ),
+    "impute": (
+        lambda x_0, mask, n, **settings: pd.impute(
+            diffusion(), x_0, mask, n, **{"num_particles": 40, "num_runs": 2} | settings
+        ),
+        {"x_0": (X_0, "data"), "mask": (torch.ones(4, 2) > 0, "mask of all"), "n": (3, "count"),
+         "num_particles": (40, "count"), "num_runs": (2, "count"), "context": (None, "context")},
+    ),
+    "PosteriorSamples": (
+        lambda q, n: (draws().quantile(q), draws().resample(n)), {"q": (0.5, "level"), "n": (3, "count")}
+    ),
+    "LinearGaussian": (
+        pd.LinearGaussian,
+        {"operator": (torch.ones(2, 3), "operator"), "y": (torch.zeros(2), "numbers"),
+         "noise": (1.0, "noise")},
+    ),
+    "Entries": (operators.Entries, {"mask": (torch.ones(2) > 0, "mask of entries")}),
+    "Blur": (operators.Blur, {"kernel": (torch.ones(3), "kernel")}),
+    "Subsampling": (operators.Subsampling, {"step": (2, "sizes of axes")}),
+    "BlockMeans": (operators.BlockMeans, {"size": (2, "sizes of axes")}),
     "summary": (
         reader(pd.summary),
         {"x_0": (X_0, "data"), "standard_error": (9.0, "positive"), "num_particles": (3, "count"),
@@ -393,6 +439,95 @@ POOLS |= {
     "sequence": ["words", Thing(), [0], [6], [1.5], [True], 3, []],
     "evidence": [*JUNK, 3, torch.ones(4)],
     "finite": ["words", None, Thing(), 1 + 2j, [1.0], math.nan, math.inf, True],
+    "log-likelihood": [
+        "words",
+        None,
+        Thing(),
+        3,
+        torch.ones(4),
+        len,
+        lambda x: x,
+        lambda x: x.sum(),
+        lambda x: 1.0,
+        lambda x: 0 * x.sum(-1),
+        lambda x: x.detach().sum(-1),
+        lambda x: math.nan * x.sum(-1),
+        lambda x: x[..., 9],
+        lambda x: x.sum(-1).round(),
+        lambda: 0.0,
+        lambda x: x.sum(-1)[:1],
+    ],
+    "exponents": [
+        "words",
+        Thing(),
+        1 + 2j,
+        0.5,
+        [1.0],
+        torch.ones(5, 1),
+        torch.zeros(5),
+        2 * torch.ones(5),
+        -torch.ones(5),
+        math.nan * torch.ones(5),
+        ["a"] * 5,
+    ],
+    "measured": [
+        torch.zeros(4, 3),
+        torch.zeros(0, 2),
+        torch.zeros(2, 2, 2, 2),
+        math.nan * torch.zeros(2),
+        math.inf * torch.ones(2),
+        3,
+        "words",
+        None,
+        Thing(),
+    ],
+    "mask of all": [
+        "words",
+        None,
+        Thing(),
+        1,
+        torch.ones(4, 2),
+        torch.ones(4, 3) > 0,
+        torch.ones(4, 2) < 0,
+        [True],
+        torch.ones(2) > 0,
+    ],
+    "mask of entries": ["words", None, Thing(), 1, torch.ones(2), torch.ones(2) < 0],
+    "operator": [
+        "words",
+        None,
+        Thing(),
+        3,
+        torch.ones(3),
+        torch.ones(2, 2, 2),
+        1j * torch.ones(2, 3),
+    ],
+    "kernel": [
+        "words",
+        None,
+        Thing(),
+        1 + 2j,
+        torch.ones(2),
+        torch.ones(3, 3, 3),
+        torch.ones(3, 2),
+        3.0,
+    ],
+    "noise": ["words", None, Thing(), 1 + 2j, [1.0] * 3, math.nan, -1.0, math.inf],
+    "level": ["words", None, Thing(), 1 + 2j, 0, 1, -0.5, 1.5, math.nan],
+    "sizes of axes": [
+        "words",
+        None,
+        Thing(),
+        0,
+        -1,
+        1.5,
+        True,
+        (0,),
+        (1.5,),
+        (True,),
+        ("a",),
+        1 + 2j,
+    ],
     "at least zero": ["words", None, Thing(), 1 + 2j, [1.0], math.nan, -1.0, math.inf],
 }
 CASES = [
@@ -439,7 +574,6 @@ def test_the_right_arguments_are_right(name):
         pytest.skip("what is right is made of the wrong ones' kind")
     call, arguments = CALLS[name]
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="argument 'x_0'"
-        )  # data that an untrained model draws
+        # data that an untrained model draws, and its few effective particles
+        warnings.filterwarnings("ignore", message="argument '(x_0|log_likelihood)'")
         call(**{key: right for key, (right, _) in arguments.items() if right is not None})

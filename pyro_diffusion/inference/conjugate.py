@@ -31,7 +31,17 @@ from torch.distributions import Independent, MixtureSameFamily, MultivariateNorm
 
 from pyro_diffusion.inference.targets import Local
 
-__all__ = ["Conjugate", "Factor", "Gaussians", "Noise", "as_gaussians", "log_normal", "root_of"]
+__all__ = [
+    "Conjugate",
+    "Factor",
+    "Gaussians",
+    "Noise",
+    "as_gaussians",
+    "log_normal",
+    "positive",
+    "root_of",
+    "root_of_rows",
+]
 
 
 class Noise:
@@ -219,6 +229,26 @@ def root_of(covariance: Tensor) -> Tensor:
     root = root.clone()
     root[failed > 0] = torch.linalg.cholesky(again + ridge)
     return root
+
+
+def positive(inner: Tensor) -> Tensor:
+    """A covariance that a learned Jacobian gave: made symmetric, with its negative eigenvalues at zero."""
+    inner = 0.5 * (inner + inner.mT)
+    size = inner.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+    ridge = (1e-6 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
+    failed = torch.linalg.cholesky_ex(inner + ridge)[1] > 0
+    if failed.any():
+        values, vectors = torch.linalg.eigh(inner[failed])
+        inner = inner.clone()
+        inner[failed] = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
+    return inner
+
+
+def root_of_rows(local: Local, pulled: Tensor) -> Tensor:
+    r"""A root of :math:`J C J^\top`."""
+    inner = positive(pulled @ local.rows.mT)
+    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return root_of(inner + (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner))
 
 
 def log_normal(x: Tensor, root: Tensor) -> Tensor:

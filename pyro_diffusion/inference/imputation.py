@@ -150,7 +150,7 @@ class Observed(Target):
     def basis(self) -> Basis | None:
         size = self.diffusion.event_shape.numel()
         rows = torch.nn.functional.one_hot(self.index, size).double() * self.real.unsqueeze(-1)
-        return Basis(rows, self.values.where(self.real, 0.0), self.variance)
+        return Basis(rows, self.values.where(self.real, 0.0), self.variance, self.offset)
 
     def local(self, x_0_hat: Tensor, exponent: float) -> Local:
         columns = x_0_hat.shape[1]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.inference.conjugate import Noise, as_gaussians
+from pyro_diffusion.inference.conjugate import Gaussians, Noise, as_gaussians
 from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.targets import Basis, Target, of_columns
 from pyro_diffusion.inference.twisted import Ahead, Path
@@ -76,17 +76,13 @@ class ManyRows(Path):
         columns = shape[1]
         self.known = covariances
         self.basis = Basis(*(of_columns(x, columns) if len(x) > 1 else x for x in basis))
+        self.of_entries = bool((self.basis.rows.abs().sum(-1) < 1 + 1e-9).all())
 
     def start(self) -> Tensor:
         kernel = as_gaussians(self.walk.start(), torch.Size(self.shape))
         assert kernel is not None  # the prior of a process with a score
         x: Tensor = kernel.draw(self.noise).to(self.diffusion.dtype)
         return x.reshape(*self.shape, *self.event_shape)
-
-    def look(self, x_t: Tensor, t: int) -> Ahead:
-        if t == 1:  # the rows of all measured numbers for each particle
-            self.rows_at_a_time = max(1, int(BUDGET / 256 / self.basis.rows.shape[-2:].numel()))
-        return super().look(x_t, t)
 
     def _variance(self, t: int) -> Tensor:
         """:math:`c_{t,i}`, ``(1, M, m)`` or ``(1, 1, m)``."""
@@ -95,9 +91,22 @@ class ManyRows(Path):
             errors = errors.expand(-1, len(self.basis.rows), -1)
         return self.basis.project(errors).square().mean(0, keepdim=True)
 
+    def look(self, x_t: Tensor, t: int) -> Ahead:
+        if t == 1:  # the rows of all measured numbers for each particle, if they do not decouple
+            self.rows_at_a_time = max(1, int(BUDGET / 256 / self.basis.rows.shape[-2:].numel()))
+        return super().look(x_t, t)
+
     def _look(self, x_t: Tensor, t: int) -> Ahead:
         if t == 1:
-            return super()._look(x_t, t)
+            denoised = self.walk.look(x_t, 1)
+            kernel = self._last_kernel(x_t, denoised)
+            spread = self._decoupled(kernel)
+            if kernel is None or spread is None:
+                return super()._look(x_t, t)
+            total = spread + self.basis.variance
+            miss = self.basis.values - self.basis.project(kernel.means[..., 0, :])
+            log_z = -0.5 * (miss.square() / total + (2 * math.pi * total).log()).sum(-1)
+            return Ahead(denoised, None, log_z + self.basis.offset)
         step, found = chain_step(t, self.diffusion.schedule), []
         tweedie = self._entries(step.noise**2 / step.signal)
         weight = self._entries(mean_coefficients(step)[0])
@@ -157,6 +166,24 @@ class ManyRows(Path):
         log_p = -0.5 * ((x - mean) / scale).square().sum(-1)
         states = x.to(self.diffusion.dtype).reshape(x_t.shape)
         return states, ahead.log_psi + log_q - log_p
+
+    def _decoupled(self, kernel: Gaussians | None) -> Tensor | None:
+        r"""The diagonal of :math:`V \Sigma V^\top` of a kernel into the data, if it is all of it."""
+        if kernel is None or not self.target.is_exact:
+            return None
+        scale = kernel.scale[..., 0, :]
+        same = self.of_entries or bool((scale == scale[..., :1]).all())
+        return self.basis.along(scale.square()) if same else None
+
+    def _drawn_at_the_end(self, kernel: Gaussians, denoised: Denoised) -> Tensor:
+        spread = self._decoupled(kernel)
+        if spread is None:
+            return super()._drawn_at_the_end(kernel, denoised)
+        x, variance = kernel.draw(self.noise), self.basis.variance
+        n = variance.sqrt() * self.noise.normal(spread)
+        gain = spread / (spread + variance)
+        moved = x + self.basis.lift(gain * (self.basis.values - self.basis.project(x) - n))
+        return moved.to(self.diffusion.dtype).reshape(*x.shape[:2], *self.event_shape)
 
 
 def solve(times: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:

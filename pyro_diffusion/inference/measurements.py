@@ -218,9 +218,19 @@ class Linear(Target):
             return None
         left, sizes, rows = torch.linalg.svd(self.rows / scale[0, :, None], full_matrices=False)
         kept = sizes > 1e-8 * sizes[0]
+        if not bool((self.variance > 0).all()) and len(rows) > int(kept.sum()):
+            return None  # some numbers repeat others, without noise
         values = ((y / scale) @ left / sizes)[:, kept]
         variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
-        return Basis(rows[None, kept], values, variance)
+        if bool((variance > 0).all()):
+            offset = self.log_prob(
+                in_users_units(self.diffusion, zero.to(self.diffusion.dtype))[None]
+            )
+            squares = values.square() / variance + (2 * math.pi * variance).log()
+            offset = offset[0].expand(len(values)) + 0.5 * squares.sum(-1)
+        else:
+            offset = -sizes.log().sum().expand(len(values))
+        return Basis(rows[None, kept], values, variance, offset)
 
     def log_prob(self, x_0: Tensor) -> Tensor:
         measured = self.likelihood.measured(x_0, x_0.dim() - 2).double()

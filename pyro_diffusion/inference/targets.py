@@ -43,6 +43,8 @@ class Basis(NamedTuple):
     rows: Tensor  #: :math:`V`, ``(N, m, D)``
     values: Tensor  #: :math:`y`, ``(N, m)``
     variance: Tensor  #: of the noise, ``(N, m)``
+    #: log-likelihood minus the log-density of the values, a constant for each of all data, ``(N,)``
+    offset: Tensor
 
     def project(self, x: Tensor) -> Tensor:
         """:math:`V x` for ``(K, M, D)``."""

@@ -61,7 +61,9 @@ from pyro_diffusion.inference.conjugate import (
     Noise,
     as_gaussians,
     log_normal,
+    positive,
     root_of,
+    root_of_rows,
 )
 from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
@@ -151,7 +153,10 @@ class Path:
         _, local, pulled = self._pulled(origin, last, self.exponents[last])
         step = chain_step(last, self.diffusion.schedule)
         factor = Factor.at(
-            local, pulled * self._entries(step.signal / step.noise**2), origin, _root(local, pulled)
+            local,
+            pulled * self._entries(step.signal / step.noise**2),
+            origin,
+            root_of_rows(local, pulled),
         )
         factor = Factor(*(x.expand(self.shape[0], *x.shape[1:]) for x in factor))
         kernel = as_gaussians(prior, torch.Size(self.shape))
@@ -217,20 +222,24 @@ class Path:
 
         def draw(x_1: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
             """Data of a slice, and what their weights gain."""
-            if ahead.factor is None:
+            kernel = self._last_kernel(x_1, ahead.denoised)
+            if kernel is None or not self.guided:
                 x_0, log_r = self.target.drawn(self._law(x_1, ahead.denoised))
                 return x_0, log_r - ahead.log_psi
-            kernel = self._last_kernel(x_1, ahead.denoised)
-            assert kernel is not None  # otherwise there is no factor
-            inside = self._conjugate_draw(kernel, ahead.factor)
+            inside = self._drawn_at_the_end(kernel, ahead.denoised)
             x_0 = self.target.completed(in_users_units(self.diffusion, inside))
             if self.target.is_exact:
                 return x_0, torch.zeros_like(ahead.log_psi)
-            return x_0, self.target.log_prob(x_0) - ahead.factor.log_prob(inside.flatten(2))
+            factor = self._last_factor(ahead.denoised)
+            return x_0, self.target.log_prob(x_0) - factor.log_prob(inside.flatten(2))
 
         x_0, gained = self._in_slices(draw, x_1, ahead)
         self.log_weight = self.log_weight + gained
         return x_0
+
+    def _drawn_at_the_end(self, kernel: Gaussians, denoised: Denoised) -> Tensor:
+        """Data in the chain's units, from the last kernel times its factor."""
+        return self._conjugate_draw(kernel, self._last_factor(denoised))
 
     # What is known at a state.
 
@@ -240,18 +249,21 @@ class Path:
             kernel = self._last_kernel(x_t, denoised)
             if kernel is None:
                 return self._look_without_factor(x_t)
-            local = self.target.local(denoised.x_0_hat, 1.0)
-            size = local.residual.shape[-1]
-            none = torch.zeros(1, 1, size, size).to(local.residual)
-            none = none.expand(*x_t.shape[:2], size, size)
-            factor = Factor.at(local, local.rows, denoised.x_0_hat, none)
-        else:
-            denoised, local, pulled = self._pulled(x_t, t, self.exponents[t - 1])
-            kernel = as_gaussians(self.walk.kernel(x_t, t, denoised), x_t.shape[:2])
-            if kernel is None:
-                return self._without_factor(denoised, local, pulled)
-            factor = self._between(x_t, t, denoised, local, pulled)
+            # The rows of the last factor may be many. They are made again for the draws.
+            return Ahead(denoised, None, Conjugate(kernel, self._last_factor(denoised)).log_z)
+        denoised, local, pulled = self._pulled(x_t, t, self.exponents[t - 1])
+        kernel = as_gaussians(self.walk.kernel(x_t, t, denoised), x_t.shape[:2])
+        if kernel is None:
+            return self._without_factor(denoised, local, pulled)
+        factor = self._between(x_t, t, denoised, local, pulled)
         return Ahead(denoised, factor, Conjugate(kernel, factor).log_z)
+
+    def _last_factor(self, denoised: Denoised) -> Factor:
+        """The likelihood of the datum itself, near the estimate."""
+        local = self.target.local(denoised.x_0_hat, 1.0)
+        size = local.residual.shape[-1]
+        none = torch.zeros(*local.residual.shape, size).to(local.residual)
+        return Factor.at(local, local.rows, denoised.x_0_hat, none)
 
     def _between(
         self, x_t: Tensor, t: int, denoised: Denoised, local: Local, pulled: Tensor
@@ -259,7 +271,7 @@ class Path:
         r""":math:`\phi` as a function of :math:`x_{t-1}`; see the module."""
         step = chain_step(t, self.diffusion.schedule)
         rise = self._entries(step.signal_prev**2 / step.noise_prev**2 * step.share)
-        inner = _positive(pulled @ local.rows.mT)
+        inner = positive(pulled @ local.rows.mT)
         size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
         solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
@@ -286,7 +298,7 @@ class Path:
 
     def _without_factor(self, denoised: Denoised, local: Local, pulled: Tensor) -> Ahead:
         r""":math:`\psi_t` alone, :math:`e^c N(e; 0, \Sigma_y + J C_t J^\top)`; the kernel is the proposal."""
-        inner = _positive(pulled @ local.rows.mT)
+        inner = positive(pulled @ local.rows.mT)
         covariance = inner + torch.diag_embed(local.variance.expand(local.residual.shape))
         log_psi = local.offset + log_normal(local.residual, root_of(covariance))
         return Ahead(denoised, None, log_psi)
@@ -360,48 +372,16 @@ class Path:
         return padded.expand(self.event_shape).reshape(-1)
 
 
-def _is_shared(x: Tensor) -> bool:
-    """Whether all particles have the same values, in one place of memory."""
-    return x.dim() > 2 and x.stride(0) == 0
-
-
 def _gathered(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    if x is None or _is_shared(x):
-        return x
-    gathered: Tensor = taken(x, rows)
-    return gathered
+    return None if x is None else taken(x, rows)
 
 
 def _catted(*parts: Tensor | None) -> Tensor | None:
-    first = parts[0]
-    if first is None:
-        return None
-    if _is_shared(first):
-        return first[:1].expand(sum(len(x) for x in parts if x is not None), *first.shape[1:])
-    return torch.cat(parts)  # type: ignore[arg-type]
+    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
 
 
 def _part(rows: slice) -> Callable[[Any], Any]:
     return lambda x: None if x is None else x[rows]
-
-
-def _positive(inner: Tensor) -> Tensor:
-    """A covariance that a learned Jacobian gave: made symmetric, with its negative eigenvalues at zero."""
-    inner = 0.5 * (inner + inner.mT)
-    size = inner.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
-    ridge = (1e-6 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
-    failed = torch.linalg.cholesky_ex(inner + ridge)[1] > 0
-    if failed.any():
-        values, vectors = torch.linalg.eigh(inner[failed])
-        inner = inner.clone()
-        inner[failed] = (vectors * values.clamp(min=0).unsqueeze(-2)) @ vectors.mT
-    return inner
-
-
-def _root(local: Local, pulled: Tensor) -> Tensor:
-    inner = _positive(pulled @ local.rows.mT)
-    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return root_of(inner + (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner))
 
 
 def _check_possible(largest: Tensor) -> None:
