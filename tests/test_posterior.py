@@ -524,7 +524,7 @@ STATES = {
     [
         "bits",
         "enumerated bits",
-        pytest.param("categories", marks=pytest.mark.xfail(strict=True, reason="fault 10: −∞")),
+        "categories",
     ],
 )
 def test_discrete_states(kind):

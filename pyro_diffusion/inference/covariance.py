@@ -49,10 +49,11 @@ class Covariances:
     Attributes:
         errors: :math:`x_0 - \hat x_0(x_t)` of draws in row ``t``, ``(T + 1, n, D)``, float32.
         trust: :math:`\beta_t`, ``(T + 1,)``.
+        least: The variance of the last kernel, ``(D,)``, which no covariance of the chain can be below.
     """
 
-    def __init__(self, errors: Tensor, trust: Tensor) -> None:
-        self.errors, self.trust = errors, trust
+    def __init__(self, errors: Tensor, trust: Tensor, least: Tensor) -> None:
+        self.errors, self.trust, self.least = errors, trust, least
 
     @classmethod
     def of_draws(cls, diffusion: DiffusionModel, given: Given, num_data: int) -> "Covariances":
@@ -79,17 +80,20 @@ class Covariances:
             if t > 1:
                 x_t = walk.kernel(x_t, t, denoised).sample()
         kernel: Any = diffusion.decode_inside(walk.seen(x_t), denoised)
-        x_0 = denoised.x_0_hat if kernel.support.is_discrete else kernel.sample()
+        x_0, least = denoised.x_0_hat, torch.zeros_like(x_t)
+        if not kernel.support.is_discrete:
+            x_0, least = kernel.sample(), kernel.variance
         x_0 = x_0.reshape(count, -1)
+        least = least.expand(x_t.shape).double().flatten(2).mean((0, 1))
         errors = torch.stack([x_0 - estimate for estimate in estimates[::-1]])
         realised = torch.einsum("tnd,knd->tkn", errors.double(), z[:, 0].flatten(2).double())
         trust = _trust(realised.square(), torch.stack(forms[::-1]))
         zero = torch.zeros_like(errors[:1])
-        return cls(torch.cat((zero, errors)).float(), torch.cat((trust[:1], trust)))
+        return cls(torch.cat((zero, errors)).float(), torch.cat((trust[:1], trust)), least)
 
     def exactly(self) -> "Covariances":
         """The same for a denoiser whose Jacobian is exact."""
-        return type(self)(self.errors, torch.ones_like(self.trust))
+        return type(self)(self.errors, torch.ones_like(self.trust), self.least)
 
     def mean(self, rows: Tensor, t: int) -> Tensor:
         r""":math:`J \bar C_t` for rows ``(…, m, D)``, of the same shape."""
@@ -99,33 +103,39 @@ class Covariances:
     def mixed(self, rows: Tensor, pulled: Tensor, t: int) -> Tensor:
         r""":math:`J C_t` from rows :math:`J` and the Jacobian's :math:`J C_t`, ``(K, M, m, D)``.
 
-        Directions in which :math:`J C_t J^\top` is less than a fiftieth of :math:`J \bar C_t J^\top` get its
-        absolute value, or this fiftieth.
+        What :math:`J C_t J^\top` has beyond the last kernel's variance is at least a fiftieth of
+        :math:`J \bar C_t J^\top` in every direction. Where it is negative, it gets its absolute value.
         """
-        mean = self.mean(rows, t)
+        mean, least = self.mean(rows, t), rows * self.least
         pulled = self.trust[t] * pulled + (1 - self.trust[t]) * mean
-        gram, inner = rows @ rows.mT, mean @ rows.mT
-        unit = torch.eye(gram.shape[-1]).to(gram)
-        typical = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        half = torch.linalg.cholesky(0.9 * inner + 0.1 * typical * unit + 1e-30 * unit)
-        relative = torch.linalg.solve_triangular(half, pulled @ rows.mT, upper=False)
+        half = _scale(mean @ rows.mT)
+        relative = torch.linalg.solve_triangular(half, (pulled - least) @ rows.mT, upper=False)
         relative = torch.linalg.solve_triangular(half, relative.mT, upper=False)
+        gram = rows @ rows.mT
         empty = gram.diagonal(dim1=-2, dim2=-1) == 0  # rows that only fill up
         relative = 0.5 * (relative + relative.mT) + torch.diag_embed(empty.double())
+        unit = torch.eye(gram.shape[-1]).to(gram)
         failed = torch.linalg.cholesky_ex(relative - _LEAST * unit)[1] > 0
         if not failed.any():
             return pulled
         values, vectors = torch.linalg.eigh(relative[failed])
         lifted = torch.where(values < _LEAST, values.abs().clamp(min=_LEAST) - values, 0.0)
-        change = (vectors * lifted.unsqueeze(-2)) @ vectors.mT
-        half = half.expand(*failed.shape, *half.shape[-2:])[failed]
-        rows = rows.expand(*failed.shape, *rows.shape[-2:])[failed]
-        gram = gram.expand(*failed.shape, *gram.shape[-2:])[failed]
+        half, rows, gram = (
+            x.expand(*failed.shape, *x.shape[-2:])[failed] for x in (half, rows, gram)
+        )
+        change = half @ (vectors * lifted.unsqueeze(-2)) @ vectors.mT @ half.mT
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         onto = torch.linalg.solve(gram + (1e-10 * size + 1e-30) * unit, rows)
         pulled = pulled.clone()
-        pulled[failed] += half @ change @ half.mT @ onto
+        pulled[failed] += change @ onto
         return pulled
+
+
+def _scale(inner: Tensor) -> Tensor:
+    """A root of a covariance that draws gave, a tenth of which is spread over all directions."""
+    unit = torch.eye(inner.shape[-1]).to(inner)
+    typical = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.linalg.cholesky(0.9 * inner + (0.1 * typical + 1e-30) * unit)
 
 
 def _trust(realised: Tensor, forms: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pyro_diffusion.checks import as_numbers, check_data
+from pyro_diffusion.checks import as_numbers, check_data, require
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.given import Given, as_real, observed_part, usable
@@ -86,7 +86,8 @@ def impute(
     mask, given = as_numbers("mask", mask), Given.of(context=context)
     with torch.inference_mode(False), reading(diffusion, data=(x_0, given)):
         x_0 = check_data(usable(x_0) if isinstance(x_0, Tensor) else x_0, mask)
-        target = Observed(diffusion, x_0, mask)
+        given = given.with_rows(len(x_0), shared=True, device=diffusion.device)
+        target = Observed(diffusion, x_0, mask, given)
         length = diffusion.schedule.num_timesteps
         return draw_posterior(
             diffusion,
@@ -94,7 +95,7 @@ def impute(
             num_samples,
             num_particles=num_particles,
             num_runs=num_runs,
-            given=given.with_rows(len(x_0), shared=True, device=diffusion.device),
+            given=given,
             exponents=torch.ones(length + 1, dtype=torch.float64),
             common_noise=common_noise,
             progress=progress,
@@ -112,7 +113,9 @@ class Observed(Target):
     is_exact = True
     is_divisible = True
 
-    def __init__(self, diffusion: DiffusionModel, x_0: Tensor, mask: Tensor) -> None:
+    def __init__(
+        self, diffusion: DiffusionModel, x_0: Tensor, mask: Tensor, given: Given = Given()
+    ) -> None:
         super().__init__(diffusion)
         self.x_0, self.mask, self.num_data = x_0, mask, len(x_0)
         self.has_rows = diffusion.process.has_score
@@ -126,18 +129,22 @@ class Observed(Target):
         real = of_state.gather(1, index)
         self.index, self.real = index, real
         self.values = states.gather(1, index)
-        schedule = diffusion.schedule
+        self.num_rows = count
         self.offset = 0.5 * math.log(2 * math.pi) * (~real).sum(1).double()
+        x_1 = diffusion.prior().sample((len(x_0),))
         if diffusion.transform is not None:
+            _check_by_entry(diffusion.transform, x_0)
             self.offset = self.offset + diffusion.log_volume(x_0, mask).double()
-        unit = (-schedule.log_snr(1)).exp().double()
-        unit = unit.expand(diffusion.event_shape).flatten()[index] if unit.dim() else unit
-        self.variance = torch.where(real, 0.0 if self._is_density() else unit, 1.0)
+        law = diffusion.decode(x_1, **given.of_kernels())
+        width = self._width().expand(diffusion.event_shape).flatten()[index]
+        self.variance = torch.where(real, width if law.support.is_discrete else 0.0, 1.0)
 
-    def _is_density(self) -> bool:
-        """Whether the last kernel is over real numbers, with its own variance."""
-        zero = torch.zeros(1, *self.diffusion.event_shape).to(self.values)
-        return not self.diffusion.decode(zero.to(self.diffusion.dtype)).support.is_discrete
+    def _width(self) -> Tensor:
+        """About the variance of an observed level, in the chain's units."""
+        scale = getattr(self.diffusion.likelihood, "scale", None)
+        schedule = self.diffusion.schedule
+        width: Tensor = (-schedule.log_snr(1)).exp() if scale is None else scale.detach().square()
+        return width.double()
 
     def part(self, rows: slice) -> Self:
         target = copy(self)
@@ -203,3 +210,15 @@ class Observed(Target):
 
 
 _CERTAIN = 8.0  # logit of an observed value in a proposal, which leaves room for other values
+
+
+def _check_by_entry(transform: Any, x_0: Tensor) -> None:
+    """Raise a ``ValueError`` for a transform that mixes entries, whose log-Jacobian is one for each datum."""
+    shape = transform.log_abs_det_jacobian(x_0, transform(x_0)).shape
+    require(
+        shape == x_0.shape,
+        "argument 'diffusion'",
+        f"a model whose transform, {transform}, mixes the entries of a datum",
+        "a transform that acts entry by entry, because missing entries are left out",
+        "Use Standardize or Logit, or posterior_samples with LinearGaussian(…, linearize=True).",
+    )

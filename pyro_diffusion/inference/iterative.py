@@ -98,15 +98,7 @@ class ManyRows(Path):
 
     def _look(self, x_t: Tensor, t: int) -> Ahead:
         if t == 1:
-            denoised = self.walk.look(x_t, 1)
-            kernel = self._last_kernel(x_t, denoised)
-            spread = self._decoupled(kernel)
-            if kernel is None or spread is None:
-                return super()._look(x_t, t)
-            total = spread + self.basis.variance
-            miss = self.basis.values - self.basis.project(kernel.means[..., 0, :])
-            log_z = -0.5 * (miss.square() / total + (2 * math.pi * total).log()).sum(-1)
-            return Ahead(denoised, None, log_z + self.basis.offset)
+            return self._last_look(x_t)
         step, found = chain_step(t, self.diffusion.schedule), []
         tweedie = self._entries(step.noise**2 / step.signal)
         weight = self._entries(mean_coefficients(step)[0])
@@ -137,6 +129,17 @@ class ManyRows(Path):
         denoised, (push,) = self.walk.pulled(x_t, t, pull)
         log_psi = -0.5 * found[0] - 0.5 * (2 * math.pi * diagonal).log().sum(-1)
         return Ahead(denoised, None, log_psi, push.flatten(2))
+
+    def _last_look(self, x_1: Tensor) -> Ahead:
+        denoised = self.walk.look(x_1, 1)
+        kernel = self._last_kernel(x_1, denoised)
+        spread = self._decoupled(kernel)
+        if kernel is None or spread is None:
+            return super()._look(x_1, 1)
+        total = spread + self.basis.variance
+        miss = self.basis.values - self.basis.project(kernel.means[..., 0, :])
+        log_z = -0.5 * (miss.square() / total + (2 * math.pi * total).log()).sum(-1)
+        return Ahead(denoised, None, log_z + self.basis.offset)
 
     def _look_without_factor(self, x_1: Tensor) -> Ahead:
         denoised = self.walk.look(x_1, 1)

@@ -130,6 +130,7 @@ class Linear(Target):
         self.is_exact = self.is_affine
         origin = torch.zeros(1, *diffusion.event_shape).to(diffusion.device, diffusion.dtype)
         self.rows = self._jacobian(origin)[0].double() if self.is_affine else None
+        self.num_rows = size
 
     def expanded(self, num_data: int) -> Self:
         target = super().expanded(num_data)
@@ -223,11 +224,10 @@ class Linear(Target):
         values = ((y / scale) @ left / sizes)[:, kept]
         variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
         if bool((variance > 0).all()):
-            offset = self.log_prob(
-                in_users_units(self.diffusion, zero.to(self.diffusion.dtype))[None]
-            )
+            x_0 = in_users_units(self.diffusion, zero.to(self.diffusion.dtype))
+            offset = self.log_prob(x_0.expand(1, len(values), *x_0.shape[1:]))
             squares = values.square() / variance + (2 * math.pi * variance).log()
-            offset = offset[0].expand(len(values)) + 0.5 * squares.sum(-1)
+            offset = offset[0] + 0.5 * squares.sum(-1)
         else:
             offset = -sizes.log().sum().expand(len(values))
         return Basis(rows[None, kept], values, variance, offset)

@@ -167,8 +167,7 @@ class _Runs:
 
 def _has_many(diffusion: DiffusionModel, target: Target, given: Given) -> bool:
     """Whether a system is solved for the measured numbers, which needs kernels with independent entries."""
-    basis = target.basis() if target.has_rows else None
-    if basis is None or basis.rows.shape[1] <= MANY:
+    if not target.has_rows or target.num_rows <= MANY or target.basis() is None:
         return False
     _, first = together(lambda x: x[:1], torch.empty(target.num_data), given)
     walk = ReverseWalk(diffusion, given=first)

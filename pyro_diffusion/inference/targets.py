@@ -72,6 +72,7 @@ class Target(ABC):
     """
 
     num_data: int
+    num_rows = 0  #: of an expansion with the same rows at every state
     is_exact = False  #: whether the expansion is the likelihood itself
     has_rows = True  #: whether there is an expansion
     is_divisible = False  #: whether data can be taken in parts
