@@ -123,6 +123,21 @@ def test_weights_are_constant_where_the_rows_span_an_invariant_subspace(name, nu
     assert draws.pareto_k == -math.inf
 
 
+def test_an_end_that_knows_the_datum():
+    """Standard normal data and a chain that ends at log-SNR 0: the draw of x_T has to be twisted."""
+    curve = schedule(4, log_snr_min=0.0)
+    diffusion = DiffusionModel(
+        GaussianDenoiser(torch.zeros(2).double(), torch.ones(2).double(), curve)
+    )
+    rows, y = torch.tensor([[1.0, 0.5]]).double(), one([3.0])
+    draws = sampled(diffusion, LinearGaussian(rows, y, 0.5), num_particles=500)
+    exact = gaussian_posterior(np.zeros(2), np.eye(2), rows.numpy(), y.numpy(), 0.25 * np.eye(1))
+    assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-7)
+    assert draws.ess.item() == pytest.approx(8000)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+
+
 def test_constant_weights_are_those_of_the_right_draws():
     """Means and covariances of draws with constant weights, in closed form."""
     diffusion = DiffusionModel(correlated(4))

@@ -29,7 +29,14 @@ from pyro_diffusion import (
     NeuralDenoiser,
     posterior_samples,
 )
-from pyro_diffusion.inference import PosteriorSamples, Statistic, iterative, runs, twisted
+from pyro_diffusion.inference import (
+    PosteriorSamples,
+    Statistic,
+    covariance,
+    iterative,
+    runs,
+    twisted,
+)
 from pyro_diffusion.reading import footprint
 
 WEIGHTS = [0.4, 0.6]
@@ -200,7 +207,7 @@ FIRST = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     "kind",
     [
         "closed form",
-        pytest.param("function", marks=pytest.mark.xfail(strict=True, reason="fault 14")),
+        "function",
     ],
 )
 def test_contexts_and_measurements(context, y, shape, kind):
@@ -486,9 +493,7 @@ def test_chunks_of_columns_have_the_same_law(columns, monkeypatch):
         assert near < 1
 
 
-@pytest.mark.parametrize(
-    "columns", [4, pytest.param(8, marks=pytest.mark.xfail(strict=True, reason="fault 15: slices"))]
-)
+@pytest.mark.parametrize("columns", [4, 8])
 def test_chunks_share_their_numbers_under_common_noise(columns, monkeypatch):
     """One datum after another, two and then one: the same y has the same particles in each chunk."""
     monkeypatch.setattr(runs._Runs, "_columns", lambda self: columns)
@@ -562,7 +567,7 @@ WORKS = {
         "rows",
         "data",
         "function",
-        pytest.param("many rows", marks=pytest.mark.xfail(strict=True, reason="fault 16")),
+        "many rows",
     ],
 )
 def test_a_budget_of_memory_holds(work, monkeypatch):
@@ -570,6 +575,7 @@ def test_a_budget_of_memory_holds(work, monkeypatch):
     budget = 2**21
     monkeypatch.setattr(runs, "BUDGET", budget)
     monkeypatch.setattr(iterative, "BUDGET", budget)
+    monkeypatch.setattr(covariance, "BUDGET", budget)
     monkeypatch.setattr(runs, "ROWS", 256)
     size, likelihood, settings = WORKS[work]
     draws = []
@@ -748,7 +754,6 @@ def test_it_opens_the_gradients_that_it_needs(kind, mode):
     assert not draws.log_evidence.requires_grad
 
 
-@pytest.mark.xfail(strict=True, reason="fault 18: the gradient of y is cut")
 def test_data_that_require_a_gradient_are_refused():
     """No gradient is cut in silence: of a context, of y, of what a function closes over."""
     context = CONTEXT.clone().requires_grad_()
