@@ -620,7 +620,7 @@ def test_ranks_of_simulated_data_are_uniform():
     x_0 = denoiser.data_distribution.sample((500,))
     y = x_0 @ ROW.T + 0.5 * torch.randn(500, 1).double()
     draws = sampled(
-        DiffusionModel(denoiser), LinearGaussian(ROW, y, 0.5), 19, num_particles=30, num_runs=3
+        DiffusionModel(denoiser), LinearGaussian(ROW, y, 0.5), 19, num_particles=32, num_runs=2
     )
     assert draws.samples.shape == (19, 500, 2)
     for entry in (draws.samples, (draws.samples @ ROW.T).expand(19, 500, 2)):

@@ -555,7 +555,7 @@ WORKS = {
     "many rows": (
         80,
         LinearGaussian(torch.eye(65, 80), torch.zeros(65), 1.0),
-        {"num_particles": 20},
+        {"num_particles": 30},
     ),
 }
 
