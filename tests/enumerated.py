@@ -146,10 +146,10 @@ def discrete(kind):
 
 
 @torch.no_grad()
-def masses_of_two_entries(diffusion, values, points=65):
+def masses_of_two_entries(diffusion, values, points=51):
     """log p of the ``values`` (V, 2) of a datum of two entries that depend on one another, on a grid.
 
-    The chain's noise has to be wide against the grid's step, 10 / 64: a largest log-SNR of about zero.
+    The chain's noise has to be wide against the grid's step, 10 / 50: a largest log-SNR of about zero.
     """
     line = torch.linspace(-5, 5, points).double()
     grid, cell = torch.cartesian_prod(line, line), 2 * math.log(10 / (points - 1))

@@ -102,10 +102,10 @@ def test_a_correlated_gaussian():
     """Every row has its own mask; log p(x_obs), conditional means and standard deviations."""
     denoiser = GaussianDenoiser.from_covariance(MEAN, COVARIANCE, schedule(40))
     x_0 = denoiser.data_distribution.sample((5,))
-    draws = imputed(DiffusionModel(denoiser), gaps(x_0, MASKS), MASKS, num_particles=100)
+    draws = imputed(DiffusionModel(denoiser), gaps(x_0, MASKS), MASKS, num_particles=60)
     exact = conditionals(x_0, MASKS, [1.0], MEAN[None].numpy(), COVARIANCE[None].numpy())
     check(draws, exact, bias=1e-3)
-    assert (draws.ess > 0.8 * 1600).all()
+    assert (draws.ess > 0.8 * 960).all()
     assert draws.reliable.all()
     # With nothing missing there is nothing to draw: log p(x_0), without an error.
     whole = denoiser.data_distribution.log_prob(x_0[4])
@@ -248,7 +248,7 @@ def test_whole_numbers_with_real_states(kind):
     assert log_p.logsumexp(0).item() == pytest.approx(0, abs=1e-3)
     x_0 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).double()
     mask = torch.tensor([[1, 0], [0, 1], [1, 1]]).bool()
-    draws = imputed(diffusion, gaps(x_0, mask), mask, num_particles=300)
+    draws = imputed(diffusion, gaps(x_0, mask), mask, num_particles=200)
     check(draws, summed(log_p, values, x_0, mask))
     assert torch.equal(draws.samples[:, mask].double(), x_0[mask].expand(9, -1))
 
@@ -355,23 +355,23 @@ def fitted(num_timesteps=25):
 def test_conditional_densities_of_a_fitted_model():
     """Its conditionals integrate to one; a masked evidence is off, and the difference does not."""
     diffusion = fitted()
-    x_b, line = 1.5, torch.linspace(-2.5, 4.5, 36).double()
+    x_b, line = 1.5, torch.linspace(-2.5, 4.75, 30).double()
     x_0 = torch.stack((line, torch.full_like(line, x_b)), -1)
     whole, gap = torch.ones_like(x_0).bool(), torch.tensor([[False, True]])
-    joint = imputed(diffusion, x_0, whole, num_particles=60, num_runs=8)
-    alone = imputed(diffusion, torch.tensor([[NAN, x_b]]).double(), gap, num_particles=200)
-    assert integral(joint.log_evidence, alone.log_evidence, 0.2) == pytest.approx(1, abs=0.03)
+    joint = imputed(diffusion, x_0, whole, num_particles=50, num_runs=6)
+    alone = imputed(diffusion, torch.tensor([[NAN, x_b]]).double(), gap, num_particles=150)
+    assert integral(joint.log_evidence, alone.log_evidence, 0.25) == pytest.approx(1, abs=0.03)
     # p(x_0) is the same number by another estimator.
-    other = smc_evidence(diffusion, x_0[15:20], num_particles=200)
-    error = (joint.log_evidence[15:20] - other.log_evidence).abs()
-    assert (error < 4 * (joint.standard_error[15:20] + other.standard_error) + 0.01).all()
+    other = smc_evidence(diffusion, x_0[13:17], num_particles=150)
+    error = (joint.log_evidence[13:17] - other.log_evidence).abs()
+    assert (error < 4 * (joint.standard_error[13:17] + other.standard_error) + 0.01).all()
     masked = smc_evidence(
-        diffusion, torch.tensor([[0.0, x_b]]).double(), num_particles=200, mask=gap
+        diffusion, torch.tensor([[0.0, x_b]]).double(), num_particles=150, mask=gap
     )
     off = masked.log_evidence - Normal(0.0, 1.0).log_prob(torch.tensor(x_b))
     assert abs(alone.log_evidence - Normal(0.0, 1.0).log_prob(torch.tensor(x_b))) < 0.1
     assert abs(off) > 0.3
-    assert abs(integral(joint.log_evidence, masked.log_evidence, 0.2) - 1) > 0.2
+    assert abs(integral(joint.log_evidence, masked.log_evidence, 0.25) - 1) > 0.2
 
 
 # Shapes, and what stays as it is.
@@ -512,7 +512,7 @@ def test_a_model_with_many_observed_entries():
     x_0 = std * torch.randn(2, 80).double()
     mask = torch.ones(2, 80).bool()
     mask[:, :5] = False
-    draws = imputed(DiffusionModel(denoiser), gaps(x_0, mask), mask, num_particles=200, num_runs=8)
+    draws = imputed(DiffusionModel(denoiser), gaps(x_0, mask), mask, num_particles=60, num_runs=8)
     exact = (Normal(mean, std).log_prob(x_0) * mask).sum(-1)
     assert ((draws.log_evidence - exact).abs() < 4.5 * draws.standard_error + 0.02).all()
     assert (draws.standard_error < 0.2).all()

@@ -96,7 +96,7 @@ INVARIANT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 3, 10, 100])
+@pytest.mark.parametrize("num_timesteps", [1, 3, 60])
 @pytest.mark.parametrize("name", INVARIANT)
 def test_weights_are_constant_where_the_rows_span_an_invariant_subspace(name, num_timesteps):
     """Nothing is approximate then, for any number of steps: log Z is exact, and all particles count."""
@@ -123,6 +123,21 @@ def test_weights_are_constant_where_the_rows_span_an_invariant_subspace(name, nu
     assert draws.pareto_k == -math.inf
 
 
+def test_an_end_that_knows_the_datum():
+    """Standard normal data and a chain that ends at log-SNR 0: the draw of x_T has to be twisted."""
+    curve = schedule(4, log_snr_min=0.0)
+    diffusion = DiffusionModel(
+        GaussianDenoiser(torch.zeros(2).double(), torch.ones(2).double(), curve)
+    )
+    rows, y = torch.tensor([[1.0, 0.5]]).double(), one([3.0])
+    draws = sampled(diffusion, LinearGaussian(rows, y, 0.5), num_particles=500)
+    exact = gaussian_posterior(np.zeros(2), np.eye(2), rows.numpy(), y.numpy(), 0.25 * np.eye(1))
+    assert draws.log_evidence.item() == pytest.approx(exact.log_evidence, abs=1e-7)
+    assert draws.ess.item() == pytest.approx(8000)
+    assert within(draws.mean(), exact.mean)
+    assert within(draws.std(), exact.std)
+
+
 def test_constant_weights_are_those_of_the_right_draws():
     """Means and covariances of draws with constant weights, in closed form."""
     diffusion = DiffusionModel(correlated(4))
@@ -138,21 +153,19 @@ def test_constant_weights_are_those_of_the_right_draws():
     assert ((products.mean(0) - torch.tensor(exact.covariance)).abs() < 5 * spread).all()
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_correlated_entries_keep_999_of_a_thousand_particles(scale):
-    """Two of four correlated entries, T = 100: 99.98 % with the conjugate proposal."""
+def test_correlated_entries_keep_999_of_a_thousand_particles():
+    """Two of four correlated entries, T = 100, two noises: 99.98 % with the conjugate proposal."""
     diffusion = DiffusionModel(correlated(100, log_snr_min=-12.0))
-    y = torch.tensor([[1.0, -0.5], [-1.0, 2.0]]).double()  # two measurements, two posteriors
-    noise = torch.tensor([[scale], [scale]])
-    draws = sampled(
-        diffusion, LinearGaussian(torch.eye(4)[[0, 3]], y, noise), num_particles=60, num_runs=16
-    )
-    assert (draws.ess > 0.999 * 960).all()
-    assert (draws.ess_by_timestep > 0.999 * 60).all()
+    y, scale = torch.tensor([[1.0, -0.5], [-1.0, 2.0]]).double(), torch.tensor([[1.0], [3.0]])
+    likelihood = LinearGaussian(torch.eye(4)[[0, 3]], y, scale)
+    draws = sampled(diffusion, likelihood, num_particles=50, num_runs=16)
+    assert (draws.ess > 0.999 * 800).all()
+    assert (draws.ess_by_timestep > 0.999 * 50).all()
     for n in range(2):
         exact = gaussian_posterior(
-            MEAN.numpy(), COVARIANCE.numpy(), np.eye(4)[[0, 3]], y[n].numpy(), scale**2 * np.eye(2)
-        )
+            MEAN.numpy(), COVARIANCE.numpy(), np.eye(4)[[0, 3]], y[n].numpy(),
+            scale[n].item() ** 2 * np.eye(2),
+        )  # fmt: skip
         # A mean of 2 is e^{-6} of it at the end: 0.005 in log p(y).
         assert abs(draws.log_evidence[n] - exact.log_evidence) < 4 * draws.standard_error[n] + 0.006
         at = draws._replace(
@@ -298,7 +311,7 @@ def test_a_mixture(way, count):
     exact = mixture_posterior(rows, y, noise)
     assert exact.weights.min() > 0.01
     likelihood, settings = WAYS[way](rows, y, noise)
-    draws = sampled(DiffusionModel(mixture()), likelihood, num_particles=200, **settings)
+    draws = sampled(DiffusionModel(mixture()), likelihood, num_particles=150, **settings)
     assert evidence_within(draws, exact.log_evidence)
     assert within(draws.mean(), exact.mean)
     assert within(draws.std(), exact.std)
@@ -381,7 +394,7 @@ BOXES = {
 }
 
 
-def check_integrals(dimension, log_likelihood, num_particles=250):
+def check_integrals(dimension, log_likelihood, num_particles=180):
     denoiser = toy(dimension)
     log_z, mean, std = integrated(denoiser, log_likelihood)
     draws = sampled(DiffusionModel(denoiser), log_likelihood, num_particles=num_particles)
@@ -410,19 +423,19 @@ def test_data_may_be_impossible(name):
 @pytest.mark.filterwarnings(FEW)
 @pytest.mark.parametrize("kind", ["linear", "function", "tempered"])
 def test_the_estimate_is_unbiased(kind):
-    """Ẑ, not its logarithm: 3,000 runs of four particles, resampling and all."""
+    """Ẑ, not its logarithm: 2,000 runs of four particles, resampling and all."""
     rows, y, noise = ROW, torch.tensor([0.3]).double(), 0.5
     exact = mixture_posterior(rows, y, noise)
     likelihood, settings = WAYS["gradient" if kind == "function" else "closed form"](rows, y, noise)
     if kind == "tempered":
         settings = {"tempering": torch.linspace(1, 0.2, 12)}
     draws = sampled(
-        DiffusionModel(mixture(12)), likelihood, num_particles=4, num_runs=3000, **settings
+        DiffusionModel(mixture(12)), likelihood, num_particles=4, num_runs=2000, **settings
     )
     assert draws.ess_by_timestep.min() < 3.6
-    assert (draws.log_weights.logsumexp(1).exp().std() * 3000) > 0.1  # runs differ
+    assert (draws.log_weights.logsumexp(1).exp().std() * 2000) > 0.1  # runs differ
     assert evidence_within(draws, exact.log_evidence)
-    assert draws.standard_error < 0.06
+    assert draws.standard_error < 0.08
     assert within(draws.mean(), exact.mean)
 
 
@@ -598,15 +611,16 @@ def test_the_exponent_acts_where_it_is_said_to():
 # Simulation-based calibration.
 
 
+@pytest.mark.filterwarnings(FEW)
 def test_ranks_of_simulated_data_are_uniform():
     """500 data of a mixture with a measurement each, all at once, and their ranks among draws."""
     from scipy import stats
 
-    denoiser = mixture(12)
+    denoiser = mixture(10)
     x_0 = denoiser.data_distribution.sample((500,))
     y = x_0 @ ROW.T + 0.5 * torch.randn(500, 1).double()
     draws = sampled(
-        DiffusionModel(denoiser), LinearGaussian(ROW, y, 0.5), 19, num_particles=40, num_runs=3
+        DiffusionModel(denoiser), LinearGaussian(ROW, y, 0.5), 19, num_particles=32, num_runs=2
     )
     assert draws.samples.shape == (19, 500, 2)
     for entry in (draws.samples, (draws.samples @ ROW.T).expand(19, 500, 2)):

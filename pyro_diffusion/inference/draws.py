@@ -72,12 +72,12 @@ class PosteriorSamples(NamedTuple):
             return {"biased": "uncorrected guidance: no weight corrects the draws"}
         runs, particles = self.log_weights.shape[:2]
         least = self.ess_by_timestep.amin(0)
-        if self._several:
+        if self.log_evidence.numel() > 1:
             evidence = f"{self.log_evidence.min():.4g} to {self.log_evidence.max():.4g} nats"
             evidence += f", standard errors up to {self.standard_error.max():.2g}"
             trust = f"{int(self.reliable.sum())} of {self.reliable.numel()} posteriors"
         else:
-            evidence = f"{self.log_evidence:.4f} ± {self.standard_error:.2g} nats"
+            evidence = f"{self.log_evidence.item():.4f} ± {self.standard_error.item():.2g} nats"
             trust = "yes" if self.reliable else "no"
         return {
             "log p(y)": evidence,
@@ -89,7 +89,8 @@ class PosteriorSamples(NamedTuple):
 
     @property
     def _title(self) -> str:
-        several = f" each of {self.log_evidence.numel()} posteriors" if self._several else ""
+        count = self.log_evidence.numel()
+        several = f" each of {count} posterior{'s' * (count != 1)}" if self._several else ""
         event = tuple(self.samples.shape[1 + self._several :])
         return f"PosteriorSamples: {len(self.samples):,} draws{several}, event shape {event}"
 

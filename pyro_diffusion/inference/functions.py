@@ -137,11 +137,11 @@ class Function(Target):
                 (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
             tridiagonal, basis = self._curvature(gradient, x)
         value = value.detach().double()
-        possible = value.isfinite()
-        value = value.where(possible, exponent * self.impossible)
-        size = gradient.detach().double().nan_to_num().reshape(*batch, -1).norm(dim=-1)
-        size = torch.where(possible, size, 0.0)
-        curvature, vectors = torch.linalg.eigh(tridiagonal.nan_to_num())
+        size = gradient.detach().double().reshape(*batch, -1).norm(dim=-1)
+        smooth = value.isfinite() & size.isfinite() & tridiagonal.isfinite().all(-1).all(-1)
+        value = value.where(value.isfinite(), exponent * self.impossible)
+        size = size.where(smooth, 0.0)
+        curvature, vectors = torch.linalg.eigh(tridiagonal.where(smooth[..., None, None], 0.0))
         slopes = size[..., None] * vectors[..., 0, :]
         directions = vectors.mT @ basis
         curvature = self._kept(x.detach(), exponent, value, slopes, curvature, directions)
