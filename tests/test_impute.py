@@ -60,7 +60,7 @@ def conditionals(x_0, mask, weights, means, covariances):
     return [torch.tensor(np.array(values)) for values in zip(*found, strict=True)]
 
 
-def check(draws, exact, errors=4.5, bias=0.0):
+def check(draws, exact, errors=5.0, bias=0.0):
     """Evidence, means and standard deviations, each within its errors."""
     log_p, mean, std = exact
     assert ((draws.log_evidence - log_p).abs() < errors * draws.standard_error + 1e-6 + bias).all()
