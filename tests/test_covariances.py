@@ -30,7 +30,7 @@ CURVE = LogSNRSchedule(30, log_snr_max=6.0, log_snr_min=-8.0)
 
 
 class Wrapped(nn.Module):
-    """x̂_0 of an exact denoiser and a turn, an antisymmetric part of its Jacobian that grows with the noise."""
+    """x̂_0 of an exact denoiser and a turn, an antisymmetric part of its Jacobian at large noise."""
 
     def __init__(self, exact, turn=0.0):
         super().__init__()

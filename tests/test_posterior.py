@@ -1,7 +1,8 @@
 """Draws of p(x_0) times a likelihood, with their evidence, against exact models.
 
 Oracles come first, in float64: conjugate Gaussians and mixtures (``oracles.py``), integrals on a grid, and
-sums over all values of discrete data. Monte Carlo results are within four of their own standard errors.
+sums over all values of discrete data. Monte Carlo results are within five of their own standard errors,
+which sixteen runs give (Student's t with 15 degrees of freedom exceeds five once in 6,000 times).
 """
 
 import math
@@ -43,13 +44,13 @@ def schedule(num_timesteps, log_snr_max=8.0, log_snr_min=-30.0):
     return LogSNRSchedule(num_timesteps, log_snr_max=log_snr_max, log_snr_min=log_snr_min)
 
 
-def within(statistic, exact, errors=4.0):
+def within(statistic, exact, errors=5.0):
     """Whether a statistic is what it should be."""
     exact = torch.as_tensor(exact)
     return bool(((statistic.value - exact).abs() < errors * statistic.standard_error + 1e-7).all())
 
 
-def evidence_within(draws, exact, errors=4.0):
+def evidence_within(draws, exact, errors=5.0):
     """Whether Ẑ is within its errors. They are those of Ẑ, in units of Ẑ."""
     ratio = (torch.as_tensor(exact) - draws.log_evidence).exp()
     return bool(((ratio - 1).abs() < errors * draws.standard_error + 1e-7).all())

@@ -13,13 +13,15 @@ which is the covariance itself where it does not depend on the state, as for :ma
 .. math::
     \beta_t\, C_t(x_t) + (1 - \beta_t)\, \bar C_t
 
-has the :math:`\beta_t \in [0, 1]` with which it predicts best the squares :math:`s = (z^\top (x_0 - \hat
-x_0))^2` of the draws, for random directions :math:`z` and :math:`q = z^\top C_t z`, :math:`\bar s = E s`:
+stands in for :math:`C_t(x_t)`. Its :math:`\beta_t \in [0, 1]` is the least-squares coefficient for
+predicting the squares :math:`s = (z^\top (x_0 - \hat x_0))^2` of the draws, for random directions :math:`z`,
+from :math:`q = z^\top C_t z` and :math:`\bar s = E s`:
 
 .. math::
     \beta_t = \frac{\sum (s - \bar s)(q - \bar s)}{\sum (q - \bar s)^2},
 
-with sums over draws, directions and the neighbouring timesteps.
+with sums over draws, directions and neighbouring timesteps, of numbers divided by the :math:`\bar s` of their
+timestep. It takes up to 256 draws of the model, with two vector-Jacobian products a step.
 """
 
 from collections.abc import Callable
@@ -44,7 +46,7 @@ _LEAST = 0.02  # of the mean covariance, along a direction
 
 
 class Covariances:
-    r"""The covariance of the datum given a state, as far as it is known.
+    r"""The covariance of the datum given a state.
 
     Attributes:
         errors: :math:`x_0 - \hat x_0(x_t)` of draws in row ``t``, ``(T + 1, n, D)``, float32.

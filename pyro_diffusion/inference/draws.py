@@ -12,7 +12,9 @@ from pyro_diffusion.diagnostics.recording import dataset
 from pyro_diffusion.display import as_lines, as_table
 from pyro_diffusion.evidence.evidence import systematic
 
-__all__ = ["PosteriorSamples", "Statistic"]
+FEW = 9.99  #: effective particles, below which results are not reliable
+
+__all__ = ["FEW", "PosteriorSamples", "Statistic"]
 
 
 class Statistic(NamedTuple):
@@ -65,7 +67,13 @@ class PosteriorSamples(NamedTuple):
         0.9. Biased draws are never reliable.
         """
         least = self.ess_by_timestep.amin(0).minimum(self.ess)
-        return (least > 9.99) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
+        return (least > FEW) & (self.standard_error < 0.5) & (self.pareto_k < 0.9)
+
+    @property
+    def log_evidence_by_run(self) -> Tensor:
+        r""":math:`\log \hat Z_r` of each run, ``(R,)``: with ``common_noise``, for errors of differences."""
+        runs = len(self.log_weights)
+        return self.log_weights.logsumexp(1) + math.log(runs) + self.log_evidence
 
     def _rows(self) -> dict[str, str]:
         if self.is_biased:
@@ -146,7 +154,7 @@ class PosteriorSamples(NamedTuple):
             return ordered.gather(0, index)[0]
 
         value = at(torch.as_tensor(q, dtype=x.dtype))
-        error = self._moment((self.particles <= value).double()).standard_error.nan_to_num(math.nan)
+        error = self._moment((self.particles <= value).double()).standard_error
         low, high = at((q - error).clamp(min=0)), at((q + error).clamp(max=1))
         return Statistic(value, torch.where(error.isnan(), math.nan, (high - low) / 2))
 
@@ -199,9 +207,8 @@ class PosteriorSamples(NamedTuple):
 
 def drawn(particles: Tensor, log_weights: Tensor, num_samples: int) -> Tensor:
     """Draws from particles ``(R, K) + …`` by weight, ``(num_samples,) + …``, in random order."""
-    flat, weights = particles.flatten(0, 1), log_weights.flatten(0, 1).exp()
-    columns = weights.reshape(len(weights), -1)
-    rows = systematic(columns / columns.sum(0), num_samples)
+    flat, weights = particles.flatten(0, 1), log_weights.flatten(0, 1).softmax(0)
+    rows = systematic(weights.reshape(len(weights), -1), num_samples)
     order = torch.rand(rows.shape, device=rows.device).argsort(0)
     rows = rows.gather(0, order).reshape(num_samples, *weights.shape[1:])
     index = rows.reshape(rows.shape + (1,) * (flat.dim() - rows.dim()))

@@ -4,8 +4,8 @@ The expansion of :math:`\log r` is to second order, in the subspace of the gradi
 directions in the range of the Hessian. With one direction it is along the gradient, with a curvature
 :math:`h > 0`: :math:`J = \sqrt h\, g^\top / \lVert g \rVert`, :math:`e = \lVert g \rVert / \sqrt h` and
 :math:`v = 1`. The curvature is that of the Hessian if the expansion is right about :math:`\log r` at its own
-maximum. Otherwise this maximum is moved until it is, to a factor of two. The curvature is then at most
-:math:`\lVert g \rVert^2`, so that the factor is not narrower than the likelihood.
+maximum. Otherwise the curvature is quartered or doubled until it is, up to the larger of :math:`\lVert g
+\rVert^2` and the Hessian's.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import holds, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import Given
+from pyro_diffusion.given import Given, as_real
 from pyro_diffusion.inference.targets import Local, Target, in_users_units
 from pyro_diffusion.typed import TorchDistribution
 
@@ -98,7 +98,8 @@ class Function(Target):
         return value.reshape(batch)
 
     def log_prob(self, x_0: Tensor) -> Tensor:
-        return self._call(x_0).double()
+        real: Any = as_real(x_0)  # a function that guides by its gradient takes real numbers
+        return self._call(real if self.has_rows else x_0).double()
 
     def expected(self, law: TorchDistribution) -> Tensor:
         expected = super().expected(law)
@@ -168,7 +169,7 @@ class Function(Target):
         curvature: Tensor,
         directions: Tensor,
     ) -> Tensor:
-        """Curvatures whose promise the likelihood keeps, ``(K, M, d)``."""
+        """Curvatures at whose maximum the expansion agrees with the likelihood, ``(K, M, d)``."""
         squares = slopes.square()
         curvature = torch.where(curvature > 1e-6 * squares, curvature, 0.5 * squares + 1e-30)
         for i in range(slopes.shape[-1]):

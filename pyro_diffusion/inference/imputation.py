@@ -13,7 +13,7 @@ from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.given import Given, as_real, observed_part, usable
 from pyro_diffusion.inference.draws import PosteriorSamples
 from pyro_diffusion.inference.runs import draw_posterior
-from pyro_diffusion.inference.targets import Basis, Local, Target, of_columns
+from pyro_diffusion.inference.targets import Basis, Local, Target, in_chains_units, of_columns
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import log_density
 from pyro_diffusion.typed import TorchDistribution
@@ -49,7 +49,8 @@ def impute(
 
     A reader's ``mask=`` gives another number, the evidence of the chain of the observed part. It is another
     model for each pattern of gaps, and the difference of two such numbers is not a conditional density. The
-    two agree only in a model that was trained for both.
+    two agree if the entries are independent, or if a network that was trained under masks has learned every
+    marginal exactly.
 
     Args:
         diffusion: The model. Its parameters are read.
@@ -84,6 +85,7 @@ def impute(
     """
     diffusion = check_weights(check_diffusion(diffusion))
     mask, given = as_numbers("mask", mask), Given.of(context=context)
+    mask = mask.to(x_0.device) if isinstance(x_0, Tensor) else mask
     with torch.inference_mode(False), reading(diffusion, data=(x_0, given)):
         x_0 = check_data(usable(x_0) if isinstance(x_0, Tensor) else x_0, mask)
         given = given.with_rows(len(x_0), shared=True, device=diffusion.device)
@@ -110,6 +112,8 @@ class Observed(Target):
     empty rows, of variance one.
     """
 
+    argument = "x_0"
+    remedy = ""
     is_exact = True
     is_divisible = True
 
@@ -129,15 +133,19 @@ class Observed(Target):
         real = of_state.gather(1, index)
         self.index, self.real = index, real
         self.values = states.gather(1, index)
-        self.num_rows = count
+        self.num_rows, schedule = count, diffusion.schedule
         self.offset = 0.5 * math.log(2 * math.pi) * (~real).sum(1).double()
         x_1 = diffusion.prior().sample((len(x_0),))
         if diffusion.transform is not None:
             _check_by_entry(diffusion.transform, x_0)
             self.offset = self.offset + diffusion.log_volume(x_0, mask).double()
-        law = diffusion.decode(x_1, **given.of_kernels())
+        denoised = diffusion.denoiser.denoise(
+            x_1, schedule.log_snr(1), **diffusion.denoiser.check_given(given.of_kernels())
+        )
+        law: Any = diffusion.decode_inside(x_1, denoised)
+        coarse = law.support.is_discrete or not in_chains_units(diffusion, law, denoised)
         width = self._width().expand(diffusion.event_shape).flatten()[index]
-        self.variance = torch.where(real, width if law.support.is_discrete else 0.0, 1.0)
+        self.variance = torch.where(real, width if coarse else 0.0, 1.0)
 
     def _width(self) -> Tensor:
         """About the variance of an observed level, in the chain's units."""

@@ -172,7 +172,9 @@ class ManyRows(Path):
 
     def _decoupled(self, kernel: Gaussians | None) -> Tensor | None:
         r"""The diagonal of :math:`V \Sigma V^\top` of a kernel into the data, if it is all of it."""
-        if kernel is None or not self.target.is_exact:
+        if kernel is None or not kernel.diagonal or kernel.means.shape[-2] > 1:
+            return None
+        if not self.target.is_exact:
             return None
         scale = kernel.scale[..., 0, :]
         same = self.of_entries or bool((scale == scale[..., :1]).all())

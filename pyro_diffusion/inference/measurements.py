@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import as_numbers, check_finite, check_values, described, require
 from pyro_diffusion.diffusion import DiffusionModel
-from pyro_diffusion.given import usable
+from pyro_diffusion.given import as_real, usable
 from pyro_diffusion.inference.targets import Basis, Local, Target, in_users_units, of_columns
 
 __all__ = ["Linear", "LinearGaussian"]
@@ -33,8 +33,9 @@ class LinearGaussian:
             ``batch + event_shape`` to ``batch`` + the shape of a measurement, such as ``Blur(kernel)``. A
             constant may be added: the operator may be affine.
         y: The measurement in the user's units, or several, ``(N,)`` + the shape of one; each has a posterior.
-        noise: Standard deviation :math:`s` of the noise, a number or a tensor that broadcasts to ``y``. Zero
-            conditions on :math:`A x_0 = y` exactly, if the data are real numbers.
+        noise: Standard deviation :math:`s` of the noise, a number or a tensor that broadcasts to ``y``; for a
+            noise of each of ``N`` measurements, ``noise[:, None]``. Zero conditions on :math:`A x_0 = y`
+            exactly, if the data are real numbers.
         linearize: Whether to linearise what is not affine (a transform such as ``Logit``, or the operator) at
             :math:`\hat x_0(x_t)`. The weights stay exact.
 
@@ -74,6 +75,8 @@ class LinearGaussian:
         self.y = check_finite(
             "argument 'y'", as_numbers("y", y), "Leave out what was not measured: Entries(mask)."
         )
+        if not self.y.is_floating_point():
+            self.y = self.y.to(torch.get_default_dtype())
         self.noise = as_numbers("noise", noise, like=self.y)
         check_values(
             "argument 'noise'",
@@ -131,6 +134,21 @@ class Linear(Target):
         origin = torch.zeros(1, *diffusion.event_shape).to(diffusion.device, diffusion.dtype)
         self.rows = self._jacobian(origin)[0].double() if self.is_affine else None
         self.num_rows = size
+        self._check_independent()
+
+    def _check_independent(self) -> None:
+        """Raise a ``ValueError`` for numbers without noise that repeat others: they have no density."""
+        if self.rows is None or not bool((self.variance == 0).any()):
+            return
+        exact = self.rows[(self.variance == 0).any(0)]
+        rank = int(torch.linalg.matrix_rank(exact))
+        require(
+            rank == len(exact),
+            "argument 'noise'",
+            f"zero for {len(exact)} numbers, of which only {rank} are linearly independent",
+            "independent numbers where there is no noise",
+            "Drop those that follow from others, or pass the noise that they have.",
+        )
 
     def expanded(self, num_data: int) -> Self:
         target = super().expanded(num_data)
@@ -183,9 +201,7 @@ class Linear(Target):
         )
         ends = torch.stack((torch.zeros_like(points[0]), points.sum(0)))
         with torch.no_grad():
-            together, apart = self._measured(ends).sum(0), self._measured(points).sum(0)
-        size = apart.abs().amax().clamp(min=1e-30)
-        affine = bool(((together - apart).abs() <= torch.finfo(size.dtype).eps ** 0.6 * size).all())
+            affine = all(self._is_affine(scale * points, scale * ends) for scale in (1, 10, 100))
         require(
             affine or self.likelihood.linearize,
             "argument 'log_likelihood'",
@@ -195,6 +211,11 @@ class Linear(Target):
             "Pass linearize=True to linearise it at each state; the weights stay exact.",
         )
         return affine
+
+    def _is_affine(self, points: Tensor, ends: Tensor) -> bool:
+        together, apart = self._measured(ends).sum(0), self._measured(points).sum(0)
+        size = apart.abs().amax().clamp(min=1e-30)
+        return bool(((together - apart).abs() <= torch.finfo(size.dtype).eps ** 0.6 * size).all())
 
     def _jacobian(self, x_0_hat: Tensor) -> Tensor:
         """:math:`J` at estimates ``(P,) + event_shape``, ``(P, m, D)``."""
@@ -219,7 +240,7 @@ class Linear(Target):
             return None
         left, sizes, rows = torch.linalg.svd(self.rows / scale[0, :, None], full_matrices=False)
         kept = sizes > 1e-8 * sizes[0]
-        if not bool((self.variance > 0).all()) and len(rows) > int(kept.sum()):
+        if not bool((self.variance > 0).all()) and len(self.rows) > int(kept.sum()):
             return None  # some numbers repeat others, without noise
         values = ((y / scale) @ left / sizes)[:, kept]
         variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
@@ -233,7 +254,8 @@ class Linear(Target):
         return Basis(rows[None, kept], values, variance, offset)
 
     def log_prob(self, x_0: Tensor) -> Tensor:
-        measured = self.likelihood.measured(x_0, x_0.dim() - 2).double()
+        real: Any = as_real(x_0)  # levels are whole numbers
+        measured = self.likelihood.measured(real, x_0.dim() - 2).double()
         y, variance = (of_columns(x, x_0.shape[1]) for x in (self.y, self.variance))
         squares = (y - measured).square() / variance + variance.log() + math.log(2 * math.pi)
         return -0.5 * squares.sum(-1)

@@ -63,14 +63,16 @@ def posterior_samples(
         num_samples: Number of draws, resampled from the particles of all runs by weight.
         num_particles: Particles :math:`K` of a run. With 1 nothing is corrected: the draws are those of
             guidance, one a run and ``num_samples`` runs, and the result calls itself biased.
-        num_runs: Independent runs; their spread gives the errors. Two are enough for an error, 16 for one
-            that is known itself.
+        num_runs: Independent runs; their spread gives the errors. Two give a standard error; that of 16 is
+            itself known to about a fifth.
         context: Context of conditional data: one row for all posteriors, or a row for each.
-        tempering: Exponents of the likelihood by timestep, ``T`` numbers in (0, 1], entry ``t − 1`` for what
-            the likelihood says of :math:`x_t`; small ones at large ``t`` keep a sharp likelihood from
-            deciding too early. The last weight is exact in any case.
-        directions: Number of directions of the expansion of a function: the gradient, and the Krylov
-            directions of its Hessian. Each costs a vector-Jacobian product of the network a step.
+        tempering: Exponents of the likelihood by timestep, ``T`` numbers in (0, 1], entry ``t − 1`` for the
+            factor by which :math:`x_t` is proposed (for a function without a gradient, weighted). Small ones
+            at large ``t`` keep a sharp likelihood from deciding too early. The last weight is exact in any
+            case.
+        directions: Number of directions of the expansion of a function: the gradient, and
+            directions in the range of the Hessian. Each costs a vector-Jacobian product of the network and a
+            few evaluations of the function a step.
         common_noise: Whether all posteriors share their random numbers, so that differences of their evidence
             have small errors. Draws of levels, counts, categories and bits do not share them.
         progress: Show a progress bar if it takes more than five seconds.

@@ -16,7 +16,7 @@ from pyro_diffusion.evidence.evidence import log_mean
 from pyro_diffusion.given import Given, repeated, together
 from pyro_diffusion.inference.conjugate import Noise, as_gaussians
 from pyro_diffusion.inference.covariance import Covariances
-from pyro_diffusion.inference.draws import PosteriorSamples, drawn
+from pyro_diffusion.inference.draws import FEW, PosteriorSamples, drawn
 from pyro_diffusion.inference.iterative import MANY, ManyRows
 from pyro_diffusion.inference.targets import Target
 from pyro_diffusion.inference.twisted import Path, Run
@@ -53,7 +53,7 @@ def draw_posterior(
     result = _joined(runs.all(), num_samples, biased)
     if single:
         result = _squeezed(result)
-    _warn_of_few(result)
+    _warn_of_few(result, target)
     return result
 
 
@@ -81,7 +81,7 @@ class _Runs:
             num_particles, num_runs, common_noise, progress,
         )  # fmt: skip
         self.columns = 1
-        self.has_many = _has_many(diffusion, target, given)
+        self.has_many = _has_many(diffusion, target, given, num_particles)
         exact = diffusion.denoiser.is_exact
         self.covariances: Covariances | None = None
         if target.has_rows and (self.has_many or not exact):
@@ -165,9 +165,11 @@ class _Runs:
         return path.run(bar, rehearsal=rehearsal)
 
 
-def _has_many(diffusion: DiffusionModel, target: Target, given: Given) -> bool:
+def _has_many(diffusion: DiffusionModel, target: Target, given: Given, num_particles: int) -> bool:
     """Whether a system is solved for the measured numbers, which needs kernels with independent entries."""
-    if not target.has_rows or target.num_rows <= MANY or target.basis() is None:
+    held = 8 * num_particles * target.num_rows * diffusion.event_shape.numel()
+    few = target.num_rows <= MANY and held <= BUDGET / 4
+    if not target.has_rows or few or target.basis() is None:
         return False
     _, first = together(lambda x: x[:1], torch.empty(target.num_data), given)
     walk = ReverseWalk(diffusion, given=first)
@@ -190,10 +192,18 @@ def _catted(parts: list[Run], dims: tuple[int, ...]) -> Run:
 def _joined(runs: Run, num_samples: int, biased: bool) -> PosteriorSamples:
     """The particles of all runs with common weights, and the numbers that they give."""
     count = len(runs.log_z)
+    dead = int((runs.log_z.amax(0) == -math.inf).sum())
+    if dead and not biased:
+        raise ValueError(
+            f"argument 'log_likelihood': got -inf for every particle of every run, for {dead} posterior(s); "
+            "expected a datum of positive likelihood among the particles. Take more particles, or widen the "
+            "likelihood by tempering."
+        )
     log_evidence = log_mean(runs.log_z)
     relative = (runs.log_z - log_evidence).exp()
-    log_weights = runs.log_weight.log_softmax(1) + (runs.log_z - runs.log_z.logsumexp(0)).unsqueeze(
-        1
+    share = (runs.log_z - runs.log_z.logsumexp(0)).unsqueeze(1)
+    log_weights = (runs.log_weight.log_softmax(1) + share).nan_to_num(
+        nan=-math.inf, neginf=-math.inf
     )
     if biased:
         log_weights = torch.full_like(log_weights, -math.log(count))
@@ -228,17 +238,17 @@ def _squeezed(result: PosteriorSamples) -> PosteriorSamples:
     )
 
 
-def _warn_of_few(result: PosteriorSamples) -> None:
+def _warn_of_few(result: PosteriorSamples, target: Target) -> None:
     """Warn of fewer than ten effective particles."""
-    few = result.ess_by_timestep < 10
+    few = result.ess_by_timestep < FEW
     if not result.is_biased and few.any():
         least = result.ess_by_timestep.min().item()
         steps = few.reshape(len(few), -1).any(1).nonzero().flatten() + 1
         posteriors = int(few.any(0).sum())
         warnings.warn(
-            f"argument 'log_likelihood': got {least:.1f} effective particles of a run at t = "
+            f"argument {target.argument!r}: got {least:.1f} effective particles of a run at t = "
             f"{int(steps[0])} … {int(steps[-1])}, for {posteriors} posterior(s); expected at least ten, "
-            "below which draws and evidence are not reliable. Take more particles or more timesteps, "
-            "or temper a sharp likelihood: tempering=torch.linspace(1, 0.1, T).",
+            "below which draws and evidence are not reliable. Take more particles or more timesteps"
+            f"{target.remedy}.",
             stacklevel=4,
         )

@@ -14,7 +14,7 @@ For a linear-Gaussian measurement this is an identity, with :math:`J = A` and :m
 import math
 from abc import ABC, abstractmethod
 from copy import copy
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from pyro_diffusion.typed import TorchDistribution
 
 _DRAWS = 8  # of independent entries, for an expected log-likelihood
 
-__all__ = ["Basis", "Local", "Target", "in_users_units", "of_columns"]
+__all__ = ["Basis", "Local", "Target", "in_chains_units", "in_users_units", "of_columns"]
 
 
 class Local(NamedTuple):
@@ -38,7 +38,7 @@ class Local(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """A measurement :math:`y = V x_0 + n` with orthonormal rows, for ``N`` data or for one; float64."""
+    """A measurement :math:`y = V x_0 + n`, rows orthonormal or zero, for ``N`` data or for one; float64."""
 
     rows: Tensor  #: :math:`V`, ``(N, m, D)``
     values: Tensor  #: :math:`y`, ``(N, m)``
@@ -73,6 +73,8 @@ class Target(ABC):
 
     num_data: int
     num_rows = 0  #: of an expansion with the same rows at every state
+    argument = "log_likelihood"  #: what a warning names
+    remedy = ", or temper a sharp likelihood: tempering=torch.linspace(1, 0.1, T)"
     is_exact = False  #: whether the expansion is the likelihood itself
     has_rows = True  #: whether there is an expansion
     is_divisible = False  #: whether data can be taken in parts
@@ -135,6 +137,16 @@ def in_users_units(diffusion: DiffusionModel, x_0_hat: Tensor) -> Tensor:
         mean: Tensor = diffusion.likelihood(x_0_hat).mean
         return mean
     return x_0_hat
+
+
+def in_chains_units(diffusion: DiffusionModel, kernel: Any, denoised: Denoised) -> bool:
+    """Whether a kernel into the data is over the chain's units, with the estimate as its mean."""
+    if diffusion.likelihood is None:
+        return True
+    if kernel.support.is_discrete:
+        return False
+    mean: Tensor = kernel.mean
+    return torch.allclose(mean.expand(denoised.x_0_hat.shape), denoised.x_0_hat)
 
 
 def of_columns(x: Tensor, columns: int) -> Tensor:

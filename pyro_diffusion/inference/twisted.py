@@ -18,9 +18,10 @@ a network is to be trusted: :mod:`~pyro_diffusion.inference.covariance`.) One st
     N &= J C_t\, \Delta_t\, C_t J^\top, \qquad P = J \Delta_t^{-1} J^\top, \qquad
         \Delta_t = \mathrm{SNR}_{t-1} - \mathrm{SNR}_t,
 
-because Bayes' rule for a Gaussian is :math:`C_{t-1}^{-1} = C_t^{-1} + \Delta_t`. Both are equalities if the
-rows of :math:`J` span an invariant subspace of :math:`C_t`, and hold to first order in the step otherwise.
-:math:`U` is an upper bound, so that weights have no heavy tail. The likelihood of :math:`x_{t-1}` is about
+because Bayes' rule for a Gaussian is :math:`C_{t-1}^{-1} = C_t^{-1} + \Delta_t`. Both are equalities if all
+entries have one :math:`\Delta_t` and the rows of :math:`J` span an invariant subspace of :math:`C_t`.
+Otherwise their error is proportional to the step. For a Gaussian :math:`U` is an upper bound, which keeps
+:math:`\phi` from being too narrow. The likelihood of :math:`x_{t-1}` is about
 
 .. math::
     \phi(x_{t-1}) = e^c N\big(e;\; B (x_{t-1} - E[x_{t-1} \mid x_t]),\; \Sigma_y + U\big).
@@ -30,7 +31,8 @@ The proposal is :math:`p(x_{t-1} \mid x_t)\, \phi(x_{t-1}) / \psi_t(x_t)`, in cl
 
 .. math::
     \psi_t(x_t) = \int p(x_{t-1} \mid x_t)\, \phi(x_{t-1})\, dx_{t-1}
-        \;\; \big( = e^c N(e;\, 0,\, \Sigma_y + J C_t J^\top)\ \text{for a Gaussian kernel} \big).
+        \;\; \big( = e^c N(e;\, 0,\, \Sigma_y + J C_t J^\top)
+        \ \text{for Gaussian data and their exact kernel} \big).
 
 The weight of a step is :math:`\psi_{t-1}(x_{t-1}) / \phi(x_{t-1})`, that of the last one :math:`r(x_0) /
 \phi(x_0)`. They are exact for every model and every approximation above.
@@ -51,7 +53,6 @@ from torch import Tensor
 from torch.distributions import Independent
 from torch.utils._pytree import tree_map
 
-from pyro_diffusion.checks import holds
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.evidence.evidence import effective, log_mean, systematic, tail
 from pyro_diffusion.inference.conjugate import (
@@ -66,7 +67,8 @@ from pyro_diffusion.inference.conjugate import (
     root_of_rows,
 )
 from pyro_diffusion.inference.covariance import Covariances
-from pyro_diffusion.inference.targets import Local, Target, in_users_units
+from pyro_diffusion.inference.draws import FEW
+from pyro_diffusion.inference.targets import Local, Target, in_chains_units, in_users_units
 from pyro_diffusion.processes import pad
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
 from pyro_diffusion.scoring import score
@@ -76,8 +78,7 @@ from pyro_diffusion.walk import ReverseWalk, taken
 __all__ = ["Ahead", "Path", "Run"]
 
 _EVEN = 0.9  # share of effective particles above which weights are nearly equal
-_FEW = 9.99  # effective particles, at least
-_LEAST = 600.0  # nats below the largest weight, beyond which a weight counts as this one
+_LEAST = 600.0  # nats below the largest weight, weights below this count as this one
 
 
 class Run(NamedTuple):
@@ -171,8 +172,8 @@ class Path:
     def resampled(self, x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Ahead]:
         """States, resampled by weight and look-ahead where these are uneven."""
         self.log_weight = self.log_weight + ahead.log_psi
-        self.ess.append(effective(self.log_weight))
-        uneven = self.ess[-1] < self.shape[0] / 2
+        self.ess.append(effective(self.log_weight).nan_to_num(0.0))  # none if all are impossible
+        uneven = (self.ess[-1] < self.shape[0] / 2) & (self.ess[-1] > 0)
         if self.shape[0] == 1 or not uneven.any():
             return x_t, ahead
         in_place = torch.arange(self.shape[0], device=x_t.device)[:, None]
@@ -186,7 +187,6 @@ class Path:
     def average(self, where: Tensor) -> None:
         """Multiply Z by the mean of the weights, for some of the columns."""
         largest = self.log_weight.amax(0)
-        _check_possible(largest)
         self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
         # An impossible datum has no logarithm.
         bounded = self.log_weight.maximum(largest - _LEAST).nan_to_num(neginf=0.0)
@@ -194,7 +194,7 @@ class Path:
         uneven = where & (effective(self.log_weight) < _EVEN * self.shape[0])
         k = tail(bounded)
         # Infinite if fewer than five weights lie above a quantile, as when the largest are all equal.
-        k = torch.where((k == math.inf) & (effective(self.log_weight) > _FEW), -math.inf, k)
+        k = torch.where((k == math.inf) & (effective(self.log_weight) > FEW), -math.inf, k)
         self.k = torch.where(uneven, self.k.maximum(k), self.k)
 
     def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
@@ -276,7 +276,9 @@ class Path:
         ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
         solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
         rows = inner @ solved * self._entries(step.signal_prev / step.noise_prev**2)
-        channel = (local.rows / rise.clamp(min=1e-8 * rise.amax())) @ local.rows.mT  # for digits
+        channel = (
+            local.rows / rise.clamp(min=1e-8 * rise.amax())
+        ) @ local.rows.mT  # entries that stay
         half = torch.linalg.solve_triangular(root_of(inner + channel + ridge), inner, upper=False)
         root = root_of(inner - half.mT @ half + ridge)
         missing_dim = self.diffusion.process.missing_dim
@@ -333,6 +335,8 @@ class Path:
     def _last_kernel(self, x_1: Tensor, denoised: Denoised) -> Gaussians | None:
         """The kernel into the data in the chain's units, if it is Gaussian."""
         kernel: Any = self.diffusion.decode_inside(self.walk.seen(x_1), denoised)
+        if not in_chains_units(self.diffusion, kernel, denoised):
+            return None
         if not kernel.event_shape and self.event_shape:
             kernel = Independent(kernel, len(self.event_shape), validate_args=False)
         return as_gaussians(kernel, x_1.shape[:2])
@@ -382,13 +386,3 @@ def _catted(*parts: Tensor | None) -> Tensor | None:
 
 def _part(rows: slice) -> Callable[[Any], Any]:
     return lambda x: None if x is None else x[rows]
-
-
-def _check_possible(largest: Tensor) -> None:
-    if not holds(largest.isfinite()):
-        count = int((~largest.isfinite()).sum())
-        raise ValueError(
-            f"argument 'log_likelihood': got -inf or NaN for every particle of {count} run(s); expected a "
-            "datum of positive likelihood among the particles. Take more particles, or widen the likelihood "
-            "by tempering."
-        )
