@@ -286,7 +286,7 @@ def posterior(found):
         lines.append([
             d, dy, len(group), f"{max(abs(r['error']) for r in group):.3f}",
             f"{sum(abs(r['z']) <= 3 for r in group)} of {len(group)}",
-            f"{min(r['least_ess'] for r in group) / found['num_particles']:.0%}",
+            f"{min(r['least_ess'] / r.get('num_particles', found['num_particles']) for r in group):.0%}",
             f"{sum(r['reliable'] for r in group)} of {len(group)}",
             *(f"{median(q):.2f} ({min(q):.2f} to {max(q):.2f})" for q in ratios), *modes,
         ])  # fmt: skip
