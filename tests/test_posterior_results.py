@@ -311,7 +311,6 @@ def test_statistics_by_hand():
     assert [draws.quantile(q).value.item() for q in (0.05, 0.25, 0.5, 0.95)] == [1, 2, 3, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="fault 20: a list as q")
 def test_quantiles_are_ordered_and_within_the_particles():
     draws = sampled(mixture(), measured(0.4, 1.0), num_particles=50, num_runs=4)
     at = torch.stack([draws.quantile(q).value for q in (1e-6, 0.1, 0.5, 0.9, 1 - 1e-6)])
@@ -319,7 +318,7 @@ def test_quantiles_are_ordered_and_within_the_particles():
     flat = draws.particles.flatten(0, 1)
     assert torch.equal(at[0], flat.amin(0))
     assert torch.equal(at[-1], flat.amax(0))
-    with pytest.raises(ValueError, match="argument 'q': got the value 1; expected a number in"):
+    with pytest.raises(ValueError, match="argument 'q': got 1.0; expected a number in"):
         draws.quantile(1.0)
     for q in (0.0, -1.0, math.nan, "words", None, [0.5, 0.9]):
         with pytest.raises(ValueError, match="argument 'q'"):
@@ -677,7 +676,7 @@ def test_few_effective_particles_are_said():
         "expected at least ten",
         "more particles",
         "timesteps",
-        "tempering=torch.linspace(1, 0.1, T)",
+        "tempering=torch.logspace(0, -3, T)",
     ):
         assert part in text
     assert said[0].filename == __file__
@@ -742,14 +741,15 @@ def test_a_model_is_left_as_it_was(kind):
     "mode",
     [
         torch.no_grad,
-        pytest.param(torch.inference_mode, marks=pytest.mark.xfail(strict=True, reason="fault 17")),
+        torch.inference_mode,
         torch.enable_grad,
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_opens_the_gradients_that_it_needs(kind, mode):
+    model = neural()
     with mode():
-        draws = sampled(neural(), KINDS[kind](0.4), num_particles=30, num_runs=2)
+        draws = sampled(model, KINDS[kind](0.4), num_particles=30, num_runs=2)
         assert torch.is_grad_enabled() is (mode is torch.enable_grad)
     assert not draws.log_evidence.requires_grad
 

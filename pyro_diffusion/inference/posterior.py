@@ -159,7 +159,7 @@ def _exponents(diffusion: DiffusionModel, tempering: Any) -> Tensor:
         "argument 'tempering'",
         described(exponents),
         f"a number for each of {length} timesteps",
-        "Pass torch.linspace(1, 0.1, T).",
+        "Pass torch.logspace(0, -3, T).",
     )
     valid = (exponents > 0) & (exponents <= 1)
     check_values(

@@ -74,7 +74,7 @@ class Target(ABC):
     num_data: int
     num_rows = 0  #: of an expansion with the same rows at every state
     argument = "log_likelihood"  #: what a warning names
-    remedy = ", or temper a sharp likelihood: tempering=torch.linspace(1, 0.1, T)"
+    remedy = ", or temper a sharp likelihood: tempering=torch.logspace(0, -3, T)"
     is_exact = False  #: whether the expansion is the likelihood itself
     has_rows = True  #: whether there is an expansion
     is_divisible = False  #: whether data can be taken in parts
