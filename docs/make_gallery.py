@@ -34,6 +34,7 @@ RUNS = {
     "guidance": ("", "guidance.png"),
     "lecture": ("", None),
     "lightning_digits": ("", "denoised.png"),
+    "inpainting": ("", "inpainting.png"),
     "noise_scale": ("", "noise_scale.png"),
     "poisson_counts": ("", "counts.png"),
     "proportions": ("", "proportions.png"),
