@@ -32,7 +32,8 @@ The network predicts the noise. At large noise it is anchored to a Gaussian of t
     python examples/inpainting.py [--device cuda] [--seed 0] [--num-particles 64] [--num-runs 2] [--smoke]
         [--output outputs/inpainting]
 
-A second run with the same output folder reads the fitted model from there.
+A second run with the same output folder reads the fitted model from there. On one thread the fit takes four
+minutes, and the draws take a quarter of an hour.
 """
 
 import argparse
