@@ -26,6 +26,10 @@ The script prints, for the hidden pixels of all held-out images,
 Uncorrected guidance is there as well. It takes the same steps with a single particle, and no weight corrects
 them. It has no density, because nothing is known of how far its draws are from the model's.
 
+The diffusion model gives the hidden half the highest density, but its intervals are too narrow, and the
+mixtures have a better CRPS. More particles hardly change this: with 256 in place of 64, the coverage of the
+first 30 images at 90 % was 0.86 in place of 0.85.
+
 The network predicts the noise. At large noise it is anchored to a Gaussian of the training data
 (``AnchoredNetwork``), because ``impute`` also uses its derivatives.
 
