@@ -28,7 +28,8 @@ them. It has no density, because nothing is known of how far its draws are from 
 
 The diffusion model gives the hidden half the highest density, but its intervals are too narrow, and the
 mixtures have a better CRPS. More particles hardly change this: with 256 in place of 64, the coverage of the
-first 30 images at 90 % was 0.86 in place of 0.85.
+first 30 images at 90 % was 0.86 in place of 0.85. For 60 draws of the model itself in place of digits it was
+0.85 ± 0.01, and 0.45 ± 0.02 at 50 %: half of what is missing is the model's, half is Monte Carlo error.
 
 The network predicts the noise. At large noise it is anchored to a Gaussian of the training data
 (``AnchoredNetwork``), because ``impute`` also uses its derivatives.
