@@ -42,6 +42,7 @@ __all__ = [
     "Walked",
     "check_weights",
     "diffusion_of",
+    "in_slices",
     "look",
     "taken",
     "whose_programs",
@@ -305,9 +306,29 @@ def _look(
     return Denoised(*(None if x is None else x.detach() for x in said)), gradients  # type: ignore[arg-type]
 
 
-def taken(x: Any, rows: Tensor) -> Any:
-    """Particles of each datum, by row: of a tensor ``(K, N, …)``, or of all in :class:`Denoised`."""
-    if isinstance(x, Denoised):
-        return Denoised._make(None if part is None else taken(part, rows) for part in x)
-    index = rows.reshape(rows.shape + (1,) * (x.dim() - 2))
-    return x.gather(0, index.expand_as(x))
+def taken(particles: Any, rows: Tensor) -> Any:
+    """Particles of each datum, by row: of all tensors ``(K, N, …)`` in a tree, such as :class:`Denoised`."""
+
+    def of(x: Tensor | None) -> Tensor | None:
+        """The same for one tensor."""
+        if x is None:
+            return None
+        index = rows.reshape(rows.shape + (1,) * (x.dim() - 2))
+        return x.gather(0, index.expand_as(x))
+
+    return tree_map(of, particles)
+
+
+def in_slices(function: Callable[..., Any], size: int, *particles: Any) -> Any:
+    """Apply a function to trees of particles ``(K, N, …)``, in slices of ``size`` along the first axis."""
+    first: Tensor = particles[0]
+    if len(first) <= size:
+        return function(*particles)
+
+    def part(start: int) -> Any:
+        """The function's result for a slice."""
+        rows = slice(start, start + size)
+        return function(*tree_map(lambda x: None if x is None else x[rows], particles))
+
+    parts = [part(start) for start in range(0, len(first), size)]
+    return tree_map(lambda *x: None if x[0] is None else torch.cat(x), *parts)

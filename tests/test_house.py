@@ -50,6 +50,7 @@ ORDER = [
 #: Methods that are documented where they are declared first.
 INHERITED = {
     "expanded",
+    "has_basis",
     "part",
     "local",
     "basis",

@@ -26,7 +26,10 @@ from pyro_diffusion import (
     impute,
     smc_evidence,
 )
+from pyro_diffusion.given import Given
 from pyro_diffusion.inference import PosteriorSamples, runs
+from pyro_diffusion.inference.imputation import Observed
+from pyro_diffusion.reading import footprint, reading
 
 NAN = math.nan
 MEAN = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
@@ -453,7 +456,7 @@ def test_a_row_does_not_depend_on_the_others():
 @pytest.mark.parametrize("columns", [8, 16])
 def test_chunks_of_rows(columns, monkeypatch):
     """Rows with more and with fewer gaps in chunks of one and of two; the numbers are exact."""
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: columns)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: columns)
     denoiser = GaussianDenoiser(MEAN, STD, schedule(5, log_snr_min=-40.0))
     x_0 = denoiser.data_distribution.sample((5,))
     draws = imputed(DiffusionModel(denoiser), gaps(x_0, MASKS), MASKS, num_particles=30, num_runs=8)
@@ -464,7 +467,7 @@ def test_chunks_of_rows(columns, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["bits", "categories"])
 def test_chunks_of_discrete_rows(kind, monkeypatch):
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: 16)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: 16)
     diffusion, values = discrete(kind)
     log_p = masses_of_states(diffusion, values)
     x_0, mask = values[[0, -1, 3]], torch.ones(3, values.shape[-1]).bool()
@@ -601,3 +604,16 @@ def test_a_transform_to_fewer_entries_is_refused():
     x_0, mask = torch.full((1, 5), 0.2), torch.tensor([[True] * 4 + [False]])
     with pytest.raises(ValueError, match="argument 'mask': got shape .*; expected every entry"):
         imputed(diffusion, x_0, mask, num_particles=30, num_runs=2)
+
+
+def test_the_choice_of_a_solver_holds_the_rows_of_no_datum():
+    """The observed entries of 256 data as rows of a matrix would take 20 MB."""
+    denoiser = GaussianDenoiser(torch.zeros(100).double(), torch.ones(100).double(), schedule(2))
+    diffusion, x_0 = DiffusionModel(denoiser), torch.zeros(256, 100).double()
+    with reading(diffusion):
+        target = Observed(diffusion, x_0, torch.ones_like(x_0, dtype=torch.bool))
+        settings = {"num_particles": 2, "num_runs": 2, "given": Given(), "exponents": torch.ones(3)}
+        settings |= {"common_noise": False, "progress": False}
+        made = footprint(lambda: runs.Runs(diffusion, target, 5, **settings))
+    assert made.peak < 10e6
+    assert runs.Runs(diffusion, target, 5, **settings).has_many

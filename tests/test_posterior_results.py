@@ -238,7 +238,7 @@ def test_the_component_of_a_mixture_as_context():
 
 @pytest.mark.parametrize("chunk", [16, 4])
 def test_contexts_stay_with_their_rows_in_chunks(chunk, monkeypatch):
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: chunk)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: chunk)
     y = torch.tensor([0.7, -2.0, 1.0]).double()
     draws = sampled(
         regression(),
@@ -479,7 +479,7 @@ def test_runs_are_independent_under_common_noise():
 @pytest.mark.parametrize("columns", [2, 4, 6, 9, 12, 100])
 def test_chunks_of_columns_have_the_same_law(columns, monkeypatch):
     """Runs and data in parts: exact, and with the axes where they belong."""
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: columns)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: columns)
     y = (0.4, -1.0, 2.0)
     draws = sampled(mixture(), measured(*y), num_particles=100, num_runs=4)
     assert draws.particles.shape == (4, 100, 3, 2)
@@ -495,7 +495,7 @@ def test_chunks_of_columns_have_the_same_law(columns, monkeypatch):
 @pytest.mark.parametrize("columns", [4, 8])
 def test_chunks_share_their_numbers_under_common_noise(columns, monkeypatch):
     """One datum after another, two and then one: the same y has the same particles in each chunk."""
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: columns)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: columns)
     draws = sampled(
         mixture(), measured(0.4, 0.4, 0.4), num_particles=600, num_runs=4, common_noise=True
     )
@@ -518,13 +518,13 @@ def test_slices_of_particles_have_the_same_law(rows, kind, monkeypatch):
 def test_a_small_budget_makes_chunks(monkeypatch):
     """The budget decides, and the result keeps its law."""
     made = []
-    chunk = runs._Runs._chunk
+    chunk = runs.Runs._chunk
 
     def counted(self, rows, count, bar):
         made.append((rows.stop - rows.start, count))
         return chunk(self, rows, count, bar)
 
-    monkeypatch.setattr(runs._Runs, "_chunk", counted)
+    monkeypatch.setattr(runs.Runs, "_chunk", counted)
     sampled(mixture(4), measured(0.4, 1.0), num_particles=50, num_runs=4)
     assert made == [(2, 4)]
     monkeypatch.setattr(runs, "BUDGET", 2**18)
@@ -799,7 +799,7 @@ def test_steps_of_the_progress_bar(monkeypatch):
             self.seen += n
 
     monkeypatch.setattr(runs, "tqdm", Bar)
-    monkeypatch.setattr(runs._Runs, "_columns", lambda self: 3)
+    monkeypatch.setattr(runs.Runs, "_columns", lambda self: 3)
     sampled(mixture(5), measured(0.4, 1.0), num_particles=30, num_runs=3)
     assert [(bar.wanted, bar.seen) for bar in bars] == [(10, 10)]
 

@@ -205,6 +205,20 @@ def systematic(share: Tensor, count: int | None = None, start: Tensor | None = N
     )
 
 
+def rows_to_keep(log_weight: Tensor, uneven: Tensor, start: Tensor | None = None) -> Tensor:
+    """Rows after a resampling by weight where the weights are uneven, and all rows in place elsewhere."""
+    in_place = torch.arange(len(log_weight), device=log_weight.device)[:, None]
+    return torch.where(uneven, systematic(log_weight.softmax(0), start=start), in_place)
+
+
+def tail_of(log_weights: Tensor, where: Tensor) -> Tensor:
+    r"""Pareto :math:`\hat k` of some data; −∞ for the others."""
+    k = torch.full(where.shape, -math.inf, dtype=log_weights.dtype, device=log_weights.device)
+    if where.any():
+        k[where] = tail(log_weights[:, where])
+    return k
+
+
 def tail(log_weights: Tensor) -> Tensor:
     r"""Pareto :math:`\hat k` of log-weights ``(K, N)``; NaN for too few particles, −∞ for constant ones.
 

@@ -26,11 +26,11 @@ References:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from pyro_diffusion.checks import check_count, check_data, check_state
@@ -43,14 +43,14 @@ from pyro_diffusion.evidence.evidence import (
     effective,
     fingerprint,
     log_mean,
-    systematic,
-    tail,
+    rows_to_keep,
+    tail_of,
 )
 from pyro_diffusion.given import Given, as_real, chunks, first_repeated
 from pyro_diffusion.processes.gaussian import chain_step, posterior_variance
 from pyro_diffusion.reading import BUDGET, footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
-from pyro_diffusion.walk import ROWS, ReverseWalk, Walked, diffusion_of, taken
+from pyro_diffusion.walk import ROWS, ReverseWalk, Walked, diffusion_of, in_slices, taken
 
 _KEPT = (
     128  # bytes of a particle at a timestep: features and weights, and the copies that a fit makes
@@ -260,18 +260,17 @@ class _Particles:
         self.ess.append(effective(self.log_weight))
         uneven = (self.ess[-1] < len(ahead) / 2) & self.look_ahead.resampled
         if uneven.any():
-            in_place = torch.arange(len(ahead), device=ahead.device)[:, None]
-            rows = torch.where(uneven, systematic(self.log_weight.softmax(0)), in_place)
+            rows = rows_to_keep(self.log_weight, uneven)
             self.average(uneven)
             self.log_weight = torch.where(uneven, 0.0, self.log_weight)
-            x_t, ahead, denoised = taken(x_t, rows), taken(ahead, rows), taken(denoised, rows)
+            x_t, ahead, denoised = taken((x_t, ahead, denoised), rows)
         self.log_psi = ahead
         return x_t, denoised
 
     def average(self, where: Tensor) -> None:
         """Multiply Z by the mean of the weights, for some of the data."""
         self.log_z = self.log_z + torch.where(where, log_mean(self.log_weight), 0.0)
-        self.k = torch.where(where, self.k.maximum(tail(self.log_weight)), self.k)
+        self.k = self.k.maximum(tail_of(self.log_weight, where))
 
     def fitted(self) -> _LookAhead:
         """Regress the log-weight of the rest of the path on the features, for each timestep alone."""
@@ -302,12 +301,13 @@ def _run(
     q = walk.start(x)
     site = score(q, walk.start(), q.sample((num_particles,)))
     particles, x_t = _Particles(-site.log_ratio, look_ahead), site.x
+    size = max(walk.rows // x_t.shape[1], 1)  # particles at a time
     for t in walk.timesteps[:steps]:
         denoised = walk.look(x_t, t)
-        features = _in_slices(walk, _features, x_t, t, denoised, x)
+        features = in_slices(partial(_features, walk, t, x), size, x_t, denoised)
         x_t, denoised = particles.resampled(x_t, t, denoised, features)
         if t > 1:
-            x_t, log_ratio = _in_slices(walk, _step, x_t, t, denoised, x)
+            x_t, log_ratio = in_slices(partial(_step, walk, t, x), size, x_t, denoised)
             particles.log_weight = particles.log_weight - log_ratio
         bar.update()
     end = walk.end(x_t, denoised)
@@ -318,31 +318,8 @@ def _run(
     return particles
 
 
-def _in_slices(
-    walk: ReverseWalk,
-    function: Callable[..., Any],
-    x_t: Tensor,
-    t: int,
-    denoised: Denoised,
-    x: Tensor,
-) -> Any:
-    """Apply a function to the particles, in slices of as many rows as the walk allows."""
-    size = max(walk.rows // x_t.shape[1], 1)
-    if len(x_t) <= size:
-        return function(walk, x_t, t, denoised, x)
-    slices = [slice(start, start + size) for start in range(0, len(x_t), size)]
-    parts = [
-        function(walk, x_t[rows], t, Denoised._make(_rows_of(denoised, rows)), x) for rows in slices
-    ]
-    return tree_map(lambda *values: torch.cat(values), *parts)
-
-
-def _rows_of(denoised: Denoised, rows: slice) -> list[Tensor | None]:
-    return [None if part is None else part[rows] for part in denoised]
-
-
 def _step(
-    walk: ReverseWalk, x_t: Tensor, t: int, denoised: Denoised, x: Tensor
+    walk: ReverseWalk, t: int, x: Tensor, x_t: Tensor, denoised: Denoised
 ) -> tuple[Tensor, Tensor]:
     """The next states, and their log-ratios."""
     site = walk.step(x_t, x, t, denoised)
@@ -350,7 +327,7 @@ def _step(
 
 
 def _features(
-    walk: ReverseWalk, x_t: Tensor, t: int, denoised: Denoised, embedded: Tensor
+    walk: ReverseWalk, t: int, embedded: Tensor, x_t: Tensor, denoised: Denoised
 ) -> Tensor:
     r""":math:`f_t(x_t)`, shape ``(K, N, 3)``.
 

@@ -39,8 +39,8 @@ __all__ = [
     "as_gaussians",
     "log_normal",
     "positive",
+    "ridge",
     "root_of",
-    "root_of_rows",
 ]
 
 
@@ -114,9 +114,8 @@ class Gaussians(NamedTuple):
 
     log_weights: Tensor  #: ``(K, M, C)``
     means: Tensor  #: ``(K, M, C, D)``
-    scale: (
-        Tensor  #: standard deviations that broadcast to the means, or a lower triangle ``(D, D)``
-    )
+    #: standard deviations that broadcast to the means, or a lower triangle ``(D, D)``
+    scale: Tensor
     diagonal: bool  #: whether ``scale`` are standard deviations
 
     def spread(self, rows: Tensor) -> Tensor:
@@ -217,26 +216,26 @@ class Conjugate:
 
 
 def root_of(covariance: Tensor) -> Tensor:
-    """Lower triangular roots of covariances; their eigenvalues are floored where rounding, or a learned
-    Jacobian, made one negative."""
+    """Lower triangular roots of covariances.
+
+    Eigenvalues are floored where rounding, or a learned Jacobian, made one negative.
+    """
     root, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.any():
         return root
     values, vectors = torch.linalg.eigh(covariance[failed > 0])
     least = 1e-10 * values.amax(-1, keepdim=True).clamp(min=1e-30)
     again = (vectors * values.clamp(min=least).unsqueeze(-2)) @ vectors.mT
-    ridge = least.unsqueeze(-1) * torch.eye(again.shape[-1]).to(again)
+    unit = torch.eye(again.shape[-1]).to(again)
     root = root.clone()
-    root[failed > 0] = torch.linalg.cholesky(again + ridge)
+    root[failed > 0] = torch.linalg.cholesky(again + least.unsqueeze(-1) * unit)
     return root
 
 
 def positive(inner: Tensor) -> Tensor:
     """A covariance that a learned Jacobian gave: made symmetric, with its negative eigenvalues at zero."""
     inner = 0.5 * (inner + inner.mT)
-    size = inner.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
-    ridge = (1e-6 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
-    failed = torch.linalg.cholesky_ex(inner + ridge)[1] > 0
+    failed = torch.linalg.cholesky_ex(inner + ridge(inner, 1e-6))[1] > 0
     if failed.any():
         values, vectors = torch.linalg.eigh(inner[failed])
         inner = inner.clone()
@@ -244,11 +243,10 @@ def positive(inner: Tensor) -> Tensor:
     return inner
 
 
-def root_of_rows(local: Local, pulled: Tensor) -> Tensor:
-    r"""A root of :math:`J C J^\top`."""
-    inner = positive(pulled @ local.rows.mT)
-    size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return root_of(inner + (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner))
+def ridge(matrix: Tensor, share: float) -> Tensor:
+    """A multiple of the identity: a share of the mean of the diagonal, and something for a zero matrix."""
+    size = matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1)[..., None, None]
+    return (share * size + 1e-30) * torch.eye(matrix.shape[-1]).to(matrix)
 
 
 def log_normal(x: Tensor, root: Tensor) -> Tensor:

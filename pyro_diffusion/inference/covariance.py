@@ -33,6 +33,7 @@ from torch import Tensor
 from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.given import Given, together
+from pyro_diffusion.inference.conjugate import ridge
 from pyro_diffusion.processes import pad
 from pyro_diffusion.processes.gaussian import chain_step
 from pyro_diffusion.reading import BUDGET
@@ -74,8 +75,8 @@ class Covariances:
 
         for t in walk.timesteps:
             denoised, pulled = walk.pulled(x_t, t, pull)
-            step = chain_step(t, diffusion.schedule)
-            tweedie = pad(step.noise**2 / step.signal, diffusion.process.missing_dim, torch.float64)
+            tweedie = chain_step(t, diffusion.schedule).tweedie
+            tweedie = pad(tweedie, diffusion.process.missing_dim, torch.float64)
             products = (torch.stack(pulled).double() * tweedie * z).flatten(3).sum(-1)
             forms.append(products[:, 0])
             estimates.append(denoised.x_0_hat[0].flatten(1))
@@ -126,8 +127,7 @@ class Covariances:
             x.expand(*failed.shape, *x.shape[-2:])[failed] for x in (half, rows, gram)
         )
         change = half @ (vectors * lifted.unsqueeze(-2)) @ vectors.mT @ half.mT
-        size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        onto = torch.linalg.solve(gram + (1e-10 * size + 1e-30) * unit, rows)
+        onto = torch.linalg.solve(gram + ridge(gram, 1e-10), rows)
         pulled = pulled.clone()
         pulled[failed] += change @ onto
         return pulled
@@ -135,9 +135,7 @@ class Covariances:
 
 def _scale(inner: Tensor) -> Tensor:
     """A root of a covariance that draws gave, a tenth of which is spread over all directions."""
-    unit = torch.eye(inner.shape[-1]).to(inner)
-    typical = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return torch.linalg.cholesky(0.9 * inner + (0.1 * typical + 1e-30) * unit)
+    return torch.linalg.cholesky(0.9 * inner + ridge(inner, 0.1))
 
 
 def _trust(realised: Tensor, forms: Tensor) -> Tensor:

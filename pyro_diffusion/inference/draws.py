@@ -37,9 +37,7 @@ class PosteriorSamples(NamedTuple):
     """
 
     samples: Tensor  #: draws, resampled from all runs by weight, ``(num_samples,) + event_shape``
-    log_evidence: (
-        Tensor  #: :math:`\log \hat Z`, the logarithm of the mean over runs, in nats; ``()``
-    )
+    log_evidence: Tensor  #: :math:`\log \hat Z`, the logarithm of the mean over runs, nats; ``()``
     standard_error: Tensor  #: of ``log_evidence``, from the spread of the runs, ``()``
     ess: Tensor  #: effective sample size at the end, of the particles of all runs, ``()``
     #: effective sample size of a run's particles at :math:`x_t` before resampling, in row ``t − 1``, the mean
@@ -50,9 +48,7 @@ class PosteriorSamples(NamedTuple):
     pareto_k: Tensor
     particles: Tensor  #: the particles of all runs, ``(R, K) + event_shape``
     log_weights: Tensor  #: their weights, whose exponentials sum to one over all runs, ``(R, K)``
-    is_biased: bool = (
-        False  #: whether nothing corrects the proposals, as with a single particle a run
-    )
+    is_biased: bool = False  #: whether no weight corrects the draws: a single particle a run
 
     @property
     def _several(self) -> bool:
@@ -182,16 +178,8 @@ class PosteriorSamples(NamedTuple):
         draws = torch.stack([
             drawn(x[None], w[None], particles) for x, w in zip(self.particles, self.log_weights, strict=True)
         ])  # fmt: skip
-        import xarray
-
         several = ("data",) if self._several else ()
-        event = [f"x_0_dim_{i}" for i in range(draws.dim() - 2 - len(several))]
-        posterior = xarray.Dataset(
-            {"x_0": (("chain", "draw", *several, *event), draws.detach().cpu().numpy())}
-        )
-        posterior = posterior.assign_coords(
-            {name: range(size) for name, size in posterior.sizes.items()}
-        )
+        posterior = dataset(("run", "draw", *several), {"x_0": draws}).rename(run="chain")
         numbers = {
             name: getattr(self, name)
             for name in ("log_evidence", "standard_error", "ess", "pareto_k")

@@ -52,16 +52,18 @@ class Function(Target):
         law = diffusion.decode(diffusion.prior().sample((_PROBES,)), **given.of_kernels())
         self.whole, self.has_rows = bool(law.support.is_discrete), diffusion.process.has_score
         try:
-            self.probe = self._in_users_units(x) if self.has_rows else law.sample()
-            self.num_data, self.flat = self._layout()
-            self._check_gradient()
+            self._try(self._in_users_units(x) if self.has_rows else law.sample())
         except ValueError:
             if not (self.whole and self.has_rows):
                 raise
-            # A function of whole numbers alone, such as a look-up.
-            self.has_rows, self.probe = False, law.sample()
-            self.num_data, self.flat = self._layout()
-            self._check_gradient()
+            self.has_rows = False  # a function of whole numbers alone, such as a look-up
+            self._try(law.sample())
+
+    def _try(self, probe: Tensor) -> None:
+        """See what the function gives for some data."""
+        self.probe = probe
+        self.num_data, self.flat = self._layout()
+        self._check_gradient()
 
     def _layout(self) -> tuple[int, bool]:
         """The number of data, and whether the function takes one batch axis only."""

@@ -12,7 +12,7 @@ from pyro_diffusion.denoisers import Denoised
 from pyro_diffusion.diffusion import DiffusionModel, check_diffusion
 from pyro_diffusion.given import Given, as_real, observed_part, usable
 from pyro_diffusion.inference.draws import PosteriorSamples
-from pyro_diffusion.inference.runs import draw_posterior
+from pyro_diffusion.inference.runs import Runs
 from pyro_diffusion.inference.targets import Basis, Local, Target, in_chains_units, of_columns
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import log_density
@@ -91,7 +91,7 @@ def impute(
         given = given.with_rows(len(x_0), shared=True, device=diffusion.device)
         target = Observed(diffusion, x_0, mask, given)
         length = diffusion.schedule.num_timesteps
-        return draw_posterior(
+        runs = Runs(
             diffusion,
             target,
             num_samples,
@@ -101,8 +101,8 @@ def impute(
             exponents=torch.ones(length + 1, dtype=torch.float64),
             common_noise=common_noise,
             progress=progress,
-            single=False,
         )
+        return runs.posterior(single=False)
 
 
 class Observed(Target):
@@ -162,7 +162,11 @@ class Observed(Target):
         target.num_data = len(target.x_0)
         return target
 
-    def basis(self) -> Basis | None:
+    @property
+    def has_basis(self) -> bool:
+        return self.has_rows
+
+    def basis(self) -> Basis:
         size = self.diffusion.event_shape.numel()
         rows = torch.nn.functional.one_hot(self.index, size).double() * self.real.unsqueeze(-1)
         return Basis(rows, self.values.where(self.real, 0.0), self.variance, self.offset)

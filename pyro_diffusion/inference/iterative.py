@@ -28,18 +28,18 @@ References:
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.inference.conjugate import Gaussians, Noise, as_gaussians
+from pyro_diffusion.inference.conjugate import Gaussians, as_gaussians
 from pyro_diffusion.inference.covariance import Covariances
-from pyro_diffusion.inference.targets import Basis, Target, of_columns
+from pyro_diffusion.inference.targets import Basis, log_independent, of_columns
 from pyro_diffusion.inference.twisted import Ahead, Path
 from pyro_diffusion.processes.gaussian import chain_step, mean_coefficients
 from pyro_diffusion.reading import BUDGET
-from pyro_diffusion.walk import ReverseWalk
 
 __all__ = ["MANY", "ManyRows", "solve"]
 
@@ -49,44 +49,24 @@ _TOLERANCE = 1e-3  # relative size of the residuals at which they end
 
 
 class ManyRows(Path):
-    """Particles on their way, with many measured numbers.
+    """Particles on their way, with many measured numbers: :class:`~pyro_diffusion.inference.twisted.Path`."""
 
-    Args:
-        walk: As in :class:`~pyro_diffusion.inference.twisted.Path`.
-        target: Likewise.
-        shape: Likewise.
-        exponents: Likewise.
-        noise: Likewise.
-        covariances: The covariance of the datum, by draws of the model.
-        basis: The measurement with orthonormal rows, for each datum or for all.
-    """
+    covariances: Covariances
 
-    def __init__(
-        self,
-        walk: ReverseWalk,
-        target: Target,
-        shape: tuple[int, int],
-        exponents: Tensor,
-        noise: Noise,
-        *,
-        covariances: Covariances,
-        basis: Basis,
-    ) -> None:
-        super().__init__(walk, target, shape, exponents, noise, covariances)
-        columns = shape[1]
-        self.known = covariances
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        basis, columns = self.target.basis(), self.shape[1]
         self.basis = Basis(*(of_columns(x, columns) if len(x) > 1 else x for x in basis))
         self.of_entries = bool((self.basis.rows.abs().sum(-1) < 1 + 1e-9).all())
 
     def start(self) -> Tensor:
         kernel = as_gaussians(self.walk.start(), torch.Size(self.shape))
         assert kernel is not None  # the prior of a process with a score
-        x: Tensor = kernel.draw(self.noise).to(self.diffusion.dtype)
-        return x.reshape(*self.shape, *self.event_shape)
+        return self._states(kernel.draw(self.noise))
 
     def _variance(self, t: int) -> Tensor:
         """:math:`c_{t,i}`, ``(1, M, m)`` or ``(1, 1, m)``."""
-        errors = self.known.errors[t].double().unsqueeze(1)
+        errors = self.covariances.errors[t].double().unsqueeze(1)
         if len(self.basis.rows) > 1:
             errors = errors.expand(-1, len(self.basis.rows), -1)
         return self.basis.project(errors).square().mean(0, keepdim=True)
@@ -100,10 +80,10 @@ class ManyRows(Path):
         if t == 1:
             return self._last_look(x_t)
         step, found = chain_step(t, self.diffusion.schedule), []
-        tweedie = self._entries(step.noise**2 / step.signal)
+        tweedie = self._entries(step.tweedie)
         weight = self._entries(mean_coefficients(step)[0])
         noise = self.basis.variance / self.exponents[t - 1]
-        diagonal, trust = noise + self._variance(t), self.known.trust[t]
+        diagonal, trust = noise + self._variance(t), self.covariances.trust[t]
 
         def pull(denoised: Denoised, vjp: Callable[[Tensor], Tensor], part: slice) -> list[Tensor]:
             """:math:`b_t C_t V^\\top w`."""
@@ -113,9 +93,8 @@ class ManyRows(Path):
                 """:math:`C_t V^\\top p`."""
                 e = self.basis.lift(rows)
                 product = vjp(e.to(x_0_hat).reshape(x_0_hat.shape)).double()
-                return trust * tweedie * product.reshape(e.shape) + (1 - trust) * self.known.mean(
-                    e, t
-                )
+                mean = self.covariances.mean(e, t)
+                return trust * tweedie * product.reshape(e.shape) + (1 - trust) * mean
 
             miss = self.basis.values - self.basis.project(
                 x_0_hat.double().reshape(*x_t.shape[:2], -1)
@@ -136,16 +115,14 @@ class ManyRows(Path):
         spread = self._decoupled(kernel)
         if kernel is None or spread is None:
             return super()._look(x_1, 1)
-        total = spread + self.basis.variance
         miss = self.basis.values - self.basis.project(kernel.means[..., 0, :])
-        log_z = -0.5 * (miss.square() / total + (2 * math.pi * total).log()).sum(-1)
+        log_z = log_independent(miss, spread + self.basis.variance)
         return Ahead(denoised, None, log_z + self.basis.offset)
 
     def _look_without_factor(self, x_1: Tensor) -> Ahead:
         denoised = self.walk.look(x_1, 1)
         miss = self.basis.values - self.basis.project(denoised.x_0_hat.double().flatten(2))
-        diagonal = self.basis.variance + self._variance(1)
-        log_psi = -0.5 * (miss.square() / diagonal + (2 * math.pi * diagonal).log()).sum(-1)
+        log_psi = log_independent(miss, self.basis.variance + self._variance(1))
         return Ahead(denoised, None, log_psi)
 
     def _next(self, t: int, x_t: Tensor, ahead: Ahead) -> tuple[Tensor, Tensor]:
@@ -154,9 +131,7 @@ class ManyRows(Path):
         assert ahead.push is not None
         mean, scale = kernel.means[..., 0, :], kernel.scale[..., 0, :]
         step = chain_step(t, self.diffusion.schedule)
-        rise = self.basis.along(
-            self._entries(step.signal_prev**2 / step.noise_prev**2 * step.share)
-        )
+        rise = self.basis.along(self._entries(step.rise))
         gain = self.basis.along(self._entries(step.signal_prev / step.noise_prev**2))
         later = self._variance(t)
         later = later / (1 + rise * later)
@@ -167,8 +142,7 @@ class ManyRows(Path):
         x = mean + ahead.push + scale * shrunk
         log_q = -0.5 * z.square().sum(-1) - 0.5 * kept.log().sum(-1)
         log_p = -0.5 * ((x - mean) / scale).square().sum(-1)
-        states = x.to(self.diffusion.dtype).reshape(x_t.shape)
-        return states, ahead.log_psi + log_q - log_p
+        return self._states(x), ahead.log_psi + log_q - log_p
 
     def _decoupled(self, kernel: Gaussians | None) -> Tensor | None:
         r"""The diagonal of :math:`V \Sigma V^\top` of a kernel into the data, if it is all of it."""
@@ -188,7 +162,7 @@ class ManyRows(Path):
         n = variance.sqrt() * self.noise.normal(spread)
         gain = spread / (spread + variance)
         moved = x + self.basis.lift(gain * (self.basis.values - self.basis.project(x) - n))
-        return moved.to(self.diffusion.dtype).reshape(*x.shape[:2], *self.event_shape)
+        return self._states(moved)
 
 
 def solve(times: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ An operator is a matrix, or any callable that maps data ``batch + event_shape`` 
 measurement. Autograd finds its adjoint. :mod:`~pyro_diffusion.inference.operators` has a few.
 """
 
-import math
 from collections.abc import Callable
 from copy import copy
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -15,7 +15,14 @@ from torch import Tensor
 from pyro_diffusion.checks import as_numbers, check_finite, check_values, described, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.given import as_real, usable
-from pyro_diffusion.inference.targets import Basis, Local, Target, in_users_units, of_columns
+from pyro_diffusion.inference.targets import (
+    Basis,
+    Local,
+    Target,
+    in_users_units,
+    log_independent,
+    of_columns,
+)
 
 __all__ = ["Linear", "LinearGaussian"]
 
@@ -228,37 +235,51 @@ class Linear(Target):
             ]
         return torch.stack(rows, dim=1)
 
-    def basis(self) -> Basis | None:
+    @cached_property
+    def _decomposed(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """A scale of the noise by number, and the singular values and vectors of the rows over it.
+
+        ``None`` where there is no basis in which the noise is independent. Parts of the data share it.
+        """
         if self.rows is None:
             return None
-        zero = torch.zeros_like(self.rows[:1]).reshape(1, *self.diffusion.event_shape)
-        y = self.y - self._measured(zero.to(self.diffusion.dtype)).double()
-        scale = self.variance[:1].sqrt()
+        scale = self.variance[0].sqrt()
         if bool((self.variance == self.variance[:, :1]).all()):
             scale = torch.ones_like(scale)  # each datum has one noise, which may be zero
         elif not bool((self.variance == self.variance[:1]).all()) or not bool((scale > 0).all()):
             return None
-        left, sizes, rows = torch.linalg.svd(self.rows / scale[0, :, None], full_matrices=False)
+        left, sizes, rows = torch.linalg.svd(self.rows / scale[:, None], full_matrices=False)
         kept = sizes > 1e-8 * sizes[0]
         if not bool((self.variance > 0).all()) and len(self.rows) > int(kept.sum()):
             return None  # some numbers repeat others, without noise
-        values = ((y / scale) @ left / sizes)[:, kept]
-        variance = ((self.variance / scale.square())[:, :1] / sizes.square())[:, kept]
+        return scale, left[:, kept], sizes[kept], rows[kept]
+
+    @property
+    def has_basis(self) -> bool:
+        return self._decomposed is not None
+
+    def basis(self) -> Basis:
+        assert self._decomposed is not None  # the caller has looked
+        scale, left, sizes, rows = self._decomposed
+        x_0_hat = torch.zeros(1, *self.diffusion.event_shape).to(
+            self.diffusion.device, self.diffusion.dtype
+        )
+        y = self.y - self._measured(x_0_hat).double()
+        values = (y / scale) @ left / sizes
+        variance = (self.variance / scale.square())[:, :1] / sizes.square()
         if bool((variance > 0).all()):
-            x_0 = in_users_units(self.diffusion, zero.to(self.diffusion.dtype))
-            offset = self.log_prob(x_0.expand(1, len(values), *x_0.shape[1:]))
-            squares = values.square() / variance + (2 * math.pi * variance).log()
-            offset = offset[0] + 0.5 * squares.sum(-1)
+            x_0 = in_users_units(self.diffusion, x_0_hat)
+            offset = self.log_prob(x_0.expand(1, len(values), *x_0.shape[1:]))[0]
+            offset = offset - log_independent(values, variance)
         else:
             offset = -sizes.log().sum().expand(len(values))
-        return Basis(rows[None, kept], values, variance, offset)
+        return Basis(rows[None], values, variance, offset)
 
     def log_prob(self, x_0: Tensor) -> Tensor:
         real: Any = as_real(x_0)  # levels are whole numbers
         measured = self.likelihood.measured(real, x_0.dim() - 2).double()
         y, variance = (of_columns(x, x_0.shape[1]) for x in (self.y, self.variance))
-        squares = (y - measured).square() / variance + variance.log() + math.log(2 * math.pi)
-        return -0.5 * squares.sum(-1)
+        return log_independent(y - measured, variance)
 
     def local(self, x_0_hat: Tensor, exponent: float) -> Local:
         y, variance = (of_columns(x, x_0_hat.shape[1]) for x in (self.y, self.variance))

@@ -13,7 +13,7 @@ from pyro_diffusion.given import Given
 from pyro_diffusion.inference.draws import PosteriorSamples
 from pyro_diffusion.inference.functions import Function
 from pyro_diffusion.inference.measurements import LinearGaussian
-from pyro_diffusion.inference.runs import draw_posterior
+from pyro_diffusion.inference.runs import Runs
 from pyro_diffusion.inference.targets import Target
 from pyro_diffusion.reading import reading
 from pyro_diffusion.walk import check_weights
@@ -109,7 +109,7 @@ def posterior_samples(
     with torch.inference_mode(False), reading(diffusion, data=(given, tensors)):
         target = _target(diffusion, log_likelihood, directions, context)
         rows = _rows(given, target.num_data)
-        return draw_posterior(
+        runs = Runs(
             diffusion,
             target.expanded(rows),
             num_samples,
@@ -119,8 +119,8 @@ def posterior_samples(
             exponents=_exponents(diffusion, tempering),
             common_noise=common_noise,
             progress=progress,
-            single=rows == 1,
         )
+        return runs.posterior(single=rows == 1)
 
 
 def _target(

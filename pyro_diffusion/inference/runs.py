@@ -23,47 +23,33 @@ from pyro_diffusion.inference.twisted import Path, Run
 from pyro_diffusion.reading import BUDGET, footprint, rows_within
 from pyro_diffusion.walk import ROWS, ReverseWalk
 
-__all__ = ["draw_posterior"]
+__all__ = ["Runs"]
 
 
-def draw_posterior(
-    diffusion: DiffusionModel,
-    target: Target,
-    num_samples: int,
-    *,
-    num_particles: int,
-    num_runs: int,
-    given: Given,
-    exponents: Tensor,
-    common_noise: bool,
-    progress: bool,
-    single: bool,
-) -> PosteriorSamples:
-    """Runs of particles for a bound target, put together; ``single`` leaves out the axis of posteriors."""
-    num_samples = check_count("num_samples", num_samples, 1, "Pass the number of draws.")
-    num_particles = check_count(
-        "num_particles", num_particles, 1, "Leave it out, or pass 1024, say."
-    )
-    num_runs = check_count("num_runs", num_runs, 1, "Leave it out: 16 runs have a spread.")
-    biased = num_particles == 1
-    num_runs = num_samples if biased else num_runs
-    runs = _Runs(
-        diffusion, target, num_particles, num_runs, given, exponents, common_noise, progress
-    )
-    result = _joined(runs.all(), num_samples, biased)
-    if single:
-        result = _squeezed(result)
-    _warn_of_few(result, target)
-    return result
+class Runs:
+    """Runs of particles for all data, in chunks that fit into the budget of memory.
 
+    Args:
+        diffusion: The model.
+        target: The likelihood, bound to the model.
+        num_samples: Draws of each posterior; with a single particle a run, also the number of runs.
+        num_particles: Particles of a run.
+        num_runs: Independent runs.
+        given: What goes with the data, ``N`` rows.
+        exponents: The power of the likelihood by timestep, ``(T + 1,)``.
+        common_noise: Whether all data share their random numbers.
+        progress: Show a progress bar.
 
-class _Runs:
-    """Runs of particles for all data, in chunks that fit into the budget of memory."""
+    Raises:
+        ValueError: Numbers below one.
+    """
 
     def __init__(
         self,
         diffusion: DiffusionModel,
         target: Target,
+        num_samples: int,
+        *,
         num_particles: int,
         num_runs: int,
         given: Given,
@@ -71,22 +57,29 @@ class _Runs:
         common_noise: bool,
         progress: bool,
     ) -> None:
-        self.diffusion, self.target, self.given, self.exponents = (
-            diffusion,
-            target,
-            given,
-            exponents,
-        )
-        self.particles, self.runs, self.common, self.progress = (
-            num_particles, num_runs, common_noise, progress,
-        )  # fmt: skip
+        self.samples = check_count("num_samples", num_samples, 1, "Pass the number of draws.")
+        remedy = "Leave it out, or pass 1024, say."
+        self.particles = check_count("num_particles", num_particles, 1, remedy)
+        remedy = "Leave it out: 16 runs have a spread."
+        self.runs = check_count("num_runs", num_runs, 1, remedy)
+        self.biased = self.particles == 1
+        self.runs = self.samples if self.biased else self.runs
+        self.diffusion, self.target, self.given = diffusion, target, given
+        self.exponents, self.common, self.progress = exponents, common_noise, progress
         self.columns = 1
-        self.has_many = _has_many(diffusion, target, given, num_particles)
+        self.has_many = self._has_many()
         exact = diffusion.denoiser.is_exact
         self.covariances: Covariances | None = None
         if target.has_rows and (self.has_many or not exact):
             found = Covariances.of_draws(diffusion, given, target.num_data)
             self.covariances = found.exactly() if exact else found
+
+    def posterior(self, *, single: bool) -> PosteriorSamples:
+        """The posteriors of all data; ``single`` leaves out their axis."""
+        result = _joined(self.all(), self.target, self.samples, self.biased)
+        result = _squeezed(result) if single else result
+        _warn_of_few(result, self.target)
+        return result
 
     def all(self) -> Run:
         """All runs of all data; ``M`` columns have become axes of ``R`` runs and ``N`` data."""
@@ -154,28 +147,23 @@ class _Runs:
         columns = max(self.columns, shape[1])
         walk = ReverseWalk(self.diffusion, rows=max(ROWS, columns), given=given)
         noise = Noise(target.num_data, common=self.common)
-        arguments = (walk, target, shape, self.exponents, noise)
-        path = Path(*arguments, self.covariances)
-        if self.has_many:
-            basis, covariances = target.basis(), self.covariances
-            assert basis is not None  # otherwise it does not have many rows
-            assert covariances is not None
-            path = ManyRows(*arguments, covariances=covariances, basis=basis)
+        kind = ManyRows if self.has_many else Path
+        path = kind(walk, target, shape, self.exponents, noise, self.covariances)
         path.columns = columns  # slices of a small chunk are those of a large one, for common noise
         return path.run(bar, rehearsal=rehearsal)
 
-
-def _has_many(diffusion: DiffusionModel, target: Target, given: Given, num_particles: int) -> bool:
-    """Whether a system is solved for the measured numbers, which needs kernels with independent entries."""
-    held = 8 * num_particles * target.num_rows * diffusion.event_shape.numel()
-    few = target.num_rows <= MANY and held <= BUDGET / 4
-    if not target.has_rows or few or target.basis() is None:
-        return False
-    _, first = together(lambda x: x[:1], torch.empty(target.num_data), given)
-    walk = ReverseWalk(diffusion, given=first)
-    x_t, t = walk.start().sample((1, 1)), walk.timesteps[0]
-    kernel = as_gaussians(walk.kernel(x_t, t, walk.look(x_t, t)), x_t.shape[:2])
-    return kernel is not None and kernel.diagonal and kernel.means.shape[-2] == 1
+    def _has_many(self) -> bool:
+        """Whether a system is solved for the measured numbers; kernels must have independent entries."""
+        target = self.target
+        held = 8 * self.particles * target.num_rows * self.diffusion.event_shape.numel()
+        few = target.num_rows <= MANY and held <= BUDGET / 4
+        if not target.has_rows or few or not target.has_basis:
+            return False
+        _, first = together(lambda x: x[:1], torch.empty(target.num_data), self.given)
+        walk = ReverseWalk(self.diffusion, given=first)
+        x_t, t = walk.start().sample((1, 1)), walk.timesteps[0]
+        kernel = as_gaussians(walk.kernel(x_t, t, walk.look(x_t, t)), x_t.shape[:2])
+        return kernel is not None and kernel.diagonal and kernel.means.shape[-2] == 1
 
 
 @contextmanager
@@ -189,15 +177,15 @@ def _catted(parts: list[Run], dims: tuple[int, ...]) -> Run:
     return Run(*(torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), dims, strict=True)))
 
 
-def _joined(runs: Run, num_samples: int, biased: bool) -> PosteriorSamples:
+def _joined(runs: Run, target: Target, num_samples: int, biased: bool) -> PosteriorSamples:
     """The particles of all runs with common weights, and the numbers that they give."""
     count = len(runs.log_z)
     dead = int((runs.log_z.amax(0) == -math.inf).sum())
     if dead and not biased:
         raise ValueError(
-            f"argument 'log_likelihood': got -inf for every particle of every run, for {dead} posterior(s); "
-            "expected a datum of positive likelihood among the particles. Take more particles, or widen the "
-            "likelihood by tempering."
+            f"argument {target.argument!r}: got -inf for every particle of every run, for {dead} "
+            "posterior(s); expected a datum of positive likelihood among the particles. Take more particles"
+            f"{target.remedy}."
         )
     log_evidence = log_mean(runs.log_z)
     relative = (runs.log_z - log_evidence).exp()

@@ -25,7 +25,15 @@ from pyro_diffusion.typed import TorchDistribution
 
 _DRAWS = 8  # of independent entries, for an expected log-likelihood
 
-__all__ = ["Basis", "Local", "Target", "in_chains_units", "in_users_units", "of_columns"]
+__all__ = [
+    "Basis",
+    "Local",
+    "Target",
+    "in_chains_units",
+    "in_users_units",
+    "log_independent",
+    "of_columns",
+]
 
 
 class Local(NamedTuple):
@@ -92,9 +100,14 @@ class Target(ABC):
         """The target of some of the data."""
         raise NotImplementedError
 
-    def basis(self) -> Basis | None:
-        """The measurement with orthonormal rows, if it is linear and the same at every state."""
-        return None
+    @property
+    def has_basis(self) -> bool:
+        """Whether it is linear, with the same rows at every state."""
+        return False
+
+    def basis(self) -> Basis:
+        """The measurement with orthonormal rows."""
+        raise NotImplementedError
 
     @abstractmethod
     def log_prob(self, x_0: Tensor) -> Tensor:
@@ -147,6 +160,11 @@ def in_chains_units(diffusion: DiffusionModel, kernel: Any, denoised: Denoised) 
         return False
     mean: Tensor = kernel.mean
     return torch.allclose(mean.expand(denoised.x_0_hat.shape), denoised.x_0_hat)
+
+
+def log_independent(x: Tensor, variance: Tensor) -> Tensor:
+    r""":math:`\sum_i \log N(x_i; 0, v_i)` over the last axis."""
+    return -0.5 * (x.square() / variance + (2 * math.pi * variance).log()).sum(-1)
 
 
 def of_columns(x: Tensor, columns: int) -> Tensor:

@@ -51,10 +51,9 @@ import torch
 from pyro.distributions import Bernoulli
 from torch import Tensor
 from torch.distributions import Independent
-from torch.utils._pytree import tree_map
 
 from pyro_diffusion.denoisers import Denoised
-from pyro_diffusion.evidence.evidence import effective, log_mean, systematic, tail
+from pyro_diffusion.evidence.evidence import effective, log_mean, rows_to_keep, tail_of
 from pyro_diffusion.inference.conjugate import (
     Conjugate,
     Factor,
@@ -63,8 +62,8 @@ from pyro_diffusion.inference.conjugate import (
     as_gaussians,
     log_normal,
     positive,
+    ridge,
     root_of,
-    root_of_rows,
 )
 from pyro_diffusion.inference.covariance import Covariances
 from pyro_diffusion.inference.draws import FEW
@@ -73,12 +72,12 @@ from pyro_diffusion.processes import pad
 from pyro_diffusion.processes.gaussian import chain_step, posterior_mean
 from pyro_diffusion.scoring import score
 from pyro_diffusion.typed import TorchDistribution
-from pyro_diffusion.walk import ReverseWalk, taken
+from pyro_diffusion.walk import ReverseWalk, in_slices, taken
 
 __all__ = ["Ahead", "Path", "Run"]
 
 _EVEN = 0.9  # share of effective particles above which weights are nearly equal
-_LEAST = 600.0  # nats below the largest weight, weights below this count as this one
+_LEAST = 600.0  # nats below the largest weight: smaller weights count as this one
 
 
 class Run(NamedTuple):
@@ -134,9 +133,9 @@ class Path:
 
     def run(self, bar: Any, *, rehearsal: bool = False) -> Run:
         """From :math:`x_T` to data; a rehearsal takes the first step and the last one, for their memory."""
-        timesteps = list(self.walk.timesteps)
+        timesteps = self.walk.timesteps
         x_t = self.start()
-        for t in {timesteps[0]: 0, 1: 0} if rehearsal else timesteps:
+        for t in timesteps[:: max(len(timesteps) - 1, 1)] if rehearsal else timesteps:
             x_t, ahead = self.resampled(x_t, self.look(x_t, t))
             x_t = self.step(x_t, t, ahead) if t > 1 else self.end(x_t, ahead)
             bar.update()
@@ -152,17 +151,21 @@ class Path:
             return prior.sample(self.shape)
         origin = prior.mean.expand(1, self.shape[1], *self.event_shape)
         _, local, pulled = self._pulled(origin, last, self.exponents[last])
+        inner = positive(pulled @ local.rows.mT)
         step = chain_step(last, self.diffusion.schedule)
         factor = Factor.at(
             local,
             pulled * self._entries(step.signal / step.noise**2),
             origin,
-            root_of_rows(local, pulled),
+            root_of(inner + ridge(inner, 1e-12)),
         )
         factor = Factor(*(x.expand(self.shape[0], *x.shape[1:]) for x in factor))
         kernel = as_gaussians(prior, torch.Size(self.shape))
         assert kernel is not None  # the prior of a process with a score
-        return self._drawn(kernel, factor)
+        proposal = Conjugate(kernel, factor)
+        x_T = self._states(proposal.draw(self.noise))
+        self.log_weight = proposal.log_z - factor.log_prob(x_T.flatten(2))
+        return x_T
 
     def look(self, x_t: Tensor, t: int) -> Ahead:
         """What is known at the states, in slices of as many rows as the walk allows."""
@@ -176,12 +179,10 @@ class Path:
         uneven = (self.ess[-1] < self.shape[0] / 2) & (self.ess[-1] > 0)
         if self.shape[0] == 1 or not uneven.any():
             return x_t, ahead
-        in_place = torch.arange(self.shape[0], device=x_t.device)[:, None]
-        start = self.noise.uniform(self.log_weight[:1])
-        rows = torch.where(uneven, systematic(self.log_weight.softmax(0), start=start), in_place)
+        rows = rows_to_keep(self.log_weight, uneven, self.noise.uniform(self.log_weight[:1]))
         self.average(uneven)
         self.log_weight = torch.where(uneven, 0.0, self.log_weight)
-        x_t, ahead = tree_map(lambda x: _gathered(x, rows), (x_t, ahead))
+        x_t, ahead = taken((x_t, ahead), rows)
         return x_t, ahead
 
     def average(self, where: Tensor) -> None:
@@ -191,15 +192,13 @@ class Path:
         # An impossible datum has no logarithm.
         bounded = self.log_weight.maximum(largest - _LEAST).nan_to_num(neginf=0.0)
         # Weights that are nearly equal have no tail that matters, whatever its shape is.
-        uneven = where & (effective(self.log_weight) < _EVEN * self.shape[0])
-        k = tail(bounded)
+        ess = effective(self.log_weight)
+        k = tail_of(bounded, where & (ess < _EVEN * self.shape[0]))
         # Infinite if fewer than five weights lie above a quantile, as when the largest are all equal.
-        k = torch.where((k == math.inf) & (effective(self.log_weight) > FEW), -math.inf, k)
-        self.k = torch.where(uneven, self.k.maximum(k), self.k)
+        self.k = self.k.maximum(torch.where((k == math.inf) & (ess > FEW), -math.inf, k))
 
     def step(self, x_t: Tensor, t: int, ahead: Ahead) -> Tensor:
         r""":math:`x_{t-1}`, ``t ≥ 2``, and the weights of the step."""
-
         x_t, lost = self._in_slices(partial(self._next, t), x_t, ahead)
         self.log_weight = self.log_weight - lost
         return x_t
@@ -270,17 +269,15 @@ class Path:
     ) -> Factor:
         r""":math:`\phi` as a function of :math:`x_{t-1}`; see the module."""
         step = chain_step(t, self.diffusion.schedule)
-        rise = self._entries(step.signal_prev**2 / step.noise_prev**2 * step.share)
+        rise = self._entries(step.rise)
         inner = positive(pulled @ local.rows.mT)
-        size = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        ridge = (1e-12 * size + 1e-30) * torch.eye(inner.shape[-1]).to(inner)
-        solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + ridge))
+        least = ridge(inner, 1e-12)
+        solved = torch.cholesky_solve(pulled, root_of(inner + (pulled * rise) @ pulled.mT + least))
         rows = inner @ solved * self._entries(step.signal_prev / step.noise_prev**2)
-        channel = (
-            local.rows / rise.clamp(min=1e-8 * rise.amax())
-        ) @ local.rows.mT  # entries that stay
-        half = torch.linalg.solve_triangular(root_of(inner + channel + ridge), inner, upper=False)
-        root = root_of(inner - half.mT @ half + ridge)
+        rise = rise.clamp(min=1e-8 * rise.amax())  # of entries whose log-SNR stays
+        channel = (local.rows / rise) @ local.rows.mT
+        half = torch.linalg.solve_triangular(root_of(inner + channel + least), inner, upper=False)
+        root = root_of(inner - half.mT @ half + least)
         missing_dim = self.diffusion.process.missing_dim
         centre = posterior_mean(
             x_t.double(), denoised.x_0_hat.double(), step, missing_dim=missing_dim
@@ -327,7 +324,7 @@ class Path:
         denoised, products = self.walk.pulled(x_t, t, pull)
         step = chain_step(t, self.diffusion.schedule)
         pulled = torch.stack([x.flatten(2).double() for x in products], dim=-2)
-        pulled = pulled * self._entries(step.noise**2 / step.signal)
+        pulled = pulled * self._entries(step.tweedie)
         if self.covariances is not None:
             pulled = self.covariances.mixed(found[0].rows, pulled, t)
         return denoised, found[0], pulled
@@ -350,39 +347,18 @@ class Path:
 
     # Small parts.
 
-    def _drawn(self, kernel: Gaussians, factor: Factor) -> Tensor:
-        """A draw of the proposal, with its weight."""
-        proposal = Conjugate(kernel, factor)
-        x = proposal.draw(self.noise).to(self.diffusion.dtype)
-        self.log_weight = self.log_weight + proposal.log_z - factor.log_prob(x)
-        return x.reshape(*self.shape, *self.event_shape)
-
     def _conjugate_draw(self, kernel: Gaussians, factor: Factor) -> Tensor:
-        x = Conjugate(kernel, factor).draw(self.noise)
+        return self._states(Conjugate(kernel, factor).draw(self.noise))
+
+    def _states(self, x: Tensor) -> Tensor:
+        """Flattened float64 states ``(K, M, D)`` as states of the chain."""
         return x.to(self.diffusion.dtype).reshape(*x.shape[:2], *self.event_shape)
 
     def _in_slices(self, function: Callable[..., Any], *particles: Any) -> Any:
         """Apply a function to the particles, in slices of as many rows as the walk allows."""
-        size = max(self.rows_at_a_time // self.columns, 1)
-        if self.shape[0] <= size:
-            return function(*particles)
-        slices = [slice(start, start + size) for start in range(0, self.shape[0], size)]
-        parts = [function(*tree_map(_part(rows), particles)) for rows in slices]
-        return tree_map(_catted, *parts)
+        return in_slices(function, max(self.rows_at_a_time // self.columns, 1), *particles)
 
     def _entries(self, coefficient: Tensor) -> Tensor:
         """A coefficient of a step for each entry of a flattened state, ``(D,)``."""
         padded = pad(coefficient, self.diffusion.process.missing_dim, torch.float64)
         return padded.expand(self.event_shape).reshape(-1)
-
-
-def _gathered(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if x is None else taken(x, rows)
-
-
-def _catted(*parts: Tensor | None) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
-
-
-def _part(rows: slice) -> Callable[[Any], Any]:
-    return lambda x: None if x is None else x[rows]

@@ -47,6 +47,16 @@ class ChainStep(NamedTuple):
     #: :math:`1 - e^{\lambda_t - \lambda_{t-1}}`, the step's share of :math:`\sigma_t^2`
     share: Tensor
 
+    @property
+    def tweedie(self) -> Tensor:
+        r""":math:`\sigma_t^2 / a_t`; the Jacobian of :math:`E[x_0 \mid x_t]` times it is a covariance."""
+        return self.noise**2 / self.signal
+
+    @property
+    def rise(self) -> Tensor:
+        r""":math:`\mathrm{SNR}_{t-1} - \mathrm{SNR}_t`, for ``t ≥ 2``."""
+        return self.signal_prev**2 / self.noise_prev**2 * self.share
+
     @classmethod
     def between(cls, schedule: NoiseSchedule, earlier: Tensor, later: Tensor) -> "ChainStep":
         """The coefficients of a step from one log-SNR to a smaller one."""
