@@ -155,8 +155,7 @@ def curve(prior, y, sigma, args, *, common_noise=True):
         prior, likelihood, 100, num_particles=args.particles, num_runs=4 if args.smoke else args.runs,
         common_noise=common_noise, progress=False,
     )  # fmt: skip
-    share = draws.log_weights.logsumexp(1).exp()  # of a run in the sum of all Ẑ
-    ratios = share * len(share)
+    ratios = (draws.log_evidence_by_run - draws.log_evidence).exp()  # Ẑ of each run over their mean
     best = draws.log_evidence.argmax()
     error = (ratios - ratios[:, [best]]).std(0) / len(ratios) ** 0.5
     print(f"{time.perf_counter() - start:.0f} s for {len(sigma)} noise levels")
