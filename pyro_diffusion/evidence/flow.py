@@ -1,17 +1,18 @@
 r"""The density of the probability flow: the deterministic model that shares a diffusion's marginals.
 
-With the log-SNR :math:`\lambda` as time and Tweedie's score, the flow of
+The time is the log-SNR :math:`\lambda`. The coordinates are states of unit scale,
+:math:`y = x_\lambda / \sqrt{a^2 + \sigma^2}`, of which :math:`\alpha = a / \sqrt{a^2 + \sigma^2}` is the signal;
+in a chain that preserves variance they are the states themselves. With Tweedie's score the flow of
 :math:`x_\lambda = a x_0 + \sigma \epsilon` is
 
 .. math::
-    \frac{dx}{d\lambda} = \Big(\frac{d \log a}{d\lambda} - \tfrac12\Big)\, x
-        + \tfrac12\, a\, \hat x_0(x, \lambda),
+    \frac{dy}{d\lambda} = \tfrac12\, \alpha\, \big(\hat x_0(x_\lambda, \lambda) - \alpha y\big) \quad \text{(E18)},
 
 and the log-density changes along the flow by its divergence,
 
 .. math::
-    \log p(x_{\lambda_t}) = \log p(x_{\lambda_T})
-        + \int_{\lambda_t}^{\lambda_T} \nabla \cdot \frac{dx}{d\lambda}\, d\lambda .
+    \log p(y_{\lambda_t}) = \log p(y_{\lambda_T})
+        + \int_{\lambda_t}^{\lambda_T} \nabla \cdot \frac{dy}{d\lambda}\, d\lambda .
 
 The flow is *another model* than the chain: their densities are equal only for the exact score and
 :math:`T \to \infty`, and the density of the flow is not a bound on that of the chain. The denoiser is called
@@ -38,7 +39,7 @@ from pyro_diffusion.given import Given, chunks, first_repeated, together, usable
 from pyro_diffusion.reading import alone, footprint, rows_within
 from pyro_diffusion.walk import Walked, diffusion_of, look
 
-_EXACT = 64  # dimensions up to which the trace is exact by default
+DENSE = 64  #: dimensions up to which Jacobians are computed as a whole by default
 _MOST = 256  # largest number of data that share the solver's steps
 _STAGES = 20  # states that a solver of order five keeps in memory, and its working copies
 
@@ -125,7 +126,7 @@ def ode_log_likelihood(  # type: ignore[misc]
     what = _checked_given(diffusion, x_0, given)
     if state == 0:  # the flow follows the whole curve, even for a chain of one step
         diffusion = diffusion.with_both_ends()
-    if num_probes is None and diffusion.event_shape.numel() > _EXACT:
+    if num_probes is None and diffusion.event_shape.numel() > DENSE:
         num_probes = 8
     with torch.inference_mode(False), alone(diffusion):
         x_0, what = together(usable, x_0, what)
@@ -165,29 +166,27 @@ def _solve(
     atol: float,
 ) -> Tensor:
     """Log-densities by probe, ``(P, N)``; for the exact trace ``P`` is one."""
-    schedule, size = diffusion.schedule, diffusion.event_shape.numel()
-    x, log_volume = (
-        x_0.to(diffusion.dtype),
-        torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device),
-    )
-    if state == 0:
-        signal = schedule.signal(1)
-        x = (signal * diffusion.embed(x_0)).to(diffusion.dtype)
-        log_volume = log_volume + size * signal.log()
-        if diffusion.transform is not None:
-            log_volume = log_volume + diffusion.log_volume(x_0)
-    ends = torch.tensor([max(state, 1), schedule.num_timesteps], device=x.device)
-    probes = _probes(x, num_probes)
-    divergence = x.new_zeros(1 if num_probes is None else num_probes, len(x), dtype=torch.float64)
-    start = (x.double(), divergence)
-    velocity = _velocity(diffusion, probes, given, exact=num_probes is None)
+    velocity = Velocity(diffusion, given)
+    ends = torch.tensor([max(state, 1), diffusion.schedule.num_timesteps], device=x_0.device)
+    log_snr = diffusion.schedule.log_snr(ends)
+    signal, scale = velocity.scales(log_snr[0])
+    x = x_0.to(diffusion.dtype) if state else diffusion.embed(x_0)
+    change = 1 / scale if state else signal  # dy/dx
+    y = (change * x).to(diffusion.dtype)
+    log_volume = diffusion.event_shape.numel() * change.log()
+    if state == 0 and diffusion.transform is not None:
+        log_volume = log_volume + diffusion.log_volume(x_0)
+    probes = _probes(y, num_probes)
+    divergence = y.new_zeros(1 if num_probes is None else num_probes, len(y), dtype=torch.float64)
+    start = (y.double(), divergence)
     if ends[0] < ends[1]:
         # The parameters of an exact denoiser are buffers.
         numbers = [*diffusion.parameters(), *diffusion.buffers(), *tree_leaves(given.context)]
-        start = _integrated(velocity, start, schedule.log_snr(ends), numbers, rtol, atol)
-    x_T, divergence = start
-    prior = diffusion.prior().log_prob(x_T.to(diffusion.dtype)).double()
-    return prior + divergence + log_volume
+        field = _with_divergence(velocity, probes, exact=num_probes is None)
+        start = _integrated(field, start, log_snr, numbers, rtol, atol)
+    y_T, divergence = start
+    normal = -0.5 * (y_T.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return normal + divergence + log_volume
 
 
 def _integrated(
@@ -223,44 +222,63 @@ def _integrated(
     return path[0][-1], path[1][-1]
 
 
-def _velocity(
-    diffusion: DiffusionModel, probes: Tensor, given: Given, *, exact: bool
+class Velocity:
+    r""":math:`dy/d\lambda` of a model's probability flow, for states :math:`y` of unit scale (E18).
+
+    Args:
+        diffusion: The model.
+        given: What goes with the states: a context, a row for each datum.
+    """
+
+    def __init__(self, diffusion: DiffusionModel, given: Given = Given()) -> None:
+        self.diffusion, self.given = diffusion, given.of_kernels()
+
+    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The signal :math:`\alpha` of :math:`y` at log-SNRs, and :math:`\sqrt{a^2 + \sigma^2}`."""
+        signal, noise = self.diffusion.schedule.scales(log_snr)
+        scale = (signal.square() + noise.square()).sqrt()
+        return signal / scale, scale
+
+    def __call__(
+        self, y: Tensor, log_snr: Tensor, vectors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""The velocity at states ``(…) + event_shape``, in their dtype, and vector-Jacobian products.
+
+        Args:
+            y: States of unit scale.
+            log_snr: Their log-SNR, one for all.
+            vectors: :math:`v`, ``(P,)`` + the states' shape; the products
+                :math:`v^\top \partial (dy/d\lambda) / \partial y` have this shape.
+        """
+        alpha, scale = (c.to(y.dtype) for c in self.scales(log_snr))
+        none = y.new_zeros(0, *y.shape) if vectors is None else vectors
+        flat = none.reshape(len(none), -1, *self.diffusion.event_shape).to(self.diffusion.dtype)
+        said, products = look(
+            self.diffusion.denoiser,
+            (scale * y).to(self.diffusion.dtype),
+            log_snr,
+            pull=None if vectors is None else lambda said, vjp, part: [vjp(e[part]) for e in flat],
+            **self.given,
+        )
+        velocity = 0.5 * alpha * (said.x_0_hat.to(y.dtype) - alpha * y)
+        if vectors is None:
+            return velocity, none
+        pulled = torch.stack(products).reshape(none.shape).to(y.dtype)
+        return velocity, 0.5 * alpha * (scale * pulled - alpha * none)
+
+
+def _with_divergence(
+    velocity: Velocity, probes: Tensor, *, exact: bool
 ) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """dx/dλ and its divergence, as a function for the solver."""
-    size = diffusion.event_shape.numel()
+    """The velocity and its divergence, as a function for the solver."""
 
     def at(log_snr: Tensor, path: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Derivatives at a log-SNR, for a state and the divergence integrated so far."""
-        signal, growth = _signal(diffusion, log_snr)
-        x = path[0].to(diffusion.dtype)
-        said, products = look(
-            diffusion.denoiser,
-            x,
-            log_snr,
-            pull=lambda said, vjp, part: [vjp(e[part]) for e in probes],
-            **given.of_kernels(),
-        )
-        trace = (torch.stack(products) * probes).reshape(*probes.shape[:2], -1).double().sum(2)
-        trace = trace.sum(0, keepdim=True) if exact else trace
-        dx = (growth - 0.5) * path[0] + 0.5 * signal * said.x_0_hat.double()
-        return dx, (growth - 0.5) * size + 0.5 * signal * trace
+        dy, products = velocity(path[0], log_snr, probes)
+        trace = (products * probes).reshape(*probes.shape[:2], -1).sum(2)
+        return dy, trace.sum(0, keepdim=True) if exact else trace
 
     return at
-
-
-def _signal(diffusion: DiffusionModel, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The signal :math:`a` at a log-SNR, and :math:`d \log a / d\lambda`."""
-    wanted = (
-        torch.is_grad_enabled() and log_snr.requires_grad
-    )  # where the ends of a curve are learned
-    with torch.enable_grad():
-        level = log_snr.double() if wanted else log_snr.detach().double().requires_grad_()
-        signal = diffusion.schedule.scales(level)[0]
-        # in a variance-exploding chain the signal is one at every log-SNR
-        growth = torch.zeros_like(level)
-        if signal.requires_grad:
-            (growth,) = torch.autograd.grad(signal.log(), level, create_graph=wanted)
-    return (signal, growth) if wanted else (signal.detach(), growth)
 
 
 def _probes(x: Tensor, num_probes: int | None) -> Tensor:
@@ -289,13 +307,13 @@ def _rows_at_a_time(
         x = torch.zeros(shape, dtype=diffusion.dtype, device=x_0.device)
         _, own = first_repeated(x_0, given, count)
         signs = x.expand(num_probes, *shape) + 1 if num_probes is not None else _probes(x, None)
-        velocity = _velocity(diffusion, signs, own, exact=num_probes is None)
+        field = _with_divergence(Velocity(diffusion, own), signs, exact=num_probes is None)
         level, start = (
             diffusion.schedule.log_snr(1).detach(),
             (x.double(), x.new_zeros(len(signs), count)),
         )
         with torch.no_grad():
-            held, peak = footprint(lambda: velocity(level, start))
+            held, peak = footprint(lambda: field(level, start))
         return _STAGES * held + peak
 
     return rows_within(cost, min(len(x_0), _MOST))
