@@ -1,6 +1,6 @@
 """Checks of a Pyro model and guide and of their sites, for a bound that is reported by datum."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -78,9 +78,7 @@ def _alike(ours: Any, theirs: Any) -> bool:
     return torch.equal(*torch.broadcast_tensors(*masks))
 
 
-def check_sites(
-    left: Mapping[str, Any], latents: Mapping[str, Any], observed: Mapping[str, Any]
-) -> None:
+def check_sites(left: Mapping[str, Any], latents: Sized, observed: Sized) -> None:
     """Raise a ``ValueError`` if only the guide has a latent, or the model has no latent or no data."""
     if left:
         raise latents_differ(f"the guide alone samples {', '.join(map(repr, left))}")

@@ -7,7 +7,10 @@ its state is freed:
     \log p(x_0 \mid x_1), \qquad \log q(x_t \mid \cdot) - \log p(x_t \mid \cdot)
     \quad \text{or} \quad \mathrm{KL}\big(q(x_t \mid \cdot) \,\|\, p(x_t \mid \cdot)\big) .
 
-A KL is legal where the guide runs in the model's order, because only then both condition on the same states.
+A KL is legal at a site if the guide has drawn everything that the model draws before it, because only then
+both condition on the same states. The draw of an encoder that is the datum of a chain
+(:class:`~pyro_diffusion.inference.DiffusionPrior`) has two terms, :math:`\log q(z_0 \mid x)` and
+:math:`-\log p(z_0 \mid z_1)`: the negative entropy and the cross-entropy.
 """
 
 import math
@@ -34,10 +37,19 @@ from pyro_diffusion.bounds.checks import (
 from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
 from pyro_diffusion.diffusion import DiffusionModel
+from pyro_diffusion.distributions import BottomUpSite, EncoderSite
 from pyro_diffusion.given import Given, chunks, first_repeated, repeated, run, together
 from pyro_diffusion.reading import footprint, reading, refuse_gradients, rows_within
 from pyro_diffusion.scoring import log_density, measure_of, score
 from pyro_diffusion.walk import ROWS, ReverseWalk
+
+
+class Term(NamedTuple):
+    """The term of a latent site for each trajectory."""
+
+    site: str
+    kind: str  #: "KL", "log-ratio", "negative entropy" or "cross-entropy"
+    values: Tensor  #: ``(rows,)``
 
 
 class Sites(NamedTuple):
@@ -128,9 +140,9 @@ def _read(
         bar.total = num_chunks * (len(drawn.sites) + 1)
         with _Score(drawn.sites, len(x_0), bar, keep, analytic_kl is not False) as scored:
             run(model, x_0, given.arguments())
-    check_sites(scored.drawn, scored.log_ratio, scored.observed)
+    check_sites(scored.drawn, scored.terms, scored.observed)
     require(
-        not analytic_kl or scored.in_order,
+        not analytic_kl or all(term.kind == "KL" for term in scored.terms),
         "argument 'analytic_kl'",
         "True for a guide that samples its sites in another order than the model",
         "None or False, because its terms are log-ratios and not KLs",
@@ -166,12 +178,10 @@ class _Score(Messenger):
     ) -> None:
         super().__init__()
         self.drawn, self.rows, self.bar, self.keep, self.analytic = drawn, rows, bar, keep, analytic
-        self.guide_order = iter(list(drawn))
-        # Whether the model has visited its latents in the guide's order so far.
-        self.in_order = True
+        self.place = {name: i for i, name in enumerate(drawn)}  # in the guide's order
+        self.last = -1  # place of the last site that the model has visited so far
         self.log_q: Tensor = torch.zeros(())
-        self.log_ratio: dict[str, Tensor] = {}
-        self.kl: dict[str, Tensor] = {}
+        self.terms: list[Term] = []  # in the model's order
         self.observed: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {}
         self.measures: set[str] = set()
@@ -200,12 +210,17 @@ class _Score(Messenger):
         check_same_masks(name, (mask, _entry_mask(q)), (msg["mask"], _entry_mask(p)))
         scored = score(q, p, value)
         self.log_q = self.log_q + self._per_datum(scored.log_q, msg)
-        self.log_ratio[name] = self._per_datum(scored.log_ratio, msg)
         if self.keep is None or name in self.keep:
             self.states[name] = value.movedim(value.dim() - p.event_dim - 1, 0)
-        self.in_order = self.in_order and name == next(self.guide_order)
-        if self.in_order and self.analytic and scored.kl is not None:
-            self.kl[name] = self._per_datum(scored.kl, msg)
+        self.last = max(self.last, self.place[name])
+        legal = self.last == self.place[name]
+        if isinstance(q, EncoderSite):
+            parts = {"cross-entropy": -scored.log_p, "negative entropy": scored.log_q}
+            self.terms += [Term(name, kind, self._per_datum(x, msg)) for kind, x in parts.items()]
+            return
+        kl = scored.kl if legal and self.analytic and not isinstance(q, BottomUpSite) else None
+        values = self._per_datum(scored.log_ratio if kl is None else kl, msg)
+        self.terms.append(Term(name, "KL" if legal else "log-ratio", values))
 
     def _per_datum(self, values: Tensor, msg: Any) -> Tensor:
         """Sum a site's values over everything but the data plate, shape ``(rows,)``."""
@@ -218,16 +233,12 @@ class _Score(Messenger):
 
     def sites(self) -> Sites:
         """The terms by timestep."""
-        # If the order differs at a later site, the KLs of the earlier sites are not valid terms either.
-        kl = self.kl if self.in_order else {}
-        latents = list(reversed(self.log_ratio))
-        kind = "KL" if self.in_order else "log-ratio"
+        latents = self.terms[::-1]
         reconstruction = torch.stack(list(self.observed.values())).sum(0)
         return Sites(
-            values=torch.stack([reconstruction, *(kl.get(x, self.log_ratio[x]) for x in latents)]),
-            # In any order of the guide: p(x_T) has no parents, and E log q(x_T | ·)/p(x_T) is a mean KL.
-            kinds=("log-likelihood", *[kind] * (len(latents) - 1), "KL"),
-            names=("+".join(self.observed), *latents),
+            values=torch.stack([reconstruction, *(term.values for term in latents)]),
+            kinds=("log-likelihood", *(term.kind for term in latents)),
+            names=("+".join(self.observed), *(term.site for term in latents)),
             event_size=self.event_size,
             measure=" and ".join(sorted(self.measures - {""})),
             log_q=self.log_q,

@@ -7,11 +7,14 @@ with each other and with the bounds.
 
 from pyro_diffusion.evidence.evidence import Evidence, average, fingerprint, tail
 from pyro_diffusion.evidence.flow import ode_log_likelihood
+from pyro_diffusion.evidence.global_latents import GlobalEvidence, global_evidence
 from pyro_diffusion.evidence.importance import importance_evidence
 from pyro_diffusion.evidence.sequential import smc_evidence
 from pyro_diffusion.evidence.summary import Summary, SummaryRow, summary
 
 __all__ = [
+    "GlobalEvidence",
+    "global_evidence",
     "Evidence",
     "Summary",
     "SummaryRow",

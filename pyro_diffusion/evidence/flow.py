@@ -1,12 +1,13 @@
 r"""The density of the probability flow: the deterministic model that shares a diffusion's marginals.
 
 The time is the log-SNR :math:`\lambda`. The coordinates are states of unit scale,
-:math:`y = x_\lambda / \sqrt{a^2 + \sigma^2}`, of which :math:`\alpha = a / \sqrt{a^2 + \sigma^2}` is the signal;
-in a chain that preserves variance they are the states themselves. With Tweedie's score the flow of
+:math:`y = x_\lambda / \sqrt{a^2 + \sigma^2}`, with the signal
+:math:`\alpha = a / \sqrt{a^2 + \sigma^2}`. In a chain that preserves variance they are the states
+themselves. With Tweedie's score the flow of
 :math:`x_\lambda = a x_0 + \sigma \epsilon` is
 
 .. math::
-    \frac{dy}{d\lambda} = \tfrac12\, \alpha\, \big(\hat x_0(x_\lambda, \lambda) - \alpha y\big) \quad \text{(E18)},
+    \frac{dy}{d\lambda} = \tfrac12\, \alpha\, \big(\hat x_0(x_\lambda) - \alpha y\big) \quad \text{(E18)},
 
 and the log-density changes along the flow by its divergence,
 
@@ -251,20 +252,19 @@ class Velocity:
                 :math:`v^\top \partial (dy/d\lambda) / \partial y` have this shape.
         """
         alpha, scale = (c.to(y.dtype) for c in self.scales(log_snr))
-        none = y.new_zeros(0, *y.shape) if vectors is None else vectors
-        flat = none.reshape(len(none), -1, *self.diffusion.event_shape).to(self.diffusion.dtype)
+        vectors = y[None][:0] if vectors is None else vectors
+        count, event = len(vectors), self.diffusion.event_shape
+        flat = vectors.to(self.diffusion.dtype).reshape(count, y.numel() // event.numel(), *event)
         said, products = look(
             self.diffusion.denoiser,
             (scale * y).to(self.diffusion.dtype),
             log_snr,
-            pull=None if vectors is None else lambda said, vjp, part: [vjp(e[part]) for e in flat],
+            pull=(lambda said, vjp, part: [vjp(e[part]) for e in flat]) if count else None,
             **self.given,
         )
         velocity = 0.5 * alpha * (said.x_0_hat.to(y.dtype) - alpha * y)
-        if vectors is None:
-            return velocity, none
-        pulled = torch.stack(products).reshape(none.shape).to(y.dtype)
-        return velocity, 0.5 * alpha * (scale * pulled - alpha * none)
+        pulled = torch.stack(products).to(y.dtype) if count else flat
+        return velocity, 0.5 * alpha * (scale * pulled.reshape(vectors.shape) - alpha * vectors)
 
 
 def _with_divergence(
@@ -335,13 +335,21 @@ def _checked_given(diffusion: DiffusionModel, x_0: Tensor, given: dict[str, Any]
 
 def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> None:
     check_state(state, diffusion.schedule.num_timesteps)
-    diffusion.process.check_has_score("diffusion", "Use importance_evidence.")
+    check_has_flow(diffusion, "use importance_evidence(diffusion, x_0, num_particles=100).", state)
+    if num_probes is not None:
+        remedy = "Leave it out for the exact trace of small data."
+        check_count("num_probes", num_probes, 2, remedy, "whose spread is the standard error")
+
+
+def check_has_flow(diffusion: DiffusionModel, remedy: str, state: int = 0) -> None:
+    """Raise a ``ValueError`` unless the probability flow of a model leads to data, or to a state."""
+    diffusion.process.check_has_score("diffusion", remedy[0].upper() + remedy[1:])
     require(
         not diffusion.schedule.event_dim,
         "argument 'diffusion'",
         "a schedule with a curve for each entry",
         "one curve for all entries, because the flow runs along a single log-SNR",
-        "Use importance_evidence.",
+        f"Use a schedule without an event shape, or {remedy}",
     )
     levels = getattr(getattr(diffusion.denoiser, "prediction", None), "num_outputs", 1) > 1
     what = "levels" if diffusion.likelihood is None else repr(diffusion.likelihood)
@@ -350,9 +358,5 @@ def _check(diffusion: DiffusionModel, state: int, num_probes: int | None) -> Non
         "argument 'diffusion'",
         f"a model with {what} between its states and the data",
         "none, because the flow has a density of states only",
-        "Dequantise the data and fit a model without a likelihood, pass states (state=1), or use "
-        "importance_evidence.",
+        f"Dequantise the data and fit a model without a likelihood, or {remedy}",
     )
-    if num_probes is not None:
-        remedy = "Leave it out for the exact trace of small data."
-        check_count("num_probes", num_probes, 2, remedy, "whose spread is the standard error")

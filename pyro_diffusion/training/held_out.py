@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_diffusion.bounds import Estimate, elbo_terms
 from pyro_diffusion.bounds.rows import Rows
@@ -61,11 +61,14 @@ class HeldOut:
         device: Where the model is.
     """
 
+    model: nn.Module
+    guide: nn.Module
+
     def __init__(self, family: Pair, data: Columns, batch_size: int, device: torch.device) -> None:
         self.data, self.batch_size, self.device = dict(data), batch_size, device
         self.weights: Tensor | None = self.data.pop("weights", None)
         self.count = len(self.data["x_0"])
-        self.model, self.guide = programs(family)
+        self.model, self.guide = programs(family)  # type: ignore[assignment]  # fit has checked it
         self._bound = self._reader()
 
     def _reader(self) -> Callable[..., Tensor]:
@@ -144,7 +147,7 @@ class HeldOut:
 
     def _along_paths(self, x_0: Tensor, given: dict[str, Any], share: int) -> Tensor:
         particles = min(max(1, share), _PARTICLES)
-        if isinstance(self.model, SubsampledProgram):
+        if any(isinstance(part, SubsampledProgram) for part in self.model.modules()):
             draws = [bound_by_datum(self.model, self.guide, x_0, **given) for _ in range(particles)]
             return torch.stack(draws).mean(0)
         terms = elbo_terms(
