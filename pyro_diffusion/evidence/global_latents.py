@@ -215,7 +215,9 @@ def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
             total = total + values.sum().to(total.device)
         else:
             kept = values.dim() > nesting and values.shape[-1 - nesting] == count
-            by_draw = values.movedim(-1 - nesting, 0).flatten(1).sum(1) if kept else values.sum()
+            by_draw = (
+                values.movedim(-1 - nesting, 0).reshape(count, -1).sum(1) if kept else values.sum()
+            )
             total = total + by_draw.to(total.device)
     return total
 
