@@ -40,13 +40,20 @@ from pyro_diffusion.diffusion import BernoulliDiffusion, DiffusionModel
 from pyro_diffusion.encoders import BottomUpEncoder, GaussianLayer, LadderEncoder
 from pyro_diffusion.evidence import (
     Evidence,
+    global_evidence,
     importance_evidence,
     ode_log_likelihood,
     smc_evidence,
     summary,
 )
 from pyro_diffusion.hvae import HierarchicalVAE
-from pyro_diffusion.inference import LinearGaussian, impute, posterior_samples
+from pyro_diffusion.inference import (
+    DiffusionPrior,
+    LinearGaussian,
+    flow,
+    impute,
+    posterior_samples,
+)
 from pyro_diffusion.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -136,6 +143,7 @@ __all__ = [
     "DDIMSampler",
     "DataPrediction",
     "DiffusionModel",
+    "DiffusionPrior",
     "DiscretizedGaussianLikelihood",
     "ELBOTerms",
     "EnumeratedDenoiser",
@@ -196,6 +204,8 @@ __all__ = [
     "forward_posterior",
     "forward_transition",
     "importance_evidence",
+    "flow",
+    "global_evidence",
     "impute",
     "ode_log_likelihood",
     "over_ranks",

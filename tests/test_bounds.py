@@ -475,8 +475,8 @@ def test_scaled_masked_and_inner_plates():
     assert terms.prior.abs().max() < 1e-12
 
 
-def test_an_order_that_departs_later_has_no_kls():
-    """The first latent agrees, the others are swapped: theirs are log-ratios, and no KL is analytic."""
+def test_an_order_that_departs_later_has_kls_before():
+    """The last two latents are swapped: the guide draws c without b, so that the term of c is a log-ratio."""
 
     def chain(order):
         def program(x, observe=False):
@@ -493,7 +493,7 @@ def test_an_order_that_departs_later_has_no_kls():
 
     x = torch.randn(4, 3)
     terms = elbo_terms(model, chain("acb"), x)
-    assert terms.kinds == ("log-likelihood", "log-ratio", "log-ratio", "KL")
+    assert terms.kinds == ("log-likelihood", "log-ratio", "KL", "KL")
     assert elbo_terms(model, chain("abc"), x).is_kl
     with pytest.raises(ValueError, match="'analytic_kl'"):
         elbo_terms(model, chain("acb"), x, analytic_kl=True)

@@ -17,6 +17,7 @@ MODULES = sorted(
 
 
 def names():
+    import pyro.distributions as dist
     from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
     from pyro.optim import Adam
 
@@ -24,6 +25,7 @@ def names():
     return public | {
         "torch": torch,
         "pyro": pyro,
+        "dist": dist,
         "SVI": SVI,
         "Adam": Adam,
         "Trace_ELBO": Trace_ELBO,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.bounds.terms import ELBOTerms
+from pyro_diffusion.bounds.terms import ENCODER, ELBOTerms
 
 
 class Moments:
@@ -45,9 +45,11 @@ class TermMoments:
     def terms(self) -> ELBOTerms:
         """The bound of all data that were added."""
         mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
+        first = 1 + sum(kind in ENCODER for kind in self.last.kinds)
         return ELBOTerms(
             reconstruction=mean[0],
-            transition=mean[1:-1],
+            encoder=mean[1:first],
+            transition=mean[first:-1],
             prior=mean[-1],
             standard_error=_errors(self.totals),
             term_standard_error=_errors(self.sites),

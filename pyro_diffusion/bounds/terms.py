@@ -6,6 +6,10 @@ The bound is a sum over sites, with one term for each timestep. The guide's orde
     \mathrm{ELBO} = \underbrace{E \log p(x_0 \mid x_1)}_{\text{reconstruction}}
         - \sum_{t=1}^{T-1} \underbrace{L_t}_{\text{transition}} - \underbrace{L_T}_{\text{prior}}.
 
+For a latent :math:`z_0` that is the datum of a chain (:class:`~pyro_diffusion.inference.DiffusionPrior`), two
+terms of its encoder stand between reconstruction and transitions: :math:`E \log q(z_0 \mid x)`, which is
+minus an entropy, and the cross-entropy :math:`-E \log p(z_0 \mid z_1)`.
+
 Two errors are reported separately. The *Monte Carlo* error shrinks with more particles, the *sampling* error
 with more data.
 
@@ -77,6 +81,10 @@ class Estimate(NamedTuple):
         )
 
 
+#: kinds of the terms of an encoder whose draw is the datum of a chain
+ENCODER = ("negative entropy", "cross-entropy")
+
+
 class ELBOTerms(NamedTuple):
     """The bound, term by term and datum by datum; nats per datum, float64, unscaled.
 
@@ -88,15 +96,20 @@ class ELBOTerms(NamedTuple):
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
-    term_standard_error: Tensor  #: Monte Carlo error of the term at ``x_t`` in row t, ``(T+1, N)``
-    kinds: tuple[str, ...]  #: kind of each term by timestep: "log-likelihood", "KL" or "log-ratio"
-    site_names: tuple[str, ...]  #: site of each term, by timestep
+    #: Monte Carlo error of the term in each row of ``rows``; the term at ``x_t`` is in row t; ``(T+1, N)``
+    term_standard_error: Tensor
+    #: kind of each row: "log-likelihood", "KL" or "log-ratio"; an encoder has "negative entropy" and
+    #: "cross-entropy"
+    kinds: tuple[str, ...]
+    site_names: tuple[str, ...]  #: site of each row
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
     #: "paths", or "single" if the states of different timesteps were drawn independently of each other
     draws: str = "paths"
+    #: negative entropy and cross-entropy of a latent that is the datum of a chain, ``(2, N)``; else empty
+    encoder: Tensor = torch.zeros(0, 1)
 
     def __repr__(self) -> str:
-        counts = {kind: self.kinds[1:].count(kind) for kind in ("KL", "log-ratio")}
+        counts = {kind: self.kinds.count(kind) for kind in ("KL", "log-ratio")}
         terms = " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n)
         return f"ELBOTerms({len(self.prior)} data, {terms}, elbo={self.mean()} nats per datum)"
 
@@ -132,22 +145,29 @@ class ELBOTerms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """The bound, ``reconstruction - transition.sum(0) - prior``, shape ``(N,)``."""
-        return self.reconstruction - self.transition.sum(0) - self.prior
+        """The bound, ``reconstruction - encoder.sum(0) - transition.sum(0) - prior``, shape ``(N,)``."""
+        return self.reconstruction - self.rows[1:].sum(0)
 
     @property
     def is_kl(self) -> bool:
         """Whether the latent sites' terms are KLs (and not log-ratios, which can be negative)."""
-        return all(kind == "KL" for kind in self.kinds[1:])
+        return "log-ratio" not in self.kinds
+
+    @property
+    def rows(self) -> Tensor:
+        """All terms: reconstruction, those of an encoder, :math:`L_1 … L_T`; ``(T + 1, N)``, or two more."""
+        parts = self.reconstruction[None], self.encoder, self.transition, self.prior[None]
+        return torch.cat([part for part in parts if len(part)])
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
         return Estimate.of(self.elbo, self.standard_error)
 
     def term_means(self) -> list[Estimate]:
-        """Mean over data of the term at each site ``x_0 … x_T`` (``x_0``: the reconstruction)."""
-        terms = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
-        return [Estimate.of(*pair) for pair in zip(terms, self.term_standard_error, strict=True)]
+        """Mean over data of the term in each row: at ``x_0 … x_T`` (``x_0``: the reconstruction)."""
+        return [
+            Estimate.of(*pair) for pair in zip(self.rows, self.term_standard_error, strict=True)
+        ]
 
     def bits_per_dim(self) -> Estimate:
         r"""Mean of :math:`-\mathrm{ELBO} / (D \ln 2)` over data (E15), with its errors.
@@ -169,11 +189,13 @@ class ELBOTerms(NamedTuple):
             "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),
-                self.term_standard_error[1:-1],
+                self.term_standard_error[1 + len(self.encoder) : -1],
                 "Monte Carlo error of transition",
             ),
             "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
         }
+        for kind, values in zip(self.kinds[1:], self.encoder, strict=False):
+            fields[kind.replace("-", "_").replace(" ", "_")] = ("data",), values, kind
         bits = self.bits_per_dim()
         return xarray.Dataset(
             {

@@ -34,6 +34,7 @@ from pyro_diffusion.bounds.checks import (
     check_sites,
     latents_differ,
 )
+from pyro_diffusion.bounds.terms import ENCODER
 from pyro_diffusion.chains import Program
 from pyro_diffusion.checks import check_count, check_data, check_finite, data_checked, require
 from pyro_diffusion.diffusion import DiffusionModel
@@ -215,8 +216,9 @@ class _Score(Messenger):
         self.last = max(self.last, self.place[name])
         legal = self.last == self.place[name]
         if isinstance(q, EncoderSite):
-            parts = {"cross-entropy": -scored.log_p, "negative entropy": scored.log_q}
-            self.terms += [Term(name, kind, self._per_datum(x, msg)) for kind, x in parts.items()]
+            parts = zip(ENCODER, (scored.log_q, -scored.log_p), strict=True)
+            terms = [Term(name, kind, self._per_datum(x, msg)) for kind, x in parts]
+            self.terms += terms[::-1]
             return
         kl = scored.kl if legal and self.analytic and not isinstance(q, BottomUpSite) else None
         values = self._per_datum(scored.log_ratio if kl is None else kl, msg)

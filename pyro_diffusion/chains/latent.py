@@ -20,7 +20,7 @@ from typing import Any
 import pyro
 from torch import Tensor, nn
 
-from pyro_diffusion.chains.base import Program, joined
+from pyro_diffusion.chains.base import joined
 from pyro_diffusion.distributions import CarriedSite, EncoderSite, HandedOver
 from pyro_diffusion.typed import TorchDistribution
 
@@ -33,7 +33,9 @@ class LatentChain(nn.Module):
         prefix: Put in front of the sites' names, with a dot.
     """
 
-    def __init__(self, program: Program, prefix: str) -> None:
+    program: Any  #: a module with an owner
+
+    def __init__(self, program: nn.Module, prefix: str) -> None:
         super().__init__()
         self.program, self.prefix = program, prefix
 
@@ -64,7 +66,7 @@ class LatentGuide(nn.Module):
         site: Name of the site of :math:`z_0`, after the prefix: ``"x_0"`` in a whole chain.
     """
 
-    def __init__(self, program: Program, prefix: str, site: str = "x_0") -> None:
+    def __init__(self, program: nn.Module, prefix: str, site: str = "x_0") -> None:
         super().__init__()
         self.program, self.prefix, self.site = program, prefix, joined(prefix, site)
 

