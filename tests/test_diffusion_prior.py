@@ -197,7 +197,7 @@ class Encoder(nn.Module):
     def forward(self, x, context=None):
         with pyro.plate("data", len(x)):
             law = self.law(x @ self.weight.T, self.log_s.exp()).to_event(1)
-            getattr(self.prior, self.kind)(law, context)
+            return getattr(self.prior, self.kind)(law, context)
 
 
 def latent_prior(values, **arguments):
@@ -645,6 +645,8 @@ def test_sites_of_the_two_forms():
     for form in (prior, prior.subsampled(2)):
         model, guide = pair(form, values)
         guide_trace = pyro.poutine.trace(guide).get_trace(data())
+        site = guide_trace.nodes["latent.x_0" if form is prior else "latent.z_0"]
+        assert guide_trace.nodes["_RETURN"]["value"] is site["value"]
         replayed = pyro.poutine.replay(model, trace=guide_trace)
         trace = pyro.poutine.trace(replayed).get_trace(data())
         shapes = {name: tuple(trace.nodes[name]["value"].shape) for name in trace.stochastic_nodes}
@@ -712,8 +714,19 @@ def test_to_arviz():
     again = draws["posterior_predictive"]["x"].values[0] - z_0.numpy() @ values.weight.T
     assert_mean(torch.tensor(again), 0.0)
     np.testing.assert_allclose(again.std(0), np.exp(values.log_tau) * np.ones((3, 1)), rtol=0.15)
-    weights = torch.tensor(draws["sample_stats"]["log_weight"].values[0])
-    assert_mean(weights, values.elbo(X))
+    weights = draws["sample_stats"]
+    assert_mean(weights["log_weight"].values[0], values.elbo(X))
+    forward = [
+        dist.Normal(torch.tensor(X @ values.encoder.T), torch.tensor(values.log_s).exp()).log_prob(
+            z_0
+        )
+    ]
+    path = [z_0, *(torch.tensor(draws["posterior"][f"prior.x_{t}"].values[0]) for t in (1, 2, 3))]
+    for alpha, before, after in zip(values.alpha, path[:-1], path[1:], strict=True):
+        forward.append(dist.Normal(alpha**0.5 * before, (1 - alpha) ** 0.5).log_prob(after))
+    log_q = sum(forward).sum(-1)
+    np.testing.assert_allclose(weights["log_q"].values[0], log_q)
+    np.testing.assert_allclose(weights["lp"] - weights["log_q"], weights["log_weight"], rtol=1e-9)
 
 
 def test_compare():
@@ -795,16 +808,43 @@ def test_a_warm_up_scales_the_encoder_and_the_chain(form):
 # ---------------------------------------------------------------- in a user's programs
 
 
-@pytest.mark.parametrize("transform", ["standardize", "log"])
-def test_a_diffusion_with_a_transform(transform):
+def standardized(values):
+    """A transform, the family of encoders, and the closed form: the chain is that of (z_0 − b) / c."""
+    shift, scale = np.array([0.5, -1.0]), np.array([2.0, 0.8])
+
+    def chain(z_0):
+        return values.chain.elbo((z_0 - shift) / scale) - np.log(scale)
+
+    bound = values.reconstruction(X) - values.negative_entropy(X) + values.over_encoder(chain, X)
+    return Standardize(torch.tensor(shift), torch.tensor(scale)), dist.Normal, bound
+
+
+def logarithm(values):
+    """The chain is that of log z_0, which is Gaussian; its Jacobian cancels that of the encoder."""
+    variance = np.exp(2 * values.log_s)
+    mean = np.exp(X @ values.encoder.T + variance / 2)
+    spread = (mean**2 * np.expm1(variance)) @ values.weight.T**2
+    tau = np.exp(2 * values.log_tau)
+    reconstruction = expected_log_normal(X, mean @ values.weight.T, tau, spread).sum(-1)
+    chain = values.over_encoder(values.chain.elbo, X)
+    bound = reconstruction - values.negative_entropy(X) + chain
+    return ExpTransform().inv, dist.LogNormal, bound
+
+
+@pytest.mark.parametrize("case", [standardized, logarithm])
+def test_a_diffusion_with_a_transform(case):
     values = oracle()
-    if transform == "standardize":
-        shift, scale = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5])
-        prior, law = neural_prior(transform=Standardize(shift, scale)), dist.Normal
-    else:
-        prior, law = neural_prior(transform=ExpTransform().inv), dist.LogNormal
-    whole = pair(prior, values, "posterior_guide", law=law)
-    assert_same_bound(whole, pair(prior.subsampled(3), values, law=law), data())
+    transform, law, expected = case(values)
+    denoiser = latent_prior(values).diffusion.denoiser
+    prior = DiffusionPrior(DiffusionModel(denoiser, transform=transform))
+    for kind in GUIDES:
+        programs = pair(prior, values, kind, law=law)
+        terms = elbo_terms(*programs, data(), num_particles=4000, progress=False)
+        assert_within(terms.elbo, terms.standard_error, expected)
+    for k, elbo in ((1, Trace_ELBO()), (3, TraceMeanField_ELBO())):
+        programs = pair(prior.subsampled(k), values, law=law)
+        draws = losses_of(elbo, programs, data(500)) / 500
+        assert_mean(draws, expected.sum())
 
 
 def test_latents_in_the_shape_of_images():
