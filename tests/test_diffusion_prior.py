@@ -22,17 +22,21 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions.transforms import ExpTransform
+from torch.utils.data import DataLoader
 
 from pyro_diffusion import (
     MLP,
     AlphaSchedule,
+    CategoricalLikelihood,
     DataPrediction,
     DiffusionModel,
     DiffusionPrior,
     FreeBitsELBO,
     GaussianDenoiser,
     KLWarmup,
+    LinearDecaySchedule,
     LogSNRSchedule,
+    NeuralBernoulliDenoiser,
     NeuralDenoiser,
     PosteriorVariance,
     Standardize,
@@ -46,7 +50,7 @@ from pyro_diffusion import (
     plot_bound,
     to_arviz,
 )
-from pyro_diffusion.training import Recipe, losses
+from pyro_diffusion.training import Recipe, SVIModule, losses
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -870,6 +874,49 @@ def test_latents_in_the_shape_of_images():
     assert terms.site_names[1] == "image.x_0"
 
 
+def test_latents_of_bits():
+    """Draws without a gradient, in the chain as in the encoder: Trace_ELBO has their bound."""
+    network = small_network((4,))
+    denoiser = NeuralBernoulliDenoiser(network, LinearDecaySchedule(5), event_shape=(4,))
+    prior, weight = DiffusionPrior(DiffusionModel(denoiser)), torch.randn(3, 4)
+
+    def programs(prior, kind):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                law = dist.Normal(prior.model() @ weight.T, 1.0).to_event(1)
+                pyro.sample("x", law, obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                getattr(prior, kind)(dist.Bernoulli(logits=x @ weight).to_event(1))
+
+        return model, guide
+
+    whole = programs(prior, "posterior_guide")
+    terms = elbo_terms(*whole, data(), num_particles=4000, progress=False)
+    draws = losses_of(Trace_ELBO(), programs(prior.subsampled(2), "guide"), data(200)) / 200
+    assert_mean(draws, terms.elbo.sum().item(), terms.standard_error.norm().item())
+
+
+@pytest.mark.xfail(reason="fault 20: the site of z_0 has the shape of a state", strict=True)
+def test_latents_of_categories():
+    """The chain's states are one-hot vectors, and have one axis more than z_0."""
+    denoiser = NeuralDenoiser(small_network((2, 3)), LogSNRSchedule(3, log_snr_max=3.0), (2, 3))
+    diffusion = DiffusionModel(denoiser, likelihood=CategoricalLikelihood(3))
+    used = DiffusionPrior(diffusion).subsampled()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            law = dist.Normal(used.model().double().sum(-1, keepdim=True), 1.0)
+            pyro.sample("x", law.expand([len(x), 3]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            used.guide(dist.Categorical(logits=torch.zeros(len(x), 2, 3)).to_event(1))
+
+    assert math.isfinite(Trace_ELBO().loss(model, guide, data()))
+
+
 class Shifted(nn.Module):
     """x̂_0 = 0.7 x_t + context."""
 
@@ -967,12 +1014,12 @@ def test_two_priors_in_one_program():
     whole = two_priors(first, second, "posterior_guide")
     half = two_priors(first.subsampled(2), second.subsampled(), "guide")
     terms = assert_same_bound(whole, half, data())
-    assert terms.site_names == (
-        "x", "b.x_0", "b.x_0", "b.x_1", "b.x_2", "b.x_3", "a.x_0", "a.x_0", "a.x_1", "a.x_2", "a.x_3",
-        "a.x_4",
-    )  # fmt: skip
-    assert terms.kinds[1:3] == terms.kinds[6:8] == ("negative entropy", "cross-entropy")
-    assert {*terms.kinds[3:6], *terms.kinds[8:]} == {"KL"}
+    rows = list(zip(terms.site_names, terms.kinds, strict=True))
+    assert {row for row in rows if row[1] != "KL"} == {("x", "log-likelihood")} | {
+        (f"{name}.x_0", kind) for name in "ab" for kind in ("negative entropy", "cross-entropy")
+    }
+    kls = [f"b.x_{t}" for t in (1, 2, 3)] + [f"a.x_{t}" for t in (1, 2, 3, 4)]
+    assert [site for site, kind in rows if kind == "KL"] == kls
 
     # The model visits b first, which the guide draws last: a's KLs are no longer legal, b's are.
     other = two_priors(first, second, "posterior_guide", in_model="ba")
@@ -984,6 +1031,7 @@ def test_two_priors_in_one_program():
     assert_within(terms.elbo, error, turned.elbo)
 
 
+@pytest.mark.usefixtures("_close")
 @pytest.mark.xfail(reason="fault 17: rows of encoders are taken by number", strict=True)
 def test_the_rows_of_two_priors_are_told_apart():
     first, second = neural_prior(prefix="a"), neural_prior(num_timesteps=3, prefix="b")
@@ -995,6 +1043,7 @@ def test_the_rows_of_two_priors_are_told_apart():
     plot_bound(terms)
 
 
+@pytest.mark.usefixtures("_close")
 @pytest.mark.xfail(reason="fault 17: rows of encoders are taken by number", strict=True)
 def test_a_latent_between_the_chain_and_the_data():
     values, prior = oracle(), neural_prior()
@@ -1011,9 +1060,14 @@ def test_a_latent_between_the_chain_and_the_data():
             prior.posterior_guide(dist.Normal(h, 0.5).to_event(1))
 
     terms = elbo_terms(model, guide, data(), progress=False)
-    assert terms.kinds[1:4] == ("log-ratio", "negative entropy", "cross-entropy")
+    rows = dict(zip(zip(terms.site_names, terms.kinds, strict=True), terms.rows, strict=True))
+    assert ("h", "log-ratio") in rows
+    torch.testing.assert_close(terms.encoder[0], rows["prior.x_0", "negative entropy"])
+    torch.testing.assert_close(terms.encoder[1], rows["prior.x_0", "cross-entropy"])
     entropy = 2 * (math.log(0.5) + 0.5 * math.log(2 * math.pi * math.e))
-    assert_within(terms.encoder[0], terms.term_standard_error[2], -entropy)
+    place = terms.kinds.index("negative entropy")
+    assert_within(terms.encoder[0], terms.term_standard_error[place], -entropy)
+    plot_bound(terms)
 
 
 @pytest.mark.parametrize("kind", ["minibatch", "num_data"])
@@ -1050,7 +1104,7 @@ def test_the_scale_of_the_callers_plate(kind):
         (prior.subsampled(2), TraceMeanField_ELBO()),
     ):
         plate = Plate(form)
-        draws = losses_of(elbo, (plate.model, plate.guide), number=150)
+        draws = losses_of(elbo, (plate.model, plate.guide), number=80)
         assert_mean(draws, scale * values.elbo(X).sum())
 
 
@@ -1121,7 +1175,7 @@ def test_training_comes_close_to_the_best_bound():
         log_s,
     ]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    for _ in range(400):
+    for _ in range(300):
         rows = torch.randint(600, (128,))
         optimizer.zero_grad()
         TraceMeanField_ELBO().differentiable_loss(model, guide, x[rows]).backward()
@@ -1195,6 +1249,21 @@ def _whole(model, guide, prior):
     return model, guide
 
 
+@pytest.mark.xfail(reason="fault 19: rows by number", strict=True)
+def test_lightnings_numbers_have_the_names_of_their_terms():
+    lightning = pytest.importorskip("lightning.pytorch")
+    values, prior = oracle(4), neural_prior(num_timesteps=4)
+    programs = pair(prior, values, "posterior_guide")
+    module = SVIModule(*programs, Trace_ELBO(), partial(torch.optim.Adam, lr=1e-3))
+    trainer = lightning.Trainer(
+        logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    (metrics,) = trainer.validate(module, DataLoader(data(2), batch_size=6), verbose=False)
+    assert {f"val_x_{t}" for t in range(5)} <= set(metrics)
+    assert "val_x_5" not in metrics
+
+
 @pytest.mark.parametrize("backend", [None])
 def test_a_compiled_step_is_the_step_of_the_programs(backend):
     prior = neural_prior(num_timesteps=5)
@@ -1224,8 +1293,8 @@ def test_predictive_and_the_priors_own_draws():
             return pyro.sample("x", dist.Normal(z_0 @ weight.T, tau).to_event(1), obs=x)
 
     for parallel in (False, True):
-        draws = Predictive(model, num_samples=40, parallel=parallel)(50)
-        assert draws["prior.x_0"].shape == (40, 50, 2)
+        draws = Predictive(model, num_samples=20, parallel=parallel)(100)
+        assert draws["prior.x_0"].shape == (20, 100, 2)
         z_0, x = draws["prior.x_0"].reshape(-1, 2), draws["x"].reshape(-1, 3)
         assert_mean(z_0, MEAN)
         np.testing.assert_allclose(z_0.T.cov(), COVARIANCE, atol=0.25)
