@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import Transform, constraints
 from torch.utils._pytree import tree_leaves
 
@@ -143,9 +144,30 @@ class _Drawn(NamedTuple):
 
     def holds(self, x: Tensor) -> bool:
         """Whether ``x`` is the draw: not changed in place, and with the gradients that it should have."""
-        same = x is self.x and (self.z._version, x._version) == (self.z_version, self.x_version)
+        same = (
+            x is self.x
+            and not x.is_inference()
+            and (self.z._version, x._version) == (self.z_version, self.x_version)
+        )
         free = x.is_leaf and x.requires_grad  # a variable of the caller
         return same and not free and (self.with_gradients or not torch.is_grad_enabled())
+
+
+class _Implicit(torch.autograd.Function):
+    r"""The solution of a step, with the gradient :math:`J^{-1}` by what is missing; right to first order."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, missing: Tensor, jacobian: Tensor) -> Tensor:  # type: ignore[override]
+        """The solution."""
+        ctx.save_for_backward(jacobian)
+        return y.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        """The product with the inverse Jacobian, which has no derivative."""
+        (jacobian,) = ctx.saved_tensors
+        return None, torch.linalg.solve(jacobian.mT, gradient[..., None])[..., 0], None
 
 
 class ProbabilityFlow(Transform):
@@ -236,12 +258,16 @@ class ProbabilityFlow(Transform):
     def __call__(self, z: Tensor) -> Tensor:
         """The draw that a base becomes. It is remembered together with its base."""
         x = self._call(z)
-        if self._cache_size:
+        if self._cache_size and not (z.is_inference() or x.is_inference()):
             self._drawn = _Drawn(z, z._version, x, x._version, torch.is_grad_enabled())
         return x
 
     def _inv_call(self, x: Tensor) -> Tensor:
-        return self._drawn.z if self._drawn and self._drawn.holds(x) else self._inverse(x)
+        if self._drawn is None or not self._drawn.holds(x):
+            return self._inverse(x)
+        with torch.no_grad():  # a parameter may have changed in between
+            same = torch.equal(self._call(self._drawn.z), x)
+        return self._drawn.z if same else self._inverse(x)
 
     def _inverse(self, x: Tensor) -> Tensor:
         with alone(self.diffusion):
@@ -262,7 +288,8 @@ class ProbabilityFlow(Transform):
         self._check_size("the inverse of the flow with a gradient", "Invert in torch.no_grad()")
         with torch.no_grad():
             jacobian = self._jacobian(y, stage)
-        return y + self._divided(missing, jacobian)
+        moved: Tensor = _Implicit.apply(self._flat(y), self._flat(missing), jacobian)  # type: ignore[no-untyped-call]
+        return moved.reshape(y.shape)
 
     def _solved(self, end: Tensor, stage: Stage) -> Tensor:
         """The state from which a step leads to ``end``."""
@@ -270,8 +297,9 @@ class ProbabilityFlow(Transform):
         noise = (
             self.diffusion.schedule.scales(stage.start)[1] / self.velocity.scales(stage.start)[1]
         )
-        rounding = _ROUNDING * torch.finfo(y.dtype).eps * end.abs().amax().clamp(min=1.0)
-        allowed = _CLOSE * noise.to(y.dtype) + rounding
+        eps = max(torch.finfo(dtype).eps for dtype in (y.dtype, self.diffusion.dtype))
+        largest = self._flat(end).abs().amax(-1)
+        allowed = _CLOSE * noise.to(y.dtype) + _ROUNDING * eps * largest.clamp(min=1.0)
         missing = end - self._step(y, stage)
         for _ in range(_ROUNDS):
             change = self._correction(y, missing, end, stage)
@@ -295,7 +323,7 @@ class ProbabilityFlow(Transform):
         def norm(x: Tensor) -> Tensor:
             """Of each row, broadcastable to the states."""
             length = self._flat(x).norm(dim=-1)
-            return length.reshape(*length.shape, *(1,) * len(self.diffusion.event_shape))
+            return length.reshape(length.shape + (1,) * len(self.diffusion.event_shape))
 
         share = torch.ones_like(norm(missing))
         for _ in range(_HALVINGS):
