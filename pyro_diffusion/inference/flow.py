@@ -17,13 +17,13 @@ density is therefore exact: it is that of the draws. More steps bring the map cl
 with an error of the order :math:`K^{-2}`.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Transform, constraints
 from torch.utils._pytree import tree_leaves
 
@@ -154,20 +154,28 @@ class _Drawn(NamedTuple):
 
 
 class _Implicit(torch.autograd.Function):
-    r"""The solution of a step, with the gradient :math:`J^{-1}` by what is missing; right to first order."""
+    r"""The solution :math:`y` of a step's equation, with the gradient :math:`J(y)^{-1}` by what is missing.
+
+    The Jacobian is computed again in the backward pass, at the solution with its own gradient, so that second
+    derivatives by the datum are right as well.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, missing: Tensor, jacobian: Tensor) -> Tensor:  # type: ignore[override]
-        """The solution."""
-        ctx.save_for_backward(jacobian)
-        return y.clone()
+    def forward(
+        ctx: Any, missing: Tensor, y: Tensor, jacobian: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The solution, flattened to ``(…, D)``."""
+        solution = y.clone()
+        ctx.save_for_backward(solution)
+        ctx.jacobian = jacobian
+        return solution
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        """The product with the inverse Jacobian, which has no derivative."""
-        (jacobian,) = ctx.saved_tensors
-        return None, torch.linalg.solve(jacobian.mT, gradient[..., None])[..., 0], None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The product with the transposed inverse."""
+        (solution,) = ctx.saved_tensors
+        jacobian = ctx.jacobian(solution)
+        return torch.linalg.solve(jacobian.mT, gradient[..., None])[..., 0], None, None
 
 
 class ProbabilityFlow(Transform):
@@ -286,9 +294,13 @@ class ProbabilityFlow(Transform):
         if not missing.requires_grad:
             return y
         self._check_size("the inverse of the flow with a gradient", "Invert in torch.no_grad()")
-        with torch.no_grad():
-            jacobian = self._jacobian(y, stage)
-        moved: Tensor = _Implicit.apply(self._flat(y), self._flat(missing), jacobian)  # type: ignore[no-untyped-call]
+
+        def jacobian(flat: Tensor) -> Tensor:
+            """That of the step at a state."""
+            with alone(self.diffusion):
+                return self._jacobian(flat.reshape(y.shape), stage)
+
+        moved: Tensor = _Implicit.apply(self._flat(missing), self._flat(y), jacobian)
         return moved.reshape(y.shape)
 
     def _solved(self, end: Tensor, stage: Stage) -> Tensor:
