@@ -442,7 +442,6 @@ def test_what_terms_say():
         elbo_terms(*programs, data(), analytic_kl=True, progress=False)
 
 
-@pytest.mark.xfail(reason="fault 16: the name of a loop's variable", strict=True)
 def test_the_kind_of_the_transitions():
     values = oracle(3)
     for kind, name in (("posterior_guide", "KL"), ("guide", "log-ratio")):

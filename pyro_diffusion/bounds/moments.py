@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.bounds.terms import ENCODER, ELBOTerms
+from pyro_diffusion.bounds.terms import ENCODER, ELBOTerms, rows_of_chain
 
 
 class Moments:
@@ -45,15 +45,16 @@ class TermMoments:
     def terms(self) -> ELBOTerms:
         """The bound of all data that were added."""
         mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
-        first = 1 + sum(kind in ENCODER for kind in self.last.kinds)
+        kinds = self.last.kinds
+        first, *between, last = rows_of_chain(kinds)
         return ELBOTerms(
-            reconstruction=mean[0],
-            encoder=mean[1:first],
-            transition=mean[first:-1],
-            prior=mean[-1],
+            reconstruction=mean[first],
+            encoder=mean[[row for row, kind in enumerate(kinds) if kind in ENCODER]],
+            transition=mean[between],
+            prior=mean[last],
             standard_error=_errors(self.totals),
             term_standard_error=_errors(self.sites),
-            kinds=self.last.kinds,
+            kinds=kinds,
             site_names=self.last.names,
             event_size=self.last.event_size,
         )

@@ -85,6 +85,11 @@ class Estimate(NamedTuple):
 ENCODER = ("negative entropy", "cross-entropy")
 
 
+def rows_of_chain(kinds: tuple[str, ...]) -> list[int]:
+    """Rows of the reconstruction and of :math:`L_1 … L_T`: all but those of encoders."""
+    return [row for row, kind in enumerate(kinds) if kind not in ENCODER]
+
+
 class ELBOTerms(NamedTuple):
     """The bound, term by term and datum by datum; nats per datum, float64, unscaled.
 
@@ -156,8 +161,9 @@ class ELBOTerms(NamedTuple):
     @property
     def rows(self) -> Tensor:
         """All terms: reconstruction, those of an encoder, :math:`L_1 … L_T`; ``(T + 1, N)``, or two more."""
-        parts = self.reconstruction[None], self.encoder, self.transition, self.prior[None]
-        return torch.cat([part for part in parts if len(part)])
+        encoder = iter(self.encoder)
+        chain = iter((self.reconstruction, *self.transition, self.prior))
+        return torch.stack([next(encoder if kind in ENCODER else chain) for kind in self.kinds])
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
@@ -189,13 +195,16 @@ class ELBOTerms(NamedTuple):
             "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),
-                self.term_standard_error[1 + len(self.encoder) : -1],
+                self.term_standard_error[rows_of_chain(self.kinds)[1:-1]],
                 "Monte Carlo error of transition",
             ),
             "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
         }
-        for kind, values in zip(self.kinds[1:], self.encoder, strict=False):
-            fields[kind.replace("-", "_").replace(" ", "_")] = ("data",), values, kind
+        names = [x for x in zip(self.kinds, self.site_names, strict=True) if x[0] in ENCODER]
+        for (own, site), values in zip(names, self.encoder, strict=True):
+            name = own.replace("-", "_").replace(" ", "_")
+            name = name if len(names) == len(ENCODER) else f"{name}_{site}"
+            fields[name] = ("data",), values, f"{own} at site {site}"
         bits = self.bits_per_dim()
         return xarray.Dataset(
             {
