@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 
 from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.checks import require
@@ -43,6 +44,11 @@ def _subsampled() -> ValueError:
         "expected programs with every site. Pass diffusion.model and diffusion.posterior_guide, which have "
         "the same bound."
     )
+
+
+def is_latent(site: Any) -> bool:
+    """Whether a site, or a message of one, is a draw of a latent."""
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
 def check_data_plate(msg: Any, rows: int) -> None:
