@@ -85,9 +85,9 @@ class Estimate(NamedTuple):
 ENCODER = ("negative entropy", "cross-entropy")
 
 
-def rows_of_chain(kinds: tuple[str, ...]) -> list[int]:
-    """Rows of the reconstruction and of :math:`L_1 … L_T`: all but those of encoders."""
-    return [row for row, kind in enumerate(kinds) if kind not in ENCODER]
+def rows_of(kinds: tuple[str, ...], *, encoder: bool = False) -> list[int]:
+    """Rows of the reconstruction and of :math:`L_1 … L_T`; or the others, of encoders."""
+    return [row for row, kind in enumerate(kinds) if (kind in ENCODER) == encoder]
 
 
 class ELBOTerms(NamedTuple):
@@ -101,7 +101,7 @@ class ELBOTerms(NamedTuple):
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
-    #: Monte Carlo error of the term in each row of ``rows``; the term at ``x_t`` is in row t; ``(T+1, N)``
+    #: Monte Carlo error of the term in each row of ``stacked``; the term at ``x_t`` is in row t; ``(T+1, N)``
     term_standard_error: Tensor
     #: kind of each row: "log-likelihood", "KL" or "log-ratio"; an encoder has "negative entropy" and
     #: "cross-entropy"
@@ -110,8 +110,8 @@ class ELBOTerms(NamedTuple):
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
     #: "paths", or "single" if the states of different timesteps were drawn independently of each other
     draws: str = "paths"
-    #: negative entropy and cross-entropy of a latent that is the datum of a chain, ``(2, N)``; else empty
-    encoder: Tensor = torch.zeros(0, 1)
+    #: negative entropy and cross-entropy of a latent that is the datum of a chain, ``(2, N)``
+    encoder: Tensor | None = None
 
     def __repr__(self) -> str:
         counts = {kind: self.kinds.count(kind) for kind in ("KL", "log-ratio")}
@@ -151,7 +151,12 @@ class ELBOTerms(NamedTuple):
     @property
     def elbo(self) -> Tensor:
         """The bound, ``reconstruction - encoder.sum(0) - transition.sum(0) - prior``, shape ``(N,)``."""
-        return self.reconstruction - self.rows[1:].sum(0)
+        above = (
+            self.reconstruction
+            if self.encoder is None
+            else self.reconstruction - self.encoder.sum(0)
+        )
+        return above - self.transition.sum(0) - self.prior
 
     @property
     def is_kl(self) -> bool:
@@ -159,11 +164,15 @@ class ELBOTerms(NamedTuple):
         return "log-ratio" not in self.kinds
 
     @property
-    def rows(self) -> Tensor:
+    def stacked(self) -> Tensor:
         """All terms: reconstruction, those of an encoder, :math:`L_1 … L_T`; ``(T + 1, N)``, or two more."""
-        encoder = iter(self.encoder)
-        chain = iter((self.reconstruction, *self.transition, self.prior))
-        return torch.stack([next(encoder if kind in ENCODER else chain) for kind in self.kinds])
+        chain = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
+        if self.encoder is None:
+            return chain
+        rows = chain.new_empty(len(self.kinds), chain.shape[1])
+        rows[rows_of(self.kinds, encoder=True)] = self.encoder
+        rows[rows_of(self.kinds)] = chain
+        return rows
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
@@ -172,7 +181,7 @@ class ELBOTerms(NamedTuple):
     def term_means(self) -> list[Estimate]:
         """Mean over data of the term in each row: at ``x_0 … x_T`` (``x_0``: the reconstruction)."""
         return [
-            Estimate.of(*pair) for pair in zip(self.rows, self.term_standard_error, strict=True)
+            Estimate.of(*pair) for pair in zip(self.stacked, self.term_standard_error, strict=True)
         ]
 
     def bits_per_dim(self) -> Estimate:
@@ -182,6 +191,17 @@ class ELBOTerms(NamedTuple):
         density the value depends on the data's unit, and can be negative.
         """
         return self.mean().bits_per_dim(self.event_size)
+
+    def _of_encoder(self) -> dict[str, tuple[tuple[str, ...], Tensor, str]]:
+        """The encoders' terms for :meth:`to_dataset`, with the name of the site if there are several."""
+        fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {}
+        places = rows_of(self.kinds, encoder=True)
+        for row in places:
+            kind, site = self.kinds[row], self.site_names[row]
+            name = kind.replace("-", "_").replace(" ", "_")
+            name = name if len(places) == len(ENCODER) else f"{name}_{site}"
+            fields[name] = ("data",), self.stacked[row], f"{kind} at site {site}"
+        return fields
 
     def to_dataset(self) -> "xarray.Dataset":
         """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
@@ -195,21 +215,16 @@ class ELBOTerms(NamedTuple):
             "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),
-                self.term_standard_error[rows_of_chain(self.kinds)[1:-1]],
+                self.term_standard_error[rows_of(self.kinds)[1:-1]],
                 "Monte Carlo error of transition",
             ),
             "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
         }
-        names = [x for x in zip(self.kinds, self.site_names, strict=True) if x[0] in ENCODER]
-        for (own, site), values in zip(names, self.encoder, strict=True):
-            name = own.replace("-", "_").replace(" ", "_")
-            name = name if len(names) == len(ENCODER) else f"{name}_{site}"
-            fields[name] = ("data",), values, f"{own} at site {site}"
         bits = self.bits_per_dim()
         return xarray.Dataset(
             {
                 name: (dims, values.cpu().numpy(), {"units": "nats per datum", "long_name": label})
-                for name, (dims, values, label) in fields.items()
+                for name, (dims, values, label) in (fields | self._of_encoder()).items()
             },
             coords={
                 "timestep": range(1, len(self.transition) + 1),
