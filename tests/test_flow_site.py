@@ -39,10 +39,10 @@ from pyro_diffusion import (
     Standardize,
     VarianceExploding,
     VelocityPrediction,
-    flow,
     global_evidence,
     ode_log_likelihood,
 )
+from pyro_diffusion.inference import flow
 
 
 def schedule(num_timesteps=10, high=8.0, low=-10.0):
@@ -280,7 +280,7 @@ def test_the_determinant_is_that_of_the_whole_jacobian(double, make):
     diffusion = make()
     transform = transform_of(flow(diffusion, 7))
     z = torch.randn(2, 3, *diffusion.event_shape)
-    found, size = transform.log_abs_det_jacobian(z, None), transform.size
+    found, size = transform.log_abs_det_jacobian(z, None), diffusion.event_shape.numel()
     for i in range(2):
         for j in range(3):
             whole = torch.autograd.functional.jacobian(transform, z[i, j]).reshape(size, size)
@@ -421,7 +421,6 @@ def test_data_at_infinity(double):
         law.log_prob(torch.tensor([math.inf, 0.0]))
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="a row that is infinite is not named")
 def test_an_infinite_datum_is_named(double):
     with pytest.raises(ValueError, match="argument 'value'"):
         flow(mixture(), 6).log_prob(torch.tensor([[0.0, 0.0], [math.inf, 0.0]]))
@@ -536,7 +535,6 @@ def test_shapes_of_batches_and_contexts(double):
     torch.testing.assert_close(both.log_prob(x[:, None])[:, 1], label.log_prob(x))
 
 
-@pytest.mark.xfail(strict=True, reason="a single row of a context adds an axis to the draw")
 @pytest.mark.parametrize("case", ["row", "label"])
 def test_a_single_context_is_for_a_single_datum(double, case):
     law = flow(regression(), 4, torch.zeros(1, 2)) if case == "row" else flow(mixture(), 4, 1)

@@ -95,11 +95,10 @@ def flow(diffusion: DiffusionModel, num_steps: int = 20, context: Any = None) ->
     diffusion = check_weights(check_diffusion(diffusion))
     given = Given.of(context=context).with_rows(None, device=diffusion.device)
     diffusion.denoiser.check_given(given.of_kernels())
-    rows = 1 if given.context is None else len(tree_leaves(given.context)[0])
-    shape = diffusion.event_shape if rows == 1 else (rows, *diffusion.event_shape)
-    zero = torch.zeros(shape, dtype=diffusion.dtype, device=diffusion.device)
+    transform = ProbabilityFlow(diffusion, num_steps, given)
+    zero = torch.zeros(transform.shape, dtype=diffusion.dtype, device=diffusion.device)
     base = dist.Normal(zero, 1.0).to_event(len(diffusion.event_shape))
-    transforms: list[Transform] = [ProbabilityFlow(diffusion, num_steps, given)]
+    transforms: list[Transform] = [transform]
     if diffusion.transform is not None:
         transforms.append(diffusion.transform.inv)
     return dist.TransformedDistribution(base, transforms)
@@ -164,6 +163,16 @@ class ProbabilityFlow(Transform):
         return self.domain
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of a draw for each context, if there are several, or of one draw."""
+        rows = 1 if self.given.context is None else len(tree_leaves(self.given.context)[0])
+        event = self.diffusion.event_shape
+        return event if rows == 1 else torch.Size((rows, *event))
+
+    def _for_each_context(self, y: Tensor) -> Tensor:
+        return y.expand(torch.broadcast_shapes(y.shape, self.shape))
+
+    @property
     def steps(self) -> list[HeunStep]:
         """The steps, from noise to data: evenly spaced in log-SNR."""
         schedule = self.diffusion.schedule
@@ -180,14 +189,14 @@ class ProbabilityFlow(Transform):
 
     def _call(self, z: Tensor) -> Tensor:
         with alone(self.diffusion):
-            y = z
+            y = self._for_each_context(z)
             for step in self.steps:
                 y = step(y)
             return y / self._signal(y)
 
     def _inverse(self, x: Tensor) -> Tensor:
         with alone(self.diffusion):
-            y = x * self._signal(x)
+            y = self._for_each_context(x) * self._signal(x)
             for step in reversed(self.steps):
                 y = step.inverse(y)
             return y
@@ -216,7 +225,7 @@ class ProbabilityFlow(Transform):
         size = self.diffusion.event_shape.numel()
         check_size(size, "log_prob of the flow", "Do not score the flow: reparametrise its site,")
         with alone(self.diffusion):
-            total, state = -size * self._signal(x).log(), x
+            total, state = -size * self._signal(x).log(), self._for_each_context(x)
             for step in self.steps:
                 total, state = total + step.log_det(state), step(state)
             return total
