@@ -51,6 +51,11 @@ def is_latent(site: Any) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
+def is_of_latent(site: Any) -> bool:
+    """Whether a site has a term of a latent: it is one, or it observes the draw of one."""
+    return is_latent(site) or (bool(site["infer"].get("of_latent")) and not site_is_subsample(site))
+
+
 def check_data_plate(msg: Any, rows: int) -> None:
     """Raise a ``ValueError`` unless a site is in a plate of the batch's size at dim −1."""
     plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
@@ -62,7 +67,7 @@ def check_data_plate(msg: Any, rows: int) -> None:
             "are reported by datum. Put local variables into the data plate; a model with global "
             "latents has no bound for a single datum."
         )
-    if isinstance(msg["scale"], torch.Tensor) and msg["scale"].numel() > 1:
+    if isinstance(msg["scale"], torch.Tensor) and msg["scale"].dim() > 0:
         raise _subsampled()
 
 

@@ -136,14 +136,16 @@ class ELBOTerms(NamedTuple):
         """Mean terms in nats per datum, one line each: its kind, its site, its value and its errors.
 
         Args:
-            max_levels: Largest number of latent sites to show; a longer chain shows this many, evenly spaced.
+            max_levels: Largest number of levels of the chain to show; a longer chain shows this many, evenly
+                spaced. The terms of an encoder are always shown.
         """
-        terms, last = self.term_means(), len(self.kinds) - 1
+        terms, chain = self.term_means(), rows_of(self.kinds)[1:]
         evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
-        levels = sorted({1 + round((last - 1) * share) for share in evenly})
-        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in (0, *levels)]
+        levels = {chain[round((len(chain) - 1) * share)] for share in evenly}
+        shown = sorted({0, *levels, *rows_of(self.kinds, encoder=True)})
+        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in shown]
         total = f"{sum(term.value for term in terms[1:]):.4f}"
-        lines.insert(1, (f"sum over {last} latent sites", total))
+        lines.insert(1, (f"sum over {len(set(self.site_names[1:]))} latent sites", total))
         lines.append(("ELBO", str(self.mean())))
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)

@@ -27,7 +27,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.bounds.checks import check_program, is_latent
+from pyro_diffusion.bounds.checks import check_program, is_latent, is_of_latent
 from pyro_diffusion.checks import require
 from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import run
@@ -66,7 +66,7 @@ class KLWarmup(Messenger):
         self._seen: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not is_latent(msg):
+        if not is_of_latent(msg):
             return
         if torch._C._get_tracing_state():
             raise ValueError(
