@@ -210,10 +210,11 @@ class ELBOTerms(NamedTuple):
         import xarray
 
         kind = "KL" if self.is_kl else "log-ratio"
+        law = "log p(x_0 | x_1)" if self.encoder is None else "log p(x | z_0)"
         fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
             "elbo": (("data",), self.elbo, "evidence lower bound"),
             "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
-            "reconstruction": (("data",), self.reconstruction, "expected log p(x_0 | x_1)"),
+            "reconstruction": (("data",), self.reconstruction, f"expected {law}"),
             "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),

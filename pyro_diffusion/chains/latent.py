@@ -74,6 +74,8 @@ class LatentGuide(nn.Module):
         site: Name of the site of :math:`z_0`, after the prefix: ``"x_0"`` in a whole chain.
     """
 
+    program: Any  #: a module with an owner
+
     def __init__(self, program: nn.Module, prefix: str, site: str = "x_0") -> None:
         super().__init__()
         self.program, self.prefix, self.site = program, prefix, joined(prefix, site)

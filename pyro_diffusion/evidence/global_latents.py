@@ -126,7 +126,9 @@ def global_evidence(
 
     Returns:
         :class:`GlobalEvidence`. Its ``verdict`` is a sentence. The logarithm of an average is low in
-        expectation, by half of the squared standard error to first order.
+        expectation, by half of the squared standard error to first order. Above :math:`\hat k = 0.5` the
+        weights have no variance, and the standard error is too small. A guide that is too narrow, or that
+        misses a mode, can have a small :math:`\hat k`, because draws show only where it is.
 
     Raises:
         ValueError: Latents that differ between the programs; a plate of a part of the data, with which the

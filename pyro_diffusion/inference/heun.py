@@ -178,7 +178,7 @@ class _Implicit(torch.autograd.Function):
     r"""The solution :math:`y` of a step's equation, with the gradient :math:`J(y)^{-1}` by what is missing.
 
     The Jacobian is computed again in the backward pass, at the solution with its own gradient, so that second
-    derivatives by the datum are right as well.
+    derivatives by the datum are right as well. Those that involve a parameter are not.
     """
 
     @staticmethod

@@ -60,6 +60,9 @@ def flow(diffusion: DiffusionModel, num_steps: int = 20, context: Any = None) ->
 
     Draws have gradients by the base, by the model's parameters and by the context. The parameters are no
     sites of the program around it, and are not trained there. State them with ``pyro.module`` to train them.
+    Second derivatives of ``log_prob`` by the datum are right for exact denoisers. They need third derivatives
+    of the network, which torch 2.13 computes wrongly for ``layer_norm``, as in ``MLP``. Second derivatives
+    that involve a parameter are not supported.
 
     Args:
         diffusion: The model. Its states must be real numbers, and it must have no likelihood.

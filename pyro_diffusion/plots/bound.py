@@ -133,7 +133,8 @@ def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
 def _write_ends(ax: "Axes", terms: ELBOTerms, line: str) -> None:
     """The bound as title; the reconstruction term and one more line in the legend."""
     means = terms.term_means()
-    lines = [f"reconstruction,\n$E\\,\\log p(x_0|x_1)$: {means[0].value:.3g}"]
+    law = "p(x_0|x_1)" if terms.encoder is None else "p(x|z_0)"
+    lines = [f"reconstruction,\n$E\\,\\log {law}$: {means[0].value:.3g}"]
     for row in rows_of(terms.kinds, encoder=True):
         lines.append(f"{terms.kinds[row]}: {means[row].value:.3g}")
     for label in (*lines, line):
@@ -219,7 +220,8 @@ def _plot_decades(terms: ELBOTerms, schedule: NoiseSchedule, ax: "Axes") -> None
             text = f"{y / value.sum():.0%}"
             ax.annotate(text, (x, high), (0, 2), textcoords="offset points", ha="center", size=8)
     shown = edges[:: 1 + len(edges) // 9].tolist()
-    ticks = {data: "$p(x_0|x_1)$", **{k: f"$10^{{{k}}}$" for k in shown}, noise: "prior"}
+    first = "$p(x_0|x_1)$" if terms.encoder is None else "encoder"
+    ticks = {data: first, **{k: f"$10^{{{k}}}$" for k in shown}, noise: "prior"}
     ax.set_xticks(list(ticks), list(ticks.values()), size="small")
     ax.axhline(0, color=ink(ax), lw=0.6)
     ax.set(
