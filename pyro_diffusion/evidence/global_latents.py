@@ -204,7 +204,7 @@ def global_draws(
             programs = (partial(_plated, program, number, nesting) for program in (model, guide))
             drawn, scored = replayed(*programs, args, kwargs)
             _check_latents(drawn, scored)
-            densities = (_log_prob(trace, number, nesting) for trace in (scored, drawn))
+            densities = (log_joint(trace, number, nesting) for trace in (scored, drawn))
             parts.append((_values(drawn, nesting), *densities))
             bar.update(number)
     values, log_p, log_q = zip(*parts, strict=True)
@@ -271,8 +271,14 @@ def _plated(
         program(*args, **kwargs)
 
 
-def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
-    """Log-density of all sites together, for each draw."""
+def log_joint(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
+    """Log-density of all sites of a trace together, for each draw, float64, ``(count,)``.
+
+    Args:
+        trace: Trace of a run in the plate of the draws, the leftmost one.
+        count: Number of draws.
+        nesting: Number of dimensions that the other plates take; ``None`` for a run of one draw.
+    """
     total = torch.zeros(count, dtype=torch.float64)
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):

@@ -34,9 +34,10 @@ from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.bounds.checks import is_latent
+from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
 from pyro_diffusion.denoisers.base import check_network
 from pyro_diffusion.evidence.global_latents import guide_draws
@@ -50,7 +51,7 @@ __all__ = ["AutoDiffusion"]
 _AUXILIARY = {"is_auxiliary": True}
 
 
-class AutoDiffusion(AutoContinuous):  # type: ignore[misc]  # Pyro's guides have no types
+class AutoDiffusion(AutoContinuous):
     r"""A guide whose draws are the end of a reverse diffusion chain, for any Pyro model with global latents.
 
     It is used like every automatic guide of Pyro::
@@ -202,13 +203,23 @@ class AutoDiffusion(AutoContinuous):  # type: ignore[misc]  # Pyro's guides have
         self, z: Transform, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
     ) -> Tensor:
         r""":math:`r(x)`, the gradient of the model's log-density over that of :math:`N(0, I)`."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            log_p, trace = self._log_joint(z(x), args, kwargs)
-            (gradient,) = torch.autograd.grad(log_p + _log_det(z, x, z(x)).sum(), x)
-        if not finite(gradient):
-            raise ValueError(_not_finite(trace))
-        return gradient + x.detach()
+        traces: list[poutine.Trace] = []
+
+        def gradient(x: Tensor) -> Tensor:
+            """The gradient in the chain's coordinates. It keeps the trace of the model."""
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                latent = z(x)
+                log_p, trace = self._log_joint(latent, args, kwargs)
+                traces.append(trace)
+                return torch.autograd.grad(log_p + _log_det(z, x, latent).sum(), x)[0]
+
+        if torch._C._get_tracing_state():  # of JitTrace_ELBO
+            return _traceable(gradient, x)(x.detach()) + x.detach()
+        found = gradient(x)
+        if not finite(found):
+            raise ValueError(_not_finite(traces[0]))
+        return found + x.detach()
 
     def _log_joint(
         self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,6 +267,18 @@ class AutoDiffusion(AutoContinuous):  # type: ignore[misc]  # Pyro's guides have
         _rename(self, self._pyro_name)
 
 
+def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function with a derivative inside as one of plain operations, which ``torch.jit`` can trace."""
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        graph: Callable[[Tensor], Tensor] = make_fx(function)(x.detach())
+        return graph
+    finally:
+        tracer._set_tracing_state(state)
+
+
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
     r""":math:`\log \lvert \det \partial z / \partial x \rvert`, ``batch_shape``."""
     return sum_rightmost(z.log_abs_det_jacobian(x, latent), 1 - z.domain.event_dim)
@@ -264,7 +287,9 @@ def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
 def _own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
     """A base of the guide's own: built from the model, or a copy of one that is there."""
     settings = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
-    made = base if isinstance(base, AutoGuide) else base(model, **settings) if callable(base) else base
+    made = (
+        base if isinstance(base, AutoGuide) else base(model, **settings) if callable(base) else base
+    )
     known = isinstance(made, AutoContinuous) and all(
         getattr(type(made), name) is not getattr(AutoContinuous, name)
         for name in ("get_base_dist", "get_transform")
@@ -342,7 +367,9 @@ def _not_finite(trace: poutine.Trace) -> str:
         if site["type"] == "sample" and not site_is_subsample(site)
     ]  # fmt: skip
     bad = [name for name, site in sites if not site["log_prob"].isfinite().all()]
-    where = f"site {bad[0]!r}" if bad else f"one of the sites {', '.join(repr(n) for n, _ in sites)}"
+    where = (
+        f"site {bad[0]!r}" if bad else f"one of the sites {', '.join(repr(n) for n, _ in sites)}"
+    )
     return (
         f"{where}: got a log-density whose gradient by the latents is not finite; expected a finite one "
         "wherever the guide goes. Check scales for underflow, start with init_loc_fn=init_to_median, or use "

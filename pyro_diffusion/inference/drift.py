@@ -34,7 +34,9 @@ from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.typed import TorchDistribution
 
 CLIP = 3.0  #: c, the largest root mean square of the score's entries, in units of the base
-_MOST = 3.0  # a step's noise is at most exp(3) times that of the reversal, and at least exp(-3) times
+_MOST = (
+    3.0  # a step's noise is at most exp(3) times that of the reversal, and at least exp(-3) times
+)
 
 
 class Drift(ParamScope):
@@ -103,9 +105,7 @@ class Drift(ParamScope):
         """
         states = torch.stack(path[::-1])
         t = torch.arange(1, len(path), device=states.device)
-        kernels = self.process.transition(
-            states[:-1], t.reshape(-1, *[1] * (states.dim() - 2))
-        )
+        kernels = self.process.transition(states[:-1], t.reshape(-1, *[1] * (states.dim() - 2)))
         return kernels.log_prob(states[1:]).sum(0)
 
 
