@@ -31,6 +31,7 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoGuide
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
@@ -147,7 +148,7 @@ class AutoDiffusion(AutoContinuous):
         self._pyro_name = ParamScope(free_name(snake_case(type(self).__name__))).name
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        _check_latents(self._program[0], args, kwargs)
+        self._nesting = _checked_nesting(self._program[0], args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         if self.base.prototype_trace is None:
             self.base._setup_prototype(*args, **kwargs)
@@ -187,7 +188,9 @@ class AutoDiffusion(AutoContinuous):
         prefix = f"_{self._pyro_name}"
         with poutine.infer_config(config_fn=lambda site: _AUXILIARY):
             x_0 = chain(plate=False, prefix=prefix)
-        latent = z(x_0)
+        latent: Tensor = z(x_0)
+        if not am_i_wrapped():  # nothing reads the factor
+            return latent
         log_q = drift.log_forward([*path, x_0]) + _log_det(z, x_0, latent)
         pyro.factor(f"{prefix}.extension", -log_q, has_rsample=True)
         return latent
@@ -203,22 +206,31 @@ class AutoDiffusion(AutoContinuous):
         self, z: Transform, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
     ) -> Tensor:
         r""":math:`r(x)`, the gradient of the model's log-density over that of :math:`N(0, I)`."""
-        traces: list[poutine.Trace] = []
+        batch = () if x.numel() == x.shape[-1] else (-1, *[1] * self._nesting)
 
-        def gradient(x: Tensor) -> Tensor:
-            """The gradient in the chain's coordinates. It keeps the trace of the model."""
+        def gradients(x: Tensor, by_site: bool = False) -> dict[str, Tensor]:
+            """The gradient of the log-density by the state, or that of each site of the model."""
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                latent = z(x)
+                rows = x.reshape(*batch, x.shape[-1])  # to the left of the model's plates
+                latent = z(rows)
                 log_p, trace = self._log_joint(latent, args, kwargs)
-                traces.append(trace)
-                return torch.autograd.grad(log_p + _log_det(z, x, latent).sum(), x)[0]
+                terms = {"": log_p + _log_det(z, rows, latent).sum()}
+                if by_site:
+                    terms = {name: site["log_prob_sum"] for name, site in _scored(trace)}
+                grads = (torch.autograd.grad(v, x, retain_graph=by_site)[0] for v in terms.values())
+                return dict(zip(terms, grads, strict=True))
 
         if torch._C._get_tracing_state():  # of JitTrace_ELBO
-            return _traceable(gradient, x)(x.detach()) + x.detach()
-        found = gradient(x)
+            return _traceable(lambda x: gradients(x)[""], x) + x.detach()
+        found = gradients(x)[""]
         if not finite(found):
-            raise ValueError(_not_finite(traces[0]))
+            bad = [name for name, g in gradients(x, by_site=True).items() if not finite(g)]
+            raise ValueError(
+                f"site {bad[0] if bad else 'of a latent'!r}: got a log-density whose gradient by the latents "
+                "is not finite; expected a finite one wherever the guide goes. Check scales for underflow, "
+                "begin the base elsewhere, or use score=False."
+            )
         return found + x.detach()
 
     def _log_joint(
@@ -261,22 +273,28 @@ class AutoDiffusion(AutoContinuous):
             for name, x in draws.items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self._model, self.master  # which Pyro takes from the guide that is copied
+        state: dict[str, Any] = super().__getstate__()
+        self._model, self.master = kept
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state | {"_model": state["_program"]})
         self._take_name()
         _rename(self, self._pyro_name)
 
 
-def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function with a derivative inside as one of plain operations, which ``torch.jit`` can trace."""
+def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function with a derivative inside, as plain operations, which ``torch.jit`` can trace."""
     tracer: Any = torch._C
     state = tracer._get_tracing_state()
     tracer._set_tracing_state(None)
     try:
         graph: Callable[[Tensor], Tensor] = make_fx(function)(x.detach())
-        return graph
     finally:
         tracer._set_tracing_state(state)
+    return graph(x.detach())
 
 
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
@@ -325,11 +343,12 @@ def _rename(guide: AutoContinuous, name: str) -> None:
     guide._pyro_set_supermodule(name, guide._pyro_context)
 
 
-def _check_latents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise a ``ValueError`` unless the model has latents, all continuous and global."""
+def _checked_nesting(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Number of dimensions of the model's plates, if it has latents, all continuous and global."""
     with poutine.block(), poutine.trace() as tracer, torch.no_grad():
         model(*args, **kwargs)
-    latents = {name: site for name, site in tracer.trace.nodes.items() if is_latent(site)}
+    sites = {name: x for name, x in tracer.trace.nodes.items() if x["type"] == "sample"}
+    latents = {name: site for name, site in sites.items() if is_latent(site)}
     require(
         len(latents) > 0,
         "argument 'model'",
@@ -357,21 +376,16 @@ def _check_latents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 if part
                 else "Use a vectorised plate: with pyro.plate(…).",
             )
+    frames = (x for site in sites.values() for x in site["cond_indep_stack"] if x.vectorized)
+    return max((-frame.dim for frame in frames), default=0)
 
 
-def _not_finite(trace: poutine.Trace) -> str:
-    """The message for a score that is not finite, with the site that it comes from."""
-    trace.compute_log_prob()
-    sites = [
-        (name, site) for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    ]  # fmt: skip
-    bad = [name for name, site in sites if not site["log_prob"].isfinite().all()]
-    where = (
-        f"site {bad[0]!r}" if bad else f"one of the sites {', '.join(repr(n) for n, _ in sites)}"
-    )
-    return (
-        f"{where}: got a log-density whose gradient by the latents is not finite; expected a finite one "
-        "wherever the guide goes. Check scales for underflow, start with init_loc_fn=init_to_median, or use "
-        "score=False."
-    )
+def _scored(trace: poutine.Trace) -> list[tuple[str, Any]]:
+    """The sites of a trace whose log-density depends on latents."""
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and torch.as_tensor(site["log_prob_sum"]).requires_grad
+    ]
