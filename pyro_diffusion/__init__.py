@@ -48,6 +48,7 @@ from pyro_diffusion.evidence import (
 )
 from pyro_diffusion.hvae import HierarchicalVAE
 from pyro_diffusion.inference import (
+    AutoDiffusion,
     DiffusionPrior,
     LinearGaussian,
     impute,
@@ -94,7 +95,9 @@ from pyro_diffusion.schedules import (
 from pyro_diffusion.training import (
     Fit,
     FreeBitsELBO,
+    KeepBest,
     KLWarmup,
+    LogVarianceELBO,
     MinimumVarianceELBO,
     OrderedBatches,
     Recipe,
@@ -224,4 +227,7 @@ __all__ = [
     "summary",
     "terminal_prior",
     "to_arviz",
+    "AutoDiffusion",
+    "KeepBest",
+    "LogVarianceELBO",
 ]

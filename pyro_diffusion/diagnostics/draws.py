@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.bounds import ELBOTerms, TermMoments, join_chunks, trajectory_terms
 from pyro_diffusion.checks import check_count, check_data, check_timesteps, require
+from pyro_diffusion.diagnostics.guides import of_guide
 from pyro_diffusion.diagnostics.recording import (
     DRAWS,
     Held,
@@ -99,7 +101,8 @@ def to_arviz(  # type: ignore[misc]
     context, and as ``null`` the rows where it was dropped.
 
     Args:
-        family: A :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
+        family: An automatic guide of global latents, for which see below; or a
+            :class:`~pyro_diffusion.diffusion.DiffusionModel`, a
             :class:`~pyro_diffusion.hvae.HierarchicalVAE`, or a (model, guide) pair of any Pyro programs
             that :func:`~pyro_diffusion.bounds.elbo_terms` takes; or the model of such a pair.
         guide: The guide of the pair; leave it out for a family.
@@ -130,6 +133,9 @@ def to_arviz(  # type: ignore[misc]
         {'chain': 1, 'draw': 30, 'data': 3, 'timestep': 5, 'x_dim_0': 2}
     """
     num_draws = _check_num_draws(num_draws)
+    if isinstance(family, AutoGuide):
+        args = [value for value in (guide, x_0) if value is not None]
+        return of_guide(family, args, given, num_draws, progress=progress)
     model, guide, x_0 = unpacked(family, guide, x_0)
     timesteps, what = _kept_timesteps(family, timesteps), Given.of(**given)
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]

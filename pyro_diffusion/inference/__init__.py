@@ -4,9 +4,11 @@ r"""Inference with a diffusion model: :math:`p(x_0)` times another distribution.
 that it knows in closed form. :func:`impute` draws missing entries given observed ones.
 
 Inside a bigger Pyro model, :func:`flow` makes the data of a diffusion model a site like any other, and
-:class:`DiffusionPrior` makes its chain the prior of a latent variable.
+:class:`DiffusionPrior` makes its chain the prior of a latent variable. :class:`AutoDiffusion`
+is a chain as the guide of any Pyro model.
 """
 
+from pyro_diffusion.inference.autoguide import AutoDiffusion
 from pyro_diffusion.inference.draws import PosteriorSamples, Statistic
 from pyro_diffusion.inference.imputation import impute
 from pyro_diffusion.inference.measurements import LinearGaussian
@@ -16,6 +18,7 @@ from pyro_diffusion.inference.prior import DiffusionPrior
 from pyro_diffusion.inference.probability_flow import ProbabilityFlow, flow
 
 __all__ = [
+    "AutoDiffusion",
     "BlockMeans",
     "Blur",
     "DiffusionPrior",

@@ -11,6 +11,8 @@ r"""Training: objectives, a compiled loss, data in batches, several processes, L
   :mod:`~pyro_diffusion.training.columns`, the held-out part of them in
   :mod:`~pyro_diffusion.training.held_out`, and its result in :mod:`~pyro_diffusion.training.fitted`.
 - :mod:`~pyro_diffusion.training.objectives`: KL warm-up, free bits, the variance of the bound.
+  :mod:`~pyro_diffusion.training.log_variance`: the variance of log-weights, for guides of several modes.
+  :mod:`~pyro_diffusion.training.keeping` keeps the best parameters of a guide.
 - :mod:`~pyro_diffusion.training.compilation`: any static model and guide as one compiled graph, which
   :mod:`~pyro_diffusion.training.graphs` traces and checks.
 - :mod:`~pyro_diffusion.training.batches` and :mod:`~pyro_diffusion.training.parallel`: arrays larger than
@@ -27,6 +29,8 @@ from pyro_diffusion.training.batches import OrderedBatches, ShuffledBatches
 from pyro_diffusion.training.compilation import CompiledELBO, compile_elbo
 from pyro_diffusion.training.fitted import Fit
 from pyro_diffusion.training.fitting import Recipe, fit
+from pyro_diffusion.training.keeping import Gain, KeepBest
+from pyro_diffusion.training.log_variance import LogVarianceELBO
 from pyro_diffusion.training.objectives import (
     FreeBitsELBO,
     KLWarmup,
@@ -44,7 +48,10 @@ __all__ = [
     "CompiledELBO",
     "Fit",
     "FreeBitsELBO",
+    "Gain",
     "KLWarmup",
+    "KeepBest",
+    "LogVarianceELBO",
     "MinimumVarianceELBO",
     "OrderedBatches",
     "Recipe",
