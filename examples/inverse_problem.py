@@ -25,11 +25,12 @@ infinite. The script looks at three possible reasons:
     Monte Carlo        effective particles, k̂, R-hat, divergences
 
 In the run of the gallery the posteriors of σ agree within 0.5 Monte Carlo errors. The means of the pixels
-differ by 1.8 of their errors in the root mean square, where 1 is expected of one law, but by 0.17 posterior
-standard deviations only. Four of the nine levels of the grid have k̂ between 0.95 and 1.11, among them the
-one with most of the posterior, so that its errors are not reliable. The steps of the flow hardly matter. The two priors are not the same law: the chain
-of 32 steps is narrower. Both are narrower than the held-out images. One image and one seed cannot tell how
-much of a difference of 0.17 is the laws', and how much are errors that 8 runs and 2 chains understate.
+differ by 1.8 of their errors in the root mean square, where 1 is expected of one law. That is 0.17 posterior
+standard deviations. Four of the nine levels of the grid have k̂ between 0.95 and 1.11, among them the one with
+most of the posterior, so that the errors of the grid are not reliable. The steps of the flow hardly matter.
+The two priors are not the same law: the chain of 32 steps is narrower, and both are narrower than held-out
+images. One image and one seed do not tell which part of the 0.17 comes from the laws, and which part from
+Monte Carlo errors that 8 runs and 2 chains understate.
 
 The network is the one of ``inpainting.py``, anchored to a Gaussian where noise dominates, because
 ``posterior_samples`` also uses its derivatives.
