@@ -35,6 +35,7 @@ RUNS = {
     "lecture": ("", None),
     "lightning_digits": ("", "denoised.png"),
     "inpainting": ("", "inpainting.png"),
+    "inverse_problem": ("", "inverse_problem.png"),
     "noise_scale": ("", "noise_scale.png"),
     "poisson_counts": ("", "counts.png"),
     "proportions": ("", "proportions.png"),

@@ -19,6 +19,7 @@ LISTED = {
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
     "lightning_digits.py": ["bits/dim", "validation", "trajectory.png", "last.ckpt"],
     "inpainting.py": ["log score", "uncorrected guidance", "Monte Carlo of the diffusion model"],
+    "inverse_problem.py": ["R-hat", "share of the posterior", "in posterior sds", "as many steps"],
     "noise_scale.py": ["log p(y∣σ)", "posterior mean of σ", "as a share of those without"],
     "poisson_counts.py": ["exact -log p(n)", "paired", "known mean rate", "nominal 0.90"],
     "proportions.py": ["exact log p", "mixture of 30", "paired", "proportions.png"],
