@@ -50,7 +50,6 @@ from pyro_diffusion.hvae import HierarchicalVAE
 from pyro_diffusion.inference import (
     DiffusionPrior,
     LinearGaussian,
-    flow,
     impute,
     posterior_samples,
 )
@@ -203,9 +202,8 @@ __all__ = [
     "forward_marginal",
     "forward_posterior",
     "forward_transition",
-    "importance_evidence",
-    "flow",
     "global_evidence",
+    "importance_evidence",
     "impute",
     "ode_log_likelihood",
     "over_ranks",

@@ -1,13 +1,13 @@
 """Parameters have names of their own: nothing is shared, frozen or lost between models."""
 
 import copy
-import io
 import pickle
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from copies import torch_saved, unpickled
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
@@ -67,24 +67,13 @@ def test_two_models_train_apart(classic):
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in trained.items())
 
 
-def _unpickled(diffusion):
-    return pickle.loads(pickle.dumps(diffusion))
-
-
-def _torch_saved(diffusion):
-    buffer = io.BytesIO()
-    torch.save(diffusion, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 def _rebuilt(diffusion):
     other = build()
     other.load_state_dict(diffusion.state_dict())
     return other
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, _unpickled, _torch_saved, _rebuilt])
+@pytest.mark.parametrize("clone", [copy.deepcopy, unpickled, torch_saved, _rebuilt])
 @pytest.mark.parametrize("classic", [True, False])
 def test_copies_share_values_and_nothing_else(clone, classic):
     original = build()
@@ -100,7 +89,7 @@ def test_copies_share_values_and_nothing_else(clone, classic):
     assert_trains(original, classic=classic)
 
 
-def test_an_unpickled_model_keeps_a_free_name():
+def test_anunpickled_model_keeps_a_free_name():
     diffusion = build(name="keepsItsName")
     data = pickle.dumps(diffusion)
     from pyro_diffusion import params as store
@@ -224,7 +213,7 @@ def test_pyro_params_of_two_models_are_apart(classic):
     assert_trains(second, classic=classic)
     assert not any(name in ("scale", "weight") for name in pyro.get_param_store())
     assert_trains(copy.deepcopy(first), classic=classic)
-    assert_trains(_unpickled(first), classic=classic)
+    assert_trains(unpickled(first), classic=classic)
 
 
 class BayesianNetwork(PyroModule):

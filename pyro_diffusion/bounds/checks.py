@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 
 from pyro_diffusion.chains import SubsampledProgram
 from pyro_diffusion.checks import require
@@ -45,6 +46,16 @@ def _subsampled() -> ValueError:
     )
 
 
+def is_latent(site: Any) -> bool:
+    """Whether a site, or a message of one, is a draw of a latent."""
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def is_of_latent(site: Any) -> bool:
+    """Whether a site has a term of a latent: it is one, or it observes the draw of one."""
+    return is_latent(site) or (bool(site["infer"].get("of_latent")) and not site_is_subsample(site))
+
+
 def check_data_plate(msg: Any, rows: int) -> None:
     """Raise a ``ValueError`` unless a site is in a plate of the batch's size at dim −1."""
     plates = [f for f in msg["cond_indep_stack"] if f.vectorized and f.dim == -1]
@@ -56,7 +67,7 @@ def check_data_plate(msg: Any, rows: int) -> None:
             "are reported by datum. Put local variables into the data plate; a model with global "
             "latents has no bound for a single datum."
         )
-    if isinstance(msg["scale"], torch.Tensor) and msg["scale"].numel() > 1:
+    if isinstance(msg["scale"], torch.Tensor) and msg["scale"].dim() > 0:
         raise _subsampled()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_diffusion.bounds.terms import ENCODER, ELBOTerms, rows_of_chain
+from pyro_diffusion.bounds.terms import ELBOTerms, rows_of
 
 
 class Moments:
@@ -46,10 +46,11 @@ class TermMoments:
         """The bound of all data that were added."""
         mean = torch.cat([moments.mean for moments in self.sites.values()], dim=-1)
         kinds = self.last.kinds
-        first, *between, last = rows_of_chain(kinds)
+        first, *between, last = rows_of(kinds)
+        of_encoder = rows_of(kinds, encoder=True)
         return ELBOTerms(
             reconstruction=mean[first],
-            encoder=mean[[row for row, kind in enumerate(kinds) if kind in ENCODER]],
+            encoder=mean[of_encoder] if of_encoder else None,
             transition=mean[between],
             prior=mean[last],
             standard_error=_errors(self.totals),

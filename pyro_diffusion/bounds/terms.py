@@ -85,9 +85,9 @@ class Estimate(NamedTuple):
 ENCODER = ("negative entropy", "cross-entropy")
 
 
-def rows_of_chain(kinds: tuple[str, ...]) -> list[int]:
-    """Rows of the reconstruction and of :math:`L_1 … L_T`: all but those of encoders."""
-    return [row for row, kind in enumerate(kinds) if kind not in ENCODER]
+def rows_of(kinds: tuple[str, ...], *, encoder: bool = False) -> list[int]:
+    """Rows of the reconstruction and of :math:`L_1 … L_T`; or the others, of encoders."""
+    return [row for row, kind in enumerate(kinds) if (kind in ENCODER) == encoder]
 
 
 class ELBOTerms(NamedTuple):
@@ -101,7 +101,7 @@ class ELBOTerms(NamedTuple):
     transition: Tensor  #: row ``t - 1`` is :math:`L_t`, t = 1 … T−1; shape ``(T - 1, N)``
     prior: Tensor  #: :math:`L_T`, shape ``(N,)``
     standard_error: Tensor  #: Monte Carlo error of the bound, ``(N,)``; NaN for one particle
-    #: Monte Carlo error of the term in each row of ``rows``; the term at ``x_t`` is in row t; ``(T+1, N)``
+    #: Monte Carlo error of the term in each row of ``stacked``; the term at ``x_t`` is in row t; ``(T+1, N)``
     term_standard_error: Tensor
     #: kind of each row: "log-likelihood", "KL" or "log-ratio"; an encoder has "negative entropy" and
     #: "cross-entropy"
@@ -110,8 +110,8 @@ class ELBOTerms(NamedTuple):
     event_size: float  #: entries :math:`D` of one datum; under a mask, observed ones in the mean
     #: "paths", or "single" if the states of different timesteps were drawn independently of each other
     draws: str = "paths"
-    #: negative entropy and cross-entropy of a latent that is the datum of a chain, ``(2, N)``; else empty
-    encoder: Tensor = torch.zeros(0, 1)
+    #: negative entropy and cross-entropy of a latent that is the datum of a chain, ``(2, N)``
+    encoder: Tensor | None = None
 
     def __repr__(self) -> str:
         counts = {kind: self.kinds.count(kind) for kind in ("KL", "log-ratio")}
@@ -136,14 +136,16 @@ class ELBOTerms(NamedTuple):
         """Mean terms in nats per datum, one line each: its kind, its site, its value and its errors.
 
         Args:
-            max_levels: Largest number of latent sites to show; a longer chain shows this many, evenly spaced.
+            max_levels: Largest number of levels of the chain to show; a longer chain shows this many, evenly
+                spaced. The terms of an encoder are always shown.
         """
-        terms, last = self.term_means(), len(self.kinds) - 1
+        terms, chain = self.term_means(), rows_of(self.kinds)[1:]
         evenly = (k / max(max_levels - 1, 1) for k in range(max_levels))
-        levels = sorted({1 + round((last - 1) * share) for share in evenly})
-        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in (0, *levels)]
+        levels = {chain[round((len(chain) - 1) * share)] for share in evenly}
+        shown = sorted({0, *levels, *rows_of(self.kinds, encoder=True)})
+        lines = [(f"{self.kinds[t]} at {self.site_names[t]}", str(terms[t])) for t in shown]
         total = f"{sum(term.value for term in terms[1:]):.4f}"
-        lines.insert(1, (f"sum over {last} latent sites", total))
+        lines.insert(1, (f"sum over {len(set(self.site_names[1:]))} latent sites", total))
         lines.append(("ELBO", str(self.mean())))
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
@@ -151,7 +153,12 @@ class ELBOTerms(NamedTuple):
     @property
     def elbo(self) -> Tensor:
         """The bound, ``reconstruction - encoder.sum(0) - transition.sum(0) - prior``, shape ``(N,)``."""
-        return self.reconstruction - self.rows[1:].sum(0)
+        above = (
+            self.reconstruction
+            if self.encoder is None
+            else self.reconstruction - self.encoder.sum(0)
+        )
+        return above - self.transition.sum(0) - self.prior
 
     @property
     def is_kl(self) -> bool:
@@ -159,11 +166,15 @@ class ELBOTerms(NamedTuple):
         return "log-ratio" not in self.kinds
 
     @property
-    def rows(self) -> Tensor:
+    def stacked(self) -> Tensor:
         """All terms: reconstruction, those of an encoder, :math:`L_1 … L_T`; ``(T + 1, N)``, or two more."""
-        encoder = iter(self.encoder)
-        chain = iter((self.reconstruction, *self.transition, self.prior))
-        return torch.stack([next(encoder if kind in ENCODER else chain) for kind in self.kinds])
+        chain = torch.cat([self.reconstruction[None], self.transition, self.prior[None]])
+        if self.encoder is None:
+            return chain
+        rows = chain.new_empty(len(self.kinds), chain.shape[1])
+        rows[rows_of(self.kinds, encoder=True)] = self.encoder
+        rows[rows_of(self.kinds)] = chain
+        return rows
 
     def mean(self) -> Estimate:
         """Mean bound over data in nats per datum, with its errors."""
@@ -172,7 +183,7 @@ class ELBOTerms(NamedTuple):
     def term_means(self) -> list[Estimate]:
         """Mean over data of the term in each row: at ``x_0 … x_T`` (``x_0``: the reconstruction)."""
         return [
-            Estimate.of(*pair) for pair in zip(self.rows, self.term_standard_error, strict=True)
+            Estimate.of(*pair) for pair in zip(self.stacked, self.term_standard_error, strict=True)
         ]
 
     def bits_per_dim(self) -> Estimate:
@@ -183,33 +194,40 @@ class ELBOTerms(NamedTuple):
         """
         return self.mean().bits_per_dim(self.event_size)
 
+    def _of_encoder(self) -> dict[str, tuple[tuple[str, ...], Tensor, str]]:
+        """The encoders' terms for :meth:`to_dataset`, with the name of the site if there are several."""
+        fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {}
+        places = rows_of(self.kinds, encoder=True)
+        for row in places:
+            kind, site = self.kinds[row], self.site_names[row]
+            name = kind.replace("-", "_").replace(" ", "_")
+            name = name if len(places) == len(ENCODER) else f"{name}_{site}"
+            fields[name] = ("data",), self.stacked[row], f"{kind} at site {site}"
+        return fields
+
     def to_dataset(self) -> "xarray.Dataset":
         """The terms with named dimensions ``timestep`` and ``data``, units in the attributes."""
         import xarray
 
         kind = "KL" if self.is_kl else "log-ratio"
+        law = "log p(x_0 | x_1)" if self.encoder is None else "log p(x | z_0)"
         fields: dict[str, tuple[tuple[str, ...], Tensor, str]] = {
             "elbo": (("data",), self.elbo, "evidence lower bound"),
             "elbo_standard_error": (("data",), self.standard_error, "Monte Carlo error of elbo"),
-            "reconstruction": (("data",), self.reconstruction, "expected log p(x_0 | x_1)"),
+            "reconstruction": (("data",), self.reconstruction, f"expected {law}"),
             "transition": (("timestep", "data"), self.transition, f"mean {kind} at site x_t"),
             "transition_standard_error": (
                 ("timestep", "data"),
-                self.term_standard_error[rows_of_chain(self.kinds)[1:-1]],
+                self.term_standard_error[rows_of(self.kinds)[1:-1]],
                 "Monte Carlo error of transition",
             ),
             "prior": (("data",), self.prior, f"mean {self.kinds[-1]} at site x_T"),
         }
-        names = [x for x in zip(self.kinds, self.site_names, strict=True) if x[0] in ENCODER]
-        for (own, site), values in zip(names, self.encoder, strict=True):
-            name = own.replace("-", "_").replace(" ", "_")
-            name = name if len(names) == len(ENCODER) else f"{name}_{site}"
-            fields[name] = ("data",), values, f"{own} at site {site}"
         bits = self.bits_per_dim()
         return xarray.Dataset(
             {
                 name: (dims, values.cpu().numpy(), {"units": "nats per datum", "long_name": label})
-                for name, (dims, values, label) in fields.items()
+                for name, (dims, values, label) in (fields | self._of_encoder()).items()
             },
             coords={
                 "timestep": range(1, len(self.transition) + 1),

@@ -32,6 +32,7 @@ from pyro_diffusion.bounds.checks import (
     check_programs,
     check_same_masks,
     check_sites,
+    is_latent,
     latents_differ,
 )
 from pyro_diffusion.bounds.terms import ENCODER
@@ -161,7 +162,7 @@ class _Draw(Messenger):
         self.sites: dict[str, tuple[Tensor, Any, Any]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_latent(msg):
+        if is_latent(msg):
             check_data_plate(msg, self.rows)
             self.sites[msg["name"]] = (msg["value"], msg["fn"], msg["mask"])
 
@@ -189,7 +190,7 @@ class _Score(Messenger):
         self.event_size = 0
 
     def _pyro_sample(self, msg: Any) -> None:
-        if _is_latent(msg):
+        if is_latent(msg):
             if msg["name"] not in self.drawn:
                 raise latents_differ(f"the model samples {msg['name']!r}")
             msg["value"], msg["done"] = self.drawn[msg["name"]][0], True
@@ -246,10 +247,6 @@ class _Score(Messenger):
             log_q=self.log_q,
             states=self.states,
         )
-
-
-def _is_latent(msg: Any) -> bool:
-    return not msg["is_observed"] and not site_is_subsample(msg)
 
 
 def _entry_mask(distribution: Any) -> Any:

@@ -18,9 +18,12 @@ References:
 from typing import Any
 
 import pyro
+from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_diffusion.chains.base import joined
+from pyro_diffusion.checks import require
 from pyro_diffusion.distributions import CarriedSite, EncoderSite, HandedOver
 from pyro_diffusion.typed import TorchDistribution
 
@@ -46,14 +49,19 @@ class LatentChain(nn.Module):
 
 
 class CarriedLatentChain(LatentChain):
-    r"""The same for a :math:`z_0` that the guide has drawn, as the datum of the program."""
+    r"""The same for a :math:`z_0` that the guide has drawn, as the datum of the program.
+
+    The sites of the program are marked ``infer={"of_latent": True}``: the one that observes :math:`z_0` is a
+    term of a latent too, and a warm-up scales it with the others.
+    """
 
     site = "z_0"  #: name of the site of :math:`z_0`, after the prefix
 
     def forward(self, context: Any = None) -> Tensor:
         prior = self.program.owner.prior()
         z_0 = pyro.sample(joined(self.prefix, self.site), HandedOver(CarriedSite(prior)))
-        self.program(z_0, context, plate=False, prefix=self.prefix)
+        with poutine.infer_config(config_fn=lambda site: {"of_latent": True}):
+            self.program(z_0, context, plate=False, prefix=self.prefix)
         return z_0
 
 
@@ -66,6 +74,8 @@ class LatentGuide(nn.Module):
         site: Name of the site of :math:`z_0`, after the prefix: ``"x_0"`` in a whole chain.
     """
 
+    program: Any  #: a module with an owner
+
     def __init__(self, program: nn.Module, prefix: str, site: str = "x_0") -> None:
         super().__init__()
         self.program, self.prefix, self.site = program, prefix, joined(prefix, site)
@@ -77,6 +87,7 @@ class LatentGuide(nn.Module):
             encoder: :math:`q(z_0 \mid x)`, with the event shape of the chain's data.
             context: Context of a conditional chain.
         """
+        self._check(encoder)
         z_0: Tensor = pyro.sample(self.site, EncoderSite(encoder))
         try:
             self.program(z_0, context, plate=False, prefix=self.prefix)
@@ -85,6 +96,17 @@ class LatentGuide(nn.Module):
                 f"site {self.site!r}, a latent that is the chain's datum: {error}"
             ) from error
         return z_0
+
+    def _check(self, encoder: Any) -> None:
+        is_law = isinstance(encoder, Distribution)
+        got = f"{encoder.event_dim} event dimensions" if is_law else f"a {type(encoder).__name__}"
+        require(
+            is_law and (encoder.event_dim > 0 or not self.program.owner.event_shape),
+            f"site {self.site!r}, the encoder of a latent",
+            got,
+            "a distribution whose event is the whole latent",
+            "Pass dist.Normal(loc, scale).to_event(1), for a latent that is a vector.",
+        )
 
 
 class LatentPair(nn.Module):

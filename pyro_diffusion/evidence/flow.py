@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_diffusion.checks import check_count, check_data, check_positive, check_state, require
 from pyro_diffusion.diffusion import DiffusionModel
 from pyro_diffusion.evidence.evidence import Evidence, fingerprint
-from pyro_diffusion.given import Given, chunks, first_repeated, together, usable
+from pyro_diffusion.given import Given, chunks, first_repeated, flattened, together, usable
 from pyro_diffusion.reading import alone, footprint, rows_within
 from pyro_diffusion.walk import Walked, diffusion_of, look
 
@@ -186,7 +186,7 @@ def _solve(
         field = _with_divergence(velocity, probes, exact=num_probes is None)
         start = _integrated(field, start, log_snr, numbers, rtol, atol)
     y_T, divergence = start
-    normal = -0.5 * (y_T.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    normal = -0.5 * (y_T.square() + math.log(2 * math.pi)).reshape(len(y_T), -1).sum(1)
     return normal + divergence + log_volume
 
 
@@ -252,17 +252,21 @@ class Velocity:
                 :math:`v^\top \partial (dy/d\lambda) / \partial y` have this shape.
         """
         alpha, scale = (c.to(y.dtype) for c in self.scales(log_snr))
+        event, dtype = self.diffusion.event_shape, self.diffusion.dtype
+        batch_shape = y.shape[: y.dim() - len(event)] or torch.Size((1,))
+        states = (scale * y).to(dtype).reshape(-1, *event)
         vectors = y[None][:0] if vectors is None else vectors
-        count, event = len(vectors), self.diffusion.event_shape
-        flat = vectors.to(self.diffusion.dtype).reshape(count, y.numel() // event.numel(), *event)
+        count = len(vectors)
+        flat = vectors.to(dtype).reshape(count, *states.shape)
         said, products = look(
             self.diffusion.denoiser,
-            (scale * y).to(self.diffusion.dtype),
+            states,
             log_snr,
             pull=(lambda said, vjp, part: [vjp(e[part]) for e in flat]) if count else None,
-            **self.given,
+            **{name: flattened(part, batch_shape) for name, part in self.given.items()},
         )
-        velocity = 0.5 * alpha * (said.x_0_hat.to(y.dtype) - alpha * y)
+        x_0_hat = said.x_0_hat.reshape(y.shape).to(y.dtype)
+        velocity = 0.5 * alpha * (x_0_hat - alpha * y)
         pulled = torch.stack(products).to(y.dtype) if count else flat
         return velocity, 0.5 * alpha * (scale * pulled.reshape(vectors.shape) - alpha * vectors)
 
@@ -358,5 +362,6 @@ def check_has_flow(diffusion: DiffusionModel, remedy: str, state: int = 0) -> No
         "argument 'diffusion'",
         f"a model with {what} between its states and the data",
         "none, because the flow has a density of states only",
-        f"Dequantise the data and fit a model without a likelihood, or {remedy}",
+        "Dequantise the data and fit a model without a likelihood, pass states to "
+        f"ode_log_likelihood(diffusion, x_t, state=1), or {remedy}",
     )

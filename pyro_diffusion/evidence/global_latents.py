@@ -16,24 +16,25 @@ References:
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_diffusion.arviz_bridge import good_k
-from pyro_diffusion.bounds.checks import check_program
+from pyro_diffusion.bounds.checks import check_program, is_latent
 from pyro_diffusion.checks import check_count, check_finite, require
 from pyro_diffusion.display import as_table
 from pyro_diffusion.evidence.evidence import average
 from pyro_diffusion.reading import reading
-from pyro_diffusion.scoring import log_density
+from pyro_diffusion.scoring import log_density, replayed
 
 __all__ = ["GlobalEvidence", "global_evidence"]
 
@@ -125,11 +126,14 @@ def global_evidence(
 
     Returns:
         :class:`GlobalEvidence`. Its ``verdict`` is a sentence. The logarithm of an average is low in
-        expectation, by half of the squared standard error to first order.
+        expectation, by half of the squared standard error to first order. Above :math:`\hat k = 0.5` the
+        weights have no variance, and the standard error is too small. A guide that is too narrow, or that
+        misses a mode, can have a small :math:`\hat k`, because draws show only where it is.
 
     Raises:
         ValueError: Latents that differ between the programs; a plate of a part of the data, with which the
-            weights would be random and their average biased; a weight that is not finite.
+            weights would be random and their average biased; a guide of points, such as ``AutoDelta``; more
+            plates than ``max_plate_nesting`` says; a weight that is not finite.
 
     Example:
         >>> def model(y):
@@ -185,15 +189,21 @@ def _log_weights(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Log-weights of some draws, float64, ``(count,)``."""
-    with ExitStack() as stack:
-        if nesting is not None:
-            stack.enter_context(pyro.plate("particles", count, dim=-1 - nesting))
-        with poutine.trace() as drawn:
-            guide(*args, **kwargs)
-        with poutine.trace() as scored, poutine.replay(trace=drawn.trace):
-            model(*args, **kwargs)
-    _check_latents(drawn.trace, scored.trace)
-    return _log_prob(scored.trace, count, nesting) - _log_prob(drawn.trace, count, nesting)
+
+    def plated(program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program in the plate of the draws."""
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            """The program."""
+            plate = pyro.plate("particles", count, dim=-1 - (nesting or 0))
+            with nullcontext() if nesting is None else plate:
+                program(*args, **kwargs)
+
+        return run
+
+    drawn, scored = replayed(plated(model), plated(guide), *args, **kwargs)
+    _check_latents(drawn, scored)
+    return _log_prob(scored, count, nesting) - _log_prob(drawn, count, nesting)
 
 
 def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
@@ -202,14 +212,7 @@ def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
-        scale = site["scale"]
-        require(
-            bool(torch.as_tensor(scale == 1).all()),
-            f"site {name!r}",
-            "a scale, from a plate of a part of the data or from a handler",
-            "all of the data, and no scale, because weights are ratios of whole densities",
-            "Leave out subsample_size, and pass all data.",
-        )
+        _check_plates(name, site, nesting)
         values = scale_and_mask(log_density(site["fn"], site["value"]), mask=site["mask"])
         if nesting is None:
             total = total + values.sum().to(total.device)
@@ -222,6 +225,25 @@ def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
     return total
 
 
+def _check_plates(name: str, site: Any, nesting: int | None) -> None:
+    """Raise a ``ValueError`` for a part of the data, or for a plate to the left of that of the draws."""
+    require(
+        bool(torch.as_tensor(site["scale"] == 1).all()),
+        f"site {name!r}",
+        "a scale, from a plate of a part of the data or from a handler",
+        "all of the data, and no scale, because weights are ratios of whole densities",
+        "Leave out subsample_size, and pass all data.",
+    )
+    deepest = max((-x.dim for x in site["cond_indep_stack"] if x.vectorized), default=0)
+    require(
+        nesting is None or deepest <= nesting + 1,
+        "argument 'max_plate_nesting'",
+        f"{nesting} for site {name!r}, which is in a plate at dim {-deepest}",
+        "plates to the right of that of the draws",
+        f"Pass max_plate_nesting={deepest - 1}, or leave it out to run draws one by one.",
+    )
+
+
 def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
     """Raise a ``ValueError`` unless model and guide have the same latents, apart from auxiliary ones."""
 
@@ -230,9 +252,7 @@ def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
         return {
             name
             for name, site in trace.nodes.items()
-            if site["type"] == "sample"
-            and not (site["is_observed"] or site_is_subsample(site))
-            and not site["infer"].get("is_auxiliary")
+            if is_latent(site) and not site["infer"].get("is_auxiliary")
         }
 
     ours, theirs = latents(drawn), latents(scored)
@@ -243,3 +263,20 @@ def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
         "the same latents in both",
         'Rename the sites, or mark auxiliary ones of the guide with infer={"is_auxiliary": True}.',
     )
+    random = [
+        site for site in drawn.nodes.values() if is_latent(site) and not _is_point(site["fn"])
+    ]
+    require(
+        len(random) > 0,
+        "argument 'guide'",
+        "a guide whose draw is always the same, of which every weight is log p(y, z)",
+        "a guide with a density",
+        "Use AutoNormal, or AutoLaplaceApproximation(model).laplace_approximation(*args).",
+    )
+
+
+def _is_point(distribution: Any) -> bool:
+    """Whether a distribution is a point mass."""
+    while not isinstance(distribution, Delta) and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, Delta)

@@ -8,12 +8,12 @@ Inside a bigger Pyro model, :func:`flow` makes the data of a diffusion model a s
 """
 
 from pyro_diffusion.inference.draws import PosteriorSamples, Statistic
-from pyro_diffusion.inference.flow import ProbabilityFlow, flow
 from pyro_diffusion.inference.imputation import impute
 from pyro_diffusion.inference.measurements import LinearGaussian
 from pyro_diffusion.inference.operators import BlockMeans, Blur, Entries, Subsampling
 from pyro_diffusion.inference.posterior import posterior_samples
 from pyro_diffusion.inference.prior import DiffusionPrior
+from pyro_diffusion.inference.probability_flow import ProbabilityFlow, flow
 
 __all__ = [
     "BlockMeans",

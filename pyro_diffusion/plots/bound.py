@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pyro_diffusion.bounds import ELBOTerms
+from pyro_diffusion.bounds.terms import rows_of
 from pyro_diffusion.checks import check_argument, require
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.style import (
@@ -84,7 +85,8 @@ def plot_bound(
 
 def _plot_timesteps(terms: ELBOTerms, ax: "Axes", **errorbar: Any) -> "Axes":
     """The curve of a long chain."""
-    *transition, prior = terms.term_means()[1 + len(terms.encoder) :]
+    means = terms.term_means()
+    *transition, prior = (means[row] for row in rows_of(terms.kinds)[1:])
     t = np.arange(1, len(transition) + 1)
     value, monte_carlo, sampling = np.array(transition).T
     label = f"{terms.kinds[-2]} at $x_t$, sum {value.sum():.3g}\n(bars: Monte Carlo error)"
@@ -109,13 +111,13 @@ def _plot_timesteps(terms: ELBOTerms, ax: "Axes", **errorbar: Any) -> "Axes":
 
 def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
     """The bars of a short chain."""
-    first = 1 + len(terms.encoder)
-    value, monte_carlo, sampling = np.array(terms.term_means()[first:]).T
+    means, rows = terms.term_means(), rows_of(terms.kinds)[1:]
+    value, monte_carlo, sampling = np.array([means[row] for row in rows]).T
     t = np.arange(1, len(value) + 1)
     colors = {"KL": BLUE, "log-ratio": ORANGE}
     error = np.hypot(np.nan_to_num(monte_carlo), np.nan_to_num(sampling))
     style: dict[str, Any] = {
-        "color": [colors[kind] for kind in terms.kinds[first:]],
+        "color": [colors[terms.kinds[row]] for row in rows],
         "ecolor": ink(ax),
     }
     ax.bar(t, value, yerr=error, **style | bar)
@@ -130,9 +132,11 @@ def _plot_levels(terms: ELBOTerms, ax: "Axes", **bar: Any) -> "Axes":
 
 def _write_ends(ax: "Axes", terms: ELBOTerms, line: str) -> None:
     """The bound as title; the reconstruction term and one more line in the legend."""
-    first, *others = terms.term_means()[: 1 + len(terms.encoder)]
-    lines = [f"reconstruction,\n$E\\,\\log p(x_0|x_1)$: {first.value:.3g}"]
-    lines += [f"{kind}: {x.value:.3g}" for kind, x in zip(terms.kinds[1:], others, strict=False)]
+    means = terms.term_means()
+    law = "p(x_0|x_1)" if terms.encoder is None else "p(x|z_0)"
+    lines = [f"reconstruction,\n$E\\,\\log {law}$: {means[0].value:.3g}"]
+    for row in rows_of(terms.kinds, encoder=True):
+        lines.append(f"{terms.kinds[row]}: {means[row].value:.3g}")
     for label in (*lines, line):
         ax.plot([], [], " ", label=label)
     _write_bound(ax, terms)
@@ -216,7 +220,8 @@ def _plot_decades(terms: ELBOTerms, schedule: NoiseSchedule, ax: "Axes") -> None
             text = f"{y / value.sum():.0%}"
             ax.annotate(text, (x, high), (0, 2), textcoords="offset points", ha="center", size=8)
     shown = edges[:: 1 + len(edges) // 9].tolist()
-    ticks = {data: "$p(x_0|x_1)$", **{k: f"$10^{{{k}}}$" for k in shown}, noise: "prior"}
+    first = "$p(x_0|x_1)$" if terms.encoder is None else "encoder"
+    ticks = {data: first, **{k: f"$10^{{{k}}}$" for k in shown}, noise: "prior"}
     ax.set_xticks(list(ticks), list(ticks.values()), size="small")
     ax.axhline(0, color=ink(ax), lw=0.6)
     ax.set(
@@ -229,7 +234,8 @@ def _plot_decades(terms: ELBOTerms, schedule: NoiseSchedule, ax: "Axes") -> None
 
 def _below(terms: ELBOTerms) -> torch.Tensor:
     """What is below the chain: the reconstruction loss, and the terms of an encoder."""
-    return terms.rows[1 : 1 + len(terms.encoder)].sum(0) - terms.reconstruction
+    below = -terms.reconstruction
+    return below if terms.encoder is None else below + terms.encoder.sum(0)
 
 
 class _Part(NamedTuple):
@@ -244,7 +250,11 @@ def _parts(terms: ELBOTerms) -> list[_Part]:
     """Reconstruction, transition terms and prior term, with their shares if all are positive."""
     last = len(terms.transition) + 1
     between = {1: "nothing between", 2: "$x_1$"}.get(last, f"$x_1$ … $x_{{{last - 1}}}$")
-    below = "reconstruction and encoder" if len(terms.encoder) else "reconstruction, $p(x_0|x_1)$"
+    below = (
+        "reconstruction and encoder"
+        if terms.encoder is not None
+        else "reconstruction, $p(x_0|x_1)$"
+    )
     names = (below, between, f"prior, $x_{{{last}}}$")
     parts = (_below(terms), terms.transition.sum(0), terms.prior)
     values = [x.mean().item() for x in parts]

@@ -284,7 +284,7 @@ def _name_of(block: list[int]) -> str:
 
 def _sums(terms: ELBOTerms) -> Tensor:
     """Sums over data of the terms by timestep, the square of the bound, bits per dimension, and one."""
-    rows = terms.rows
+    rows = terms.stacked
     bits = torch.full_like(rows[:1], terms.bits_per_dim().value)
     return torch.cat([rows, terms.elbo.square()[None], bits, torch.ones_like(bits)]).sum(1)
 

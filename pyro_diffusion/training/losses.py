@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_diffusion.bounds.checks import is_of_latent
 from pyro_diffusion.checks import require
 from pyro_diffusion.reading import reading
 from pyro_diffusion.scoring import replayed
@@ -162,5 +163,6 @@ class _Scaled(Messenger):
         self.weights, self.latents_only = weights, latents_only
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not (self.latents_only and msg["is_observed"]) and not site_is_subsample(msg):
+        concerns = is_of_latent(msg) if self.latents_only else not site_is_subsample(msg)
+        if concerns:
             msg["scale"] = msg["scale"] * self.weights

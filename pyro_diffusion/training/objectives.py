@@ -27,7 +27,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_diffusion.bounds.checks import check_program
+from pyro_diffusion.bounds.checks import check_program, is_latent, is_of_latent
 from pyro_diffusion.checks import require
 from pyro_diffusion.family import Pair, unpacked
 from pyro_diffusion.given import run
@@ -66,7 +66,7 @@ class KLWarmup(Messenger):
         self._seen: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not _is_latent(msg):
+        if not is_of_latent(msg):
             return
         if torch._C._get_tracing_state():
             raise ValueError(
@@ -136,7 +136,7 @@ class FreeBitsELBO(TraceMeanField_ELBO):
     def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         for name, p in model_trace.nodes.items():
-            if _is_latent(p):
+            if is_latent(p):
                 shortfall = self._shortfall(name, p["fn"], guide_trace.nodes[name])
                 surrogate = surrogate + shortfall
                 loss = loss + shortfall.item()
@@ -229,16 +229,12 @@ class MinimumVarianceELBO(TraceMeanField_ELBO):
 
 def _check_reparameterised(guide_trace: Any) -> None:
     for name, site in guide_trace.nodes.items():
-        if _is_latent(site) and not site["fn"].has_rsample:
+        if is_latent(site) and not site["fn"].has_rsample:
             raise ValueError(
                 f"site {name!r}: got draws of a {type(site['fn']).__name__}, which are not reparameterised; "
                 "expected draws that have a gradient, because the gradient of the variance needs it. Use a "
                 "fixed schedule."
             )
-
-
-def _is_latent(site: Any) -> bool:
-    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
 @overload
