@@ -15,8 +15,9 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -39,6 +40,7 @@ from pyro_diffusion.scoring import log_density, replayed
 __all__ = ["GlobalEvidence", "global_evidence"]
 
 _CHUNK = 100  # particles at a time, where a plate holds them
+_PARTICLES = "particles"  # the plate
 
 
 class GlobalEvidence(NamedTuple):
@@ -158,52 +160,115 @@ def global_evidence(
             "It is the number of dimensions of plates, 0 without any; None runs draws one by one."
         )
         check_count("max_plate_nesting", max_plate_nesting, 0, remedy)
-    size = 1 if max_plate_nesting is None else _CHUNK
-    weights = []
-    with (
-        reading(model, guide, data=(args, kwargs)),
-        tqdm(
-            total=count, desc="evidence", unit="draw", delay=5, disable=not progress, leave=False
-        ) as bar,
-    ):
-        for start in range(0, count, size):
-            number = min(size, count - start)
-            weights.append(_log_weights(model, guide, number, max_plate_nesting, args, kwargs))
-            bar.update(number)
-    log_weights = check_finite(
-        "argument 'guide', log p − log q of its draws",
-        torch.cat(weights),
-        "Check its parameters for NaN.",
-    )
+    drawn = global_draws(model, guide, count, max_plate_nesting, args, kwargs, progress=progress)
+    log_weights = drawn.log_weights
     found = average(log_weights[:, None])
     numbers = {name: getattr(found, name).item() for name in GlobalEvidence._fields[:-1]}
     return GlobalEvidence(**numbers, log_weights=log_weights)
 
 
-def _log_weights(
+class GlobalDraws(NamedTuple):
+    """Draws of a guide of global latents, with their densities."""
+
+    values: dict[str, Tensor]  #: by site, ``(K,)`` + the site's shape
+    log_p: Tensor  #: :math:`\log p(y, z_k)`, float64, ``(K,)``
+    log_q: Tensor  #: :math:`\log q(z_k)`, with auxiliary sites and factors of the guide
+
+    @property
+    def log_weights(self) -> Tensor:
+        r""":math:`\log w_k`, if all are finite."""
+        remedy = "Check its parameters for NaN."
+        what = "argument 'guide', log p − log q of its draws"
+        return check_finite(what, self.log_p - self.log_q, remedy)
+
+
+def global_draws(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     count: int,
     nesting: int | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Tensor:
-    """Log-weights of some draws, float64, ``(count,)``."""
+    *,
+    progress: bool,
+) -> GlobalDraws:
+    """Draws of a guide, scored by guide and model; for the arguments see :func:`global_evidence`."""
+    parts = []
+    with (
+        reading(model, guide, data=(args, kwargs)),
+        tqdm(
+            total=count, desc="draws", unit="draw", delay=5, disable=not progress, leave=False
+        ) as bar,
+    ):
+        for number in _numbers(count, nesting):
+            programs = (partial(_plated, program, number, nesting) for program in (model, guide))
+            drawn, scored = replayed(*programs, args, kwargs)
+            _check_latents(drawn, scored)
+            densities = (_log_prob(trace, number, nesting) for trace in (scored, drawn))
+            parts.append((_values(drawn, nesting), *densities))
+            bar.update(number)
+    values, log_p, log_q = zip(*parts, strict=True)
+    return GlobalDraws(_joined(values), torch.cat(log_p), torch.cat(log_q))
 
-    def plated(program: Callable[..., Any]) -> Callable[..., Any]:
-        """The program in the plate of the draws."""
 
-        def run(*args: Any, **kwargs: Any) -> None:
-            """The program."""
-            plate = pyro.plate("particles", count, dim=-1 - (nesting or 0))
-            with nullcontext() if nesting is None else plate:
-                program(*args, **kwargs)
+def guide_draws(
+    guide: Callable[..., Any],
+    count: int,
+    nesting: int | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Tensor]:
+    """Draws of a guide's latents by site, ``(K,)`` + the site's shape."""
+    parts = []
+    with reading(guide, data=(args, kwargs)):
+        for number in _numbers(count, nesting):
+            with poutine.block(), poutine.trace() as tracer:
+                _plated(guide, number, nesting, args, kwargs)
+            parts.append(_values(tracer.trace, nesting))
+    return _joined(parts)
 
-        return run
 
-    drawn, scored = replayed(plated(model), plated(guide), *args, **kwargs)
-    _check_latents(drawn, scored)
-    return _log_prob(scored, count, nesting) - _log_prob(drawn, count, nesting)
+def _numbers(count: int, nesting: int | None) -> list[int]:
+    """How many draws are made at a time."""
+    size = 1 if nesting is None else _CHUNK
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Chunks of draws as one."""
+    parts = list(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _values(trace: poutine.Trace, nesting: int | None) -> dict[str, Tensor]:
+    """Values of a guide's latents without auxiliary ones, with the axis of the draws in front."""
+    values = {}
+    for name, site in trace.nodes.items():
+        if not is_latent(site) or site["infer"].get("is_auxiliary"):
+            continue
+        value = site["value"]
+        if nesting is None:
+            values[name] = value[None]
+            continue
+        # Plates of the site itself: those of the draws, and others that it is not in, have no axis.
+        frames = [x for x in site["cond_indep_stack"] if x.vectorized and x.name != _PARTICLES]
+        kept = site["fn"].event_dim + max((-x.dim for x in frames), default=0)
+        value = value.movedim(-1 - nesting - site["fn"].event_dim, 0)
+        values[name] = value.reshape(len(value), *value.shape[value.dim() - kept :])
+    return values
+
+
+def _plated(
+    program: Callable[..., Any],
+    count: int,
+    nesting: int | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Run a program in the plate of the draws, if there is one."""
+    plate = pyro.plate(_PARTICLES, count, dim=-1 - (nesting or 0))
+    with nullcontext() if nesting is None else plate:
+        program(*args, **kwargs)
 
 
 def _log_prob(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:

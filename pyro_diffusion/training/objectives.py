@@ -22,7 +22,7 @@ from typing import Any, overload
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -293,3 +293,40 @@ def _bound_of_data(model_trace: Any, guide_trace: Any) -> Tensor:
         term = term.expand(torch.broadcast_shapes(term.shape, p["fn"].batch_shape))
         total = total + term.reshape(-1, term.shape[-1]).sum(0)
     return total
+
+
+class LogVarianceELBO(Trace_ELBO):
+    def __init__(self, num_particles=16, **kw):
+        super().__init__(num_particles=num_particles, **kw)
+
+    def _log_weights(self, model, guide, args, kwargs):
+        with _Drawn():
+            found = [self._by_particle(*traces) for traces in self._get_traces(model, guide, args, kwargs)]
+        return torch.cat(found)
+
+    def _by_particle(self, p, q):
+        n = self.num_particles if self.vectorize_particles else 1
+        def total(trace):
+            s = 0.0
+            for site in trace.nodes.values():
+                if site["type"] == "sample":
+                    lp = site["log_prob"]
+                    if self.vectorize_particles:
+                        k = self.max_plate_nesting
+                        lp = lp.movedim(-k, 0).reshape(n, -1).sum(1) if lp.dim() >= k else lp.sum()
+                    else: lp = lp.sum()[None]
+                    s = s + lp
+            return s
+        return total(p) - total(q)
+
+    def loss_and_grads(self, model, guide, *args, **kwargs):
+        w = self._log_weights(model, guide, args, kwargs)
+        loss = w.var() / 2
+        loss.backward()
+        return loss.item()
+
+
+class _Drawn(Messenger):
+    def _pyro_post_sample(self, msg):
+        if is_latent(msg) and type(msg["fn"]).__name__ != "Delta":
+            msg["value"] = msg["value"].detach()

@@ -1,0 +1,350 @@
+r"""A diffusion chain as the guide of any Pyro model.
+
+The roles of a diffusion model are swapped. The latents :math:`z` of a user's model :math:`p(y, z)` are at the
+end of a learned reverse chain, which is the guide. The fixed forward chain extends the model to the other
+states of the chain (E19):
+
+.. math::
+    z = z(x_0), \qquad
+    \log w = \log p(y, z) + \log \Big\lvert \det \frac{\partial z}{\partial x_0} \Big\rvert
+        + \sum_{t=1}^T \log q(x_t \mid x_{t-1}) - \log p_\phi(x_{0:T}), \qquad
+    E_{p_\phi} \log w \le \log p(y) .
+
+The map :math:`z(x_0)` is that of another guide, the *base*, from the standard normal to its own law. A chain
+without a drift draws :math:`x_0 \sim N(0, I)` and weighs a path exactly as the base weighs its own draw.
+
+References:
+    Langevin Diffusion Variational Inference (Geffner and Domke, 2023). https://arxiv.org/abs/2208.07743
+    Denoising Diffusion Samplers (Vargas et al., 2023). https://arxiv.org/abs/2302.13834
+    An Optimal Control Perspective on Diffusion-Based Generative Modeling (Berner et al., 2024).
+    https://arxiv.org/abs/2211.01364
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoGuide
+from pyro.nn import PyroModule
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
+
+from pyro_diffusion.chains import GenerativeChain
+from pyro_diffusion.bounds.checks import is_latent
+from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
+from pyro_diffusion.denoisers.base import check_network
+from pyro_diffusion.evidence.global_latents import guide_draws
+from pyro_diffusion.inference.drift import Drift
+from pyro_diffusion.networks import MLP
+from pyro_diffusion.params import ParamScope, free_name, snake_case
+from pyro_diffusion.schedules import LogSNRSchedule, NoiseSchedule
+
+__all__ = ["AutoDiffusion"]
+
+_AUXILIARY = {"is_auxiliary": True}
+
+
+class AutoDiffusion(AutoContinuous):  # type: ignore[misc]  # Pyro's guides have no types
+    r"""A guide whose draws are the end of a reverse diffusion chain, for any Pyro model with global latents.
+
+    It is used like every automatic guide of Pyro::
+
+        guide = AutoDiffusion(model, base=AutoMultivariateNormal)
+        elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
+        svi = SVI(model, guide, ClippedAdam({"lr": 5e-3}), elbo)
+        best = KeepBest(model, guide, y)
+        for step in range(2_000):
+            svi.step(y)
+            if step % 200 == 199:
+                best.update()
+        best.restore()
+        global_evidence(model, guide, y)
+
+    At the beginning its bound is that of its base, path by path, unless ``init_scale`` is given. The states
+    of the chain are auxiliary sites, and the forward chain of the extended model is a factor of the guide.
+
+    The bound prefers one mode to two. For a posterior of several modes begin broad, with
+    ``init_scale``, minimise the variance of :math:`\log w` first
+    (:class:`~pyro_diffusion.training.LogVarianceELBO`, with hundreds of particles), and then the bound.
+
+    Args:
+        model: Program with continuous latents that all data share.
+        num_timesteps: Length of the chain :math:`T`.
+        base: The guide whose coordinates the chain uses: ``AutoDiagonalNormal``,
+            ``AutoMultivariateNormal`` or ``AutoIAFNormal``, another function from a model to such a guide,
+            or a guide of the same model that is fitted already. The guide is copied, and the copy goes on
+            learning, unless ``guide.base.requires_grad_(False)``.
+        init_scale: How many times broader than its base the guide begins. The gates of the score then begin
+            at :math:`a_t \sigma_t`, so that the chain is drawn to the modes from the beginning.
+        network: The drift's network, called as ``network(x_t, log_snr)`` for states ``(B, d)`` and
+            log-SNRs ``(B,)``, zero at the beginning. By default an ``MLP`` of two blocks of 64 units.
+        schedule: Noise schedule of the chain, of ``num_timesteps`` steps; by default a log-SNR from 4 to -6.
+        init_loc_fn: Where the base begins, for a base that is not fitted; see Pyro's autoguides.
+        score: Whether the drift uses the gradient of the model, one more run of the model for each timestep.
+            The gradient is taken without its own derivative.
+
+    Raises:
+        ValueError: An argument of another kind. From the first call: a model without latents, with discrete
+            latents, or with latents in a plate that is subsampled or sequential. From a call: a score that
+            is not finite.
+
+    Example:
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> guide = AutoDiffusion(model, num_timesteps=8)
+        >>> svi = SVI(model, guide, Adam({"lr": 1e-3}), Trace_ELBO(num_particles=4))
+        >>> loss = svi.step(torch.tensor([0.5, -1.0]))
+        >>> guide.sample_posterior(10, torch.tensor([0.5, -1.0]))["scale"].shape
+        torch.Size([10])
+
+    References:
+        Denoising Diffusion Samplers (Vargas et al., 2023). https://arxiv.org/abs/2302.13834
+        Improved sampling via learned diffusions (Richter and Berner, 2024; the log-variance).
+        https://arxiv.org/abs/2307.01198
+    """
+
+    base: AutoContinuous
+    schedule: NoiseSchedule
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_timesteps: int = 16,
+        base: Callable[..., AutoContinuous] | AutoContinuous = AutoDiagonalNormal,
+        init_scale: float | None = None,
+        network: nn.Module | None = None,
+        schedule: NoiseSchedule | None = None,
+        *,
+        init_loc_fn: Callable[..., Any] | None = None,
+        score: bool = True,
+    ) -> None:
+        super().__init__(model)
+        self._take_name()
+        self._program, self.score = (model,), score
+        remedy = "Three is three times as broad as the base."
+        self.init_scale = (
+            None if init_scale is None else check_positive("init_scale", init_scale, remedy)
+        )
+        count = check_count("num_timesteps", num_timesteps, 1, "The default is 16.")
+        if schedule is None:
+            schedule = LogSNRSchedule(count, log_snr_max=4.0, log_snr_min=-6.0)
+        check_argument("schedule", schedule, NoiseSchedule, "LogSNRSchedule(16)")
+        self._parts = None if network is None else check_network(network, "MLP((d,))"), schedule
+        # Not as an AutoGuide's attribute is set: this guide would become the master of the base's plates.
+        PyroModule.__setattr__(self, "base", _own_base(base, model, init_loc_fn))
+
+    def _take_name(self) -> None:
+        """Take a name of its own in Pyro's param store."""
+        self._pyro_name = ParamScope(free_name(snake_case(type(self).__name__))).name
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        _check_latents(self._program[0], args, kwargs)
+        super()._setup_prototype(*args, **kwargs)
+        if self.base.prototype_trace is None:
+            self.base._setup_prototype(*args, **kwargs)
+        self.base.get_posterior(*args, **kwargs)  # makes the transform of a normalizing flow
+        dim, start = self.latent_dim, self.base.get_base_dist()
+        require(
+            start.event_shape == (dim,),
+            "argument 'base'",
+            f"a guide of {start.event_shape.numel()} numbers",
+            f"one of this model, whose latents have {dim}",
+            "Pass a class, or a guide that was built from the same model.",
+        )
+        network, schedule = self._parts
+        network = MLP((dim,), hidden_size=64, num_blocks=2) if network is None else network
+        drift = Drift(
+            network, schedule, dim, pulled=self.init_scale is not None,
+            name=f"{self._pyro_name}.drift",
+        )  # fmt: skip
+        self.add_module("drift", drift.to(start.mean))
+
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        r"""State the sites of the chain and the factor of the extended model; returns :math:`z`."""
+        # Its own programs state the parameters of the drift, so that it is not read as an attribute.
+        drift, z = self._modules["drift"], self._map(*args, **kwargs)
+        score = partial(self._score, z, args, kwargs) if self.score else None
+        path: list[Tensor] = []
+
+        def transition(x_t: Tensor, t: int) -> Any:
+            """The reverse kernel. It keeps the state."""
+            path.append(x_t)
+            return drift.transition(x_t, t, score)
+
+        chain = GenerativeChain(
+            drift.prior, transition, partial(transition, t=1),
+            num_timesteps=drift.schedule.num_timesteps, owner=drift,
+        )  # fmt: skip
+        prefix = f"_{self._pyro_name}"
+        with poutine.infer_config(config_fn=lambda site: _AUXILIARY):
+            x_0 = chain(plate=False, prefix=prefix)
+        latent = z(x_0)
+        log_q = drift.log_forward([*path, x_0]) + _log_det(z, x_0, latent)
+        pyro.factor(f"{prefix}.extension", -log_q, has_rsample=True)
+        return latent
+
+    def _map(self, *args: Any, **kwargs: Any) -> Transform:
+        r""":math:`z(x_0)`, from the chain's coordinates to unconstrained latents."""
+        base = self.base.get_transform(*args, **kwargs)
+        if self.init_scale is None:
+            return base
+        return ComposeTransform([AffineTransform(0.0, self.init_scale, event_dim=1), base])
+
+    def _score(
+        self, z: Transform, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> Tensor:
+        r""":math:`r(x)`, the gradient of the model's log-density over that of :math:`N(0, I)`."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log_p, trace = self._log_joint(z(x), args, kwargs)
+            (gradient,) = torch.autograd.grad(log_p + _log_det(z, x, z(x)).sum(), x)
+        if not finite(gradient):
+            raise ValueError(_not_finite(trace))
+        return gradient + x.detach()
+
+    def _log_joint(
+        self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, poutine.Trace]:
+        r""":math:`\log p(y, z)` in unconstrained coordinates, summed over rows, and the model's trace."""
+        total, values = torch.zeros((), dtype=latent.dtype, device=latent.device), {}
+        for site, unconstrained in self._unpack_latent(latent):
+            constrain = biject_to(site["fn"].support)
+            values[site["name"]] = value = constrain(unconstrained)
+            total = total + constrain.log_abs_det_jacobian(unconstrained, value).sum()
+        with poutine.block(), poutine.trace() as tracer, poutine.condition(data=values):
+            self._program[0](*args, **kwargs)
+        return total + tracer.trace.log_prob_sum(), tracer.trace
+
+    def sample_posterior(
+        self, num_samples: int, *args: Any, max_plate_nesting: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draws of the latents by name, each ``(num_samples,)`` + the shape of the site.
+
+        Args:
+            num_samples: Number of draws.
+            args: Arguments of the model.
+            max_plate_nesting: Number of dimensions that the model's plates take, to make all draws together;
+                ``None`` makes them one by one, which any model can do.
+            kwargs: Arguments of the model by name.
+        """
+        count = check_count("num_samples", num_samples, 1, "A thousand are enough for quantiles.")
+        return guide_draws(self, count, max_plate_nesting, args, kwargs)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent, of a thousand draws."""
+        return {name: x[0] for name, x in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each latent, of a thousand draws, each ``(len(quantiles),)`` + the site's shape."""
+        draws = self.sample_posterior(1000, *args, **kwargs)
+        return {
+            name: torch.quantile(x, torch.as_tensor(quantiles).to(x), dim=0)
+            for name, x in draws.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take_name()
+        _rename(self, self._pyro_name)
+
+
+def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
+    r""":math:`\log \lvert \det \partial z / \partial x \rvert`, ``batch_shape``."""
+    return sum_rightmost(z.log_abs_det_jacobian(x, latent), 1 - z.domain.event_dim)
+
+
+def _own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
+    """A base of the guide's own: built from the model, or a copy of one that is there."""
+    settings = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
+    made = base if isinstance(base, AutoGuide) else base(model, **settings) if callable(base) else base
+    known = isinstance(made, AutoContinuous) and all(
+        getattr(type(made), name) is not getattr(AutoContinuous, name)
+        for name in ("get_base_dist", "get_transform")
+    )
+    require(
+        known,
+        "argument 'base'",
+        f"a {type(made).__name__}",
+        "a guide that maps a standard normal to its latents",
+        "Pass AutoDiagonalNormal, AutoMultivariateNormal or AutoIAFNormal, or one that is fitted.",
+    )
+    require(
+        made is not base or init_loc_fn is None,
+        "argument 'init_loc_fn'",
+        "one beside a base that is built already",
+        "one for a class",
+        "Leave it out: the base begins where it is.",
+    )
+    if made is not base:
+        return made
+    kept, master = base._model, base.master  # which copying would take away
+    own = copy.deepcopy(base)
+    base._model, base.master, own._model = kept, master, kept
+    _rename(own, own._pyro_name)
+    return own
+
+
+def _rename(guide: AutoContinuous, name: str) -> None:
+    """Give a copied guide a name, and the state of one that has not run."""
+    for module in guide.modules():
+        if isinstance(module, PyroModule):
+            module.__dict__["_pyro_context"] = PyroModule()._pyro_context
+    guide._pyro_set_supermodule(name, guide._pyro_context)
+
+
+def _check_latents(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` unless the model has latents, all continuous and global."""
+    with poutine.block(), poutine.trace() as tracer, torch.no_grad():
+        model(*args, **kwargs)
+    latents = {name: site for name, site in tracer.trace.nodes.items() if is_latent(site)}
+    require(
+        len(latents) > 0,
+        "argument 'model'",
+        "a model without latents",
+        "latents for a guide to draw",
+        "A model whose sites are all observed needs no guide.",
+    )
+    for name, site in latents.items():
+        require(
+            not site["fn"].support.is_discrete,
+            f"site {name!r}",
+            "a discrete latent",
+            "continuous ones, which a chain of Gaussian steps ends in",
+            f"Sum it out: AutoDiffusion(poutine.block(config_enumerate(model), hide=[{name!r}])) with "
+            "TraceEnum_ELBO.",
+        )
+        for frame in site["cond_indep_stack"]:
+            part = frame.full_size is not None and frame.size < frame.full_size
+            require(
+                frame.vectorized and not part,
+                f"site {name!r}",
+                f"a latent in the {'subsampled' if part else 'sequential'} plate {frame.name!r}",
+                "latents that all data share, or a plate of all of them",
+                "Use AutoNormal for it in an AutoGuideList, or leave out subsample_size."
+                if part
+                else "Use a vectorised plate: with pyro.plate(…).",
+            )
+
+
+def _not_finite(trace: poutine.Trace) -> str:
+    """The message for a score that is not finite, with the site that it comes from."""
+    trace.compute_log_prob()
+    sites = [
+        (name, site) for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    ]  # fmt: skip
+    bad = [name for name, site in sites if not site["log_prob"].isfinite().all()]
+    where = f"site {bad[0]!r}" if bad else f"one of the sites {', '.join(repr(n) for n, _ in sites)}"
+    return (
+        f"{where}: got a log-density whose gradient by the latents is not finite; expected a finite one "
+        "wherever the guide goes. Check scales for underflow, start with init_loc_fn=init_to_median, or use "
+        "score=False."
+    )
