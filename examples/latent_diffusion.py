@@ -24,7 +24,11 @@ model. Pareto k̂ says for how many images log p(x) can be trusted. A lead over 
 paired differences. Its error contains sampling error and Monte Carlo error. It does not contain the error
 from the random initialisation of the networks: run several seeds for that.
 
-RESULTS
+In 8 dimensions the joint model was ahead of the first one: by 0.99 ± 0.07 nats of the bound and 0.87 ± 0.08 of
+log p(x) with seed 0, and by 1.03 ± 0.12 and 0.70 ± 0.12 with seed 1. Of log p(x), k̂ trusts 16 to 41 % of the
+images there, so that the bound is the figure to rely on. In 2 dimensions, where k̂ trusts three quarters of
+the images, the lead is small: 0.08 ± 0.05 of the bound with seed 0, and 0.18 ± 0.06 with seed 1. The prior
+fitted afterwards gains as much in 8 dimensions: what is ahead is the diffusion prior, not joint training.
 
 The data are the 1,797 digits of scikit-learn, 8×8 pixels of 17 grey levels, split as in ``digits.py`` into
 1,257 images for training, 180 for validation and 360 held out.
@@ -80,7 +84,7 @@ RECIPE_OF_PRIOR = Recipe(learning_rate=2e-3, num_timesteps=4)
 COPIES = 40  # draws of q(z∣x) for each training image, to which the prior is fitted
 MASSES = (0.95, 0.5)  # of the prior inside of the contours
 LEADS = ("lead", "lead_of_log_p", "lead_where_reliable")
-ROWS, COLUMNS = 6, 8  # of decoded draws
+ROWS, COLUMNS = 4, 8  # of decoded draws
 
 
 class Model(nn.Module):
@@ -302,10 +306,10 @@ def write(folder, numbers, runs, data, args):
 def picture(found, data, args):
     """Draws of the aggregated posterior, draws of the prior, and what the latter decode to."""
     pyro.set_rng_seed(args.seed)
-    axes = new_axes(3, 3, (10.5, 9.6))
+    axes = new_axes(3, 3, (10.5, 9))
     titles = ("prior N(0, I)", "diffusion prior, afterwards", "diffusion prior, jointly")
     for column, title, f in zip(axes.T, titles, found.values(), strict=True):
-        posterior = f.guide.posterior(data.held_out).sample((4,)).cpu()
+        posterior = f.guide.posterior(data.held_out).sample((2,)).cpu()
         draws = f.prior.sample(args.num_draws).cpu()
         above, below, images = column
         above.set_title(f"{title}\nlog p(x) = {plus_minus(*mean(f.evidence.log_evidence), 2)}")
@@ -317,7 +321,7 @@ def picture(found, data, args):
         levels = f.model.likelihood(draws[-ROWS * COLUMNS :].to(args.device)).base_dist.probs.cpu()
         show_images(images, levels @ torch.arange(float(NUM_LEVELS)))
     axes[0, 0].set_ylabel("aggregated posterior, by digit")
-    axes[1, 0].set_ylabel("draws of the prior")
+    axes[1, 0].set_ylabel("draws of the prior, and regions\nthat hold 50 % and 95 % of them")
     axes[2, 0].set_ylabel("decoded draws of the prior")
     return axes[0, 0].figure
 
