@@ -32,6 +32,7 @@ RUNS = {
     "estimator_variance": ("", "estimator_variance.png"),
     "gaussian_oracle": ("", None),
     "guidance": ("", "guidance.png"),
+    "latent_diffusion": ("", "latents.png"),
     "lecture": ("", None),
     "lightning_digits": ("", "denoised.png"),
     "inpainting": ("", "inpainting.png"),

@@ -16,6 +16,12 @@ LISTED = {
     "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
     "gaussian_oracle.py": ["log p(x_0)", "β̃", "closed form"],
     "guidance.py": ["tilted law", "W1", "neither p(x∣c) nor", "guidance.png"],
+    "latent_diffusion.py": [
+        "jointly",
+        "where reliable",
+        "cross-entropy at prior.x_0",
+        "latents.png",
+    ],
     "lecture.py": ["equations hold", "off by", "≠", "exact"],
     "lightning_digits.py": ["bits/dim", "validation", "trajectory.png", "last.ckpt"],
     "inpainting.py": ["log score", "uncorrected guidance", "Monte Carlo of the diffusion model"],
