@@ -278,6 +278,7 @@ def data_sets(args):
 
 def posteriors(problem, num_steps, args, seed=None):
     """Each method against the grid; for the data of another seed, without NUTS."""
+    pyro.set_rng_seed(args.seed if seed is None else seed)
     diffusion, y = mixture(), problem.readings(args.seed if seed is None else seed)
     exact = problem.exact(diffusion.denoiser, y, args.grid)
     discrete = problem.discrete(diffusion, num_steps, y, args.grid)
@@ -364,12 +365,13 @@ def summary(found, to_x, weighted):
 def modes(args):
     """A guide of one Gaussian where the posterior has two modes."""
     for name, problem in MODES.items():
-        for k in range(args.data_sets - 2):
+        for k in range(args.data_sets // 2):
             seed = args.seed + k
             yield f"{name}, data set {k + 1}", lambda p=problem, s=seed: two_modes(p, args, s)
 
 
 def two_modes(problem, args, seed):
+    pyro.set_rng_seed(seed)
     num_steps = args.steps[0]
     diffusion, y = mixture(), problem.readings(seed)
     exact = problem.exact(diffusion.denoiser, y, args.grid)
@@ -377,7 +379,6 @@ def two_modes(problem, args, seed):
     model, to_x, rows = problem.program(diffusion, num_steps), transform(diffusion, num_steps), {}
     for side, x in (("left", (-1.5, -0.5)), ("right", (1.5, 0.5))):
         pyro.clear_param_store()
-        pyro.set_rng_seed(args.seed)
         guided = svi(model, y, args, torch.tensor(x))
         rows[side] = evidence_row(guided["evidence"], exact, discrete) | {
             "right": summary(guided, to_x, False)["right"],

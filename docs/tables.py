@@ -331,7 +331,7 @@ def flow(found):
         return name.rsplit(", ", 1)
 
     orders = [
-        [name, *(f"{r['mean']:.4f} ({r['max']:.3f})" for r in part["rows"]),
+        [name, *(f"{r['mean']:.5f} ({r['max']:.4f})" for r in part["rows"]),
          *(f"{o['mean']:.2f} ({o['max']:.2f})" for o in part["order"].values())]
         for name, part in found["order"].items()
     ]  # fmt: skip
