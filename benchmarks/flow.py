@@ -30,7 +30,7 @@ with unknown noise, ten Heun steps, NUTS: 200 iterations of warm-up and 1,000 dr
 posterior is Gaussian, and so is that of the discrete map, which is affine here. Errors are those of means in
 the unit of x, and of standard deviations.
 
-Seconds are those of one thread.
+Seconds are those of one thread; the whole took 27 minutes while other jobs shared the cores.
 
     OMP_NUM_THREADS=1 python benchmarks/flow.py [--again] [--seed 0] [--device cuda] [--smoke]
         [--output benchmarks/results]
