@@ -323,6 +323,64 @@ def posterior(found):
     return "\n".join(parts)
 
 
+def flow(found):
+    def worst(values):
+        return max(map(abs, values))
+
+    def split(name):
+        return name.rsplit(", ", 1)
+
+    orders = [
+        [name, *(f"{r['mean']:.5f} ({r['max']:.4f})" for r in part["rows"]),
+         *(f"{o['mean']:.2f} ({o['max']:.2f})" for o in part["order"].values())]
+        for name, part in found["order"].items()
+    ]  # fmt: skip
+    first = next(iter(found["order"].values()))
+    head = ["density", *(f"{r['num_steps']} steps" for r in first["rows"]),
+            *(f"order, {ends}" for ends in first["order"])]  # fmt: skip
+    parts = [
+        "Error of `log_prob` from that of the ODE, nats, mean (largest):\n\n" + table(head, orders)
+    ]
+    joint = found["joint"] | found["data sets"]
+    lines = [
+        [*split(name), by, f"{worst(r['mean_errors']):.3f}", f"{worst(r['sd_errors']):.1%}",
+         f"{r['ess']:.0f}" if "ess" in r else "–", f"{r['seconds']:.0f}" if "seconds" in r else "–"]
+        for name, part in joint.items() for by, r in part["rows"].items()
+    ]  # fmt: skip
+    head = ["read", "run", "by", "worst mean, posterior sds", "worst sd", "ESS", "s"]
+    kept = [line for line in lines if "steps" in line[1]]
+    parts.append("x and log σ against a grid:\n\n" + table(head, kept))
+    others = [line for line in lines if "steps" not in line[1]]
+    parts.append(f":::{{dropdown}} Five data sets by SVI, ten steps\n{table(head, others)}:::\n")
+    lines = [
+        [*split(name), f"{part['exact']['log_evidence']:.4f}",
+         f"{e['error']:+.4f} ± {e['standard_error']:.4f}", f"{e['error_of_steps']:+.4f}",
+         f"{e['ess']:,.0f}", f"{e['pareto_k']:.2f}", "yes" if e["reliable"] else "no"]
+        for name, part in joint.items() for e in [part["evidence"]]
+    ]  # fmt: skip
+    head = ["read", "run", "log p(y)", "error of the guide's weights, nats", "of the steps", "ESS of 10,000",
+            "k̂", "called reliable"]  # fmt: skip
+    parts.append("log p(y) from the guide of SVI:\n\n" + table(head, lines))
+    lines = [
+        [*split(name), side, f"{r['error']:+.3f} ± {r['standard_error']:.3f}", f"{r['pareto_k']:.2f}",
+         "yes" if r["reliable"] else "no", f"{r['right']:.3f}", f"{r['right_weighted']:.3f}",
+         f"{part['exact']['right']:.3f}"]
+        for name, part in found["modes"].items() for side, r in part["rows"].items()
+    ]  # fmt: skip
+    head = ["modes", "run", "started", "error of log p(y), nats", "k̂", "called reliable",
+            "P(x_0 > 0) by the guide", "weighted", "exact"]  # fmt: skip
+    parts.append("A guide of one Gaussian on two modes:\n\n" + table(head, lines))
+    lines = [
+        [by, f"{worst(r['mean_errors'][:-1]):.3f}", f"{worst(r['sd_errors']):.1%}",
+         f"{r['mean'][-1]:.3f} ({part['exact']['mean'][-1]:.3f})",
+         f"{r['seconds_per_1000']:.0f}" if "seconds_per_1000" in r else "–"]
+        for part in found["twelve"].values() for by, r in part["rows"].items()
+    ]  # fmt: skip
+    head = ["by", "worst mean of x", "worst sd", "log σ (exact)", "s for 1,000 iterations"]
+    parts.append("Twelve dimensions, ten steps:\n\n" + table(head, lines))
+    return "\n".join(parts)
+
+
 def parity(found):
     values = sum(len(q["values"]) for q in found["quantities"].values())
     return (
@@ -367,7 +425,7 @@ TABLES = {
     "Are the errors honest?": [honesty, calibration, smc],
     "Bounds and schedules": [lengths, variance],
     "Densities that are known": [toys, heartbeat, ising],
-    "Samples": [samplers, sbi, posterior],
+    "Samples": [samplers, sbi, posterior, flow],
     "Training": [fit],
     "Robustness": [stress, parity],
 }
