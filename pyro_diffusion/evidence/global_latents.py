@@ -74,8 +74,8 @@ class GlobalEvidence(NamedTuple):
             return "The weights are constant: the guide is the posterior."
         if self.reliable:
             return (
-                f"Pareto k is {self.pareto_k:.2f}, below {limit:.2f}: the estimate can be trusted, and draws "
-                "of the guide with these weights are draws of the posterior."
+                f"Pareto k is {self.pareto_k:.2f}, below {limit:.2f}: the weights of these draws show "
+                "no fault. A mode that no draw has reached would not show: begin elsewhere to look for one."
             )
         return (
             f"Pareto k is {self.pareto_k:.2f}, above {limit:.2f}: the guide misses a part of the posterior. "

@@ -21,7 +21,8 @@ References:
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,11 +32,10 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoGuide
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.chains import GenerativeChain
@@ -89,12 +89,13 @@ class AutoDiffusion(AutoContinuous):
         schedule: Noise schedule of the chain, of ``num_timesteps`` steps; by default a log-SNR from 4 to -6.
         init_loc_fn: Where the base begins, for a base that is not fitted; see Pyro's autoguides.
         score: Whether the drift uses the gradient of the model, one more run of the model for each timestep.
-            The gradient is taken without its own derivative.
+            The gradient is taken without its own derivative. ``torch.jit`` cannot trace it: under
+            ``JitTrace_ELBO`` pass ``False``, or use :func:`~pyro_diffusion.training.compile_elbo`.
 
     Raises:
         ValueError: An argument of another kind. From the first call: a model without latents, with discrete
             latents, or with latents in a plate that is subsampled or sequential. From a call: a score that
-            is not finite.
+            is not finite, or that ``torch.jit`` traces.
 
     Example:
         >>> def model(y):
@@ -113,8 +114,9 @@ class AutoDiffusion(AutoContinuous):
         https://arxiv.org/abs/2307.01198
     """
 
-    base: AutoContinuous
-    schedule: NoiseSchedule
+    base: AutoContinuous  #: its copy, whose coordinates the chain uses
+    _model: Any
+    master: Any
 
     def __init__(
         self,
@@ -221,8 +223,13 @@ class AutoDiffusion(AutoContinuous):
                 grads = (torch.autograd.grad(v, x, retain_graph=by_site)[0] for v in terms.values())
                 return dict(zip(terms, grads, strict=True))
 
-        if torch._C._get_tracing_state():  # of JitTrace_ELBO
-            return _traceable(lambda x: gradients(x)[""], x) + x.detach()
+        require(
+            not torch._C._get_tracing_state(),
+            "argument 'score'",
+            "True under a loss that torch.jit traces, such as JitTrace_ELBO",
+            "a loss that runs the programs, because a trace would keep today's parameters in the score",
+            "Use compile_elbo(model, guide, Trace_ELBO()), or AutoDiffusion(model, score=False).",
+        )
         found = gradients(x)[""]
         if not finite(found):
             bad = [name for name, g in gradients(x, by_site=True).items() if not finite(g)]
@@ -242,7 +249,8 @@ class AutoDiffusion(AutoContinuous):
             constrain = biject_to(site["fn"].support)
             values[site["name"]] = value = constrain(unconstrained)
             total = total + constrain.log_abs_det_jacobian(unconstrained, value).sum()
-        with poutine.block(), poutine.trace() as tracer, poutine.condition(data=values):
+        held = poutine.condition(data=values)
+        with _plates_of_its_own(), poutine.block(), poutine.trace() as tracer, held:
             self._program[0](*args, **kwargs)
         return total + tracer.trace.log_prob_sum(), tracer.trace
 
@@ -285,16 +293,14 @@ class AutoDiffusion(AutoContinuous):
         _rename(self, self._pyro_name)
 
 
-def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function with a derivative inside, as plain operations, which ``torch.jit`` can trace."""
-    tracer: Any = torch._C
-    state = tracer._get_tracing_state()
-    tracer._set_tracing_state(None)
+@contextmanager
+def _plates_of_its_own() -> Iterator[None]:
+    """Run a program with its own plates on the right, whatever plates are open around it."""
+    allocated, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
-        graph: Callable[[Tensor], Tensor] = make_fx(function)(x.detach())
+        yield
     finally:
-        tracer._set_tracing_state(state)
-    return graph(x.detach())
+        _DIM_ALLOCATOR._stack = allocated
 
 
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
