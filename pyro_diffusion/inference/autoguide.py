@@ -36,6 +36,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.chains import GenerativeChain
@@ -89,13 +90,12 @@ class AutoDiffusion(AutoContinuous):
         schedule: Noise schedule of the chain, of ``num_timesteps`` steps; by default a log-SNR from 4 to -6.
         init_loc_fn: Where the base begins, for a base that is not fitted; see Pyro's autoguides.
         score: Whether the drift uses the gradient of the model, one more run of the model for each timestep.
-            The gradient is taken without its own derivative. ``torch.jit`` cannot trace it: under
-            ``JitTrace_ELBO`` pass ``False``, or use :func:`~pyro_diffusion.training.compile_elbo`.
+            The gradient is taken without its own derivative.
 
     Raises:
         ValueError: An argument of another kind. From the first call: a model without latents, with discrete
             latents, or with latents in a plate that is subsampled or sequential. From a call: a score that
-            is not finite, or that ``torch.jit`` traces.
+            is not finite.
 
     Example:
         >>> def model(y):
@@ -223,13 +223,8 @@ class AutoDiffusion(AutoContinuous):
                 grads = (torch.autograd.grad(v, x, retain_graph=by_site)[0] for v in terms.values())
                 return dict(zip(terms, grads, strict=True))
 
-        require(
-            not torch._C._get_tracing_state(),
-            "argument 'score'",
-            "True under a loss that torch.jit traces, such as JitTrace_ELBO",
-            "a loss that runs the programs, because a trace would keep today's parameters in the score",
-            "Use compile_elbo(model, guide, Trace_ELBO()), or AutoDiffusion(model, score=False).",
-        )
+        if torch._C._get_tracing_state():  # of JitTrace_ELBO
+            return _traceable(lambda x: gradients(x)[""], x) + x.detach()
         found = gradients(x)[""]
         if not finite(found):
             bad = [name for name, g in gradients(x, by_site=True).items() if not finite(g)]
@@ -301,6 +296,18 @@ def _plates_of_its_own() -> Iterator[None]:
         yield
     finally:
         _DIM_ALLOCATOR._stack = allocated
+
+
+def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function with a derivative inside, as plain operations, which ``torch.jit`` can trace."""
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        graph: Callable[[Tensor], Tensor] = make_fx(function)(x.detach())
+    finally:
+        tracer._set_tracing_state(state)
+    return graph(x.detach())
 
 
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
