@@ -294,7 +294,7 @@ def test_a_loss_of_torch_jit_is_that_of_the_programs(double, base):
         )
         error = (losses.var(1).sum() / 8).sqrt()
         assert (losses[0].mean() - losses[1].mean()).abs() < 5 * error
-        assert error < 0.2
+        assert error < 0.5
         y = y + 2
         with torch.no_grad():
             for parameter in guide.base.parameters():

@@ -20,7 +20,6 @@ References:
     https://arxiv.org/abs/2211.01364
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +29,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
-from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoGuide
+from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
@@ -43,6 +42,7 @@ from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
 from pyro_diffusion.denoisers.base import check_network
 from pyro_diffusion.evidence.global_latents import guide_draws
+from pyro_diffusion.inference.bases import own_base, rename
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.params import ParamScope, free_name, snake_case
@@ -143,7 +143,7 @@ class AutoDiffusion(AutoContinuous):
         check_argument("schedule", schedule, NoiseSchedule, "LogSNRSchedule(16)")
         self._parts = None if network is None else check_network(network, "MLP((d,))"), schedule
         # Not as an AutoGuide's attribute is set: this guide would become the master of the base's plates.
-        PyroModule.__setattr__(self, "base", _own_base(base, model, init_loc_fn))
+        PyroModule.__setattr__(self, "base", own_base(base, model, init_loc_fn))
 
     def _take_name(self) -> None:
         """Take a name of its own in Pyro's param store."""
@@ -285,7 +285,7 @@ class AutoDiffusion(AutoContinuous):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_model": state["_program"]})
         self._take_name()
-        _rename(self, self._pyro_name)
+        rename(self, self._pyro_name)
 
 
 @contextmanager
@@ -313,47 +313,6 @@ def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
     r""":math:`\log \lvert \det \partial z / \partial x \rvert`, ``batch_shape``."""
     return sum_rightmost(z.log_abs_det_jacobian(x, latent), 1 - z.domain.event_dim)
-
-
-def _own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
-    """A base of the guide's own: built from the model, or a copy of one that is there."""
-    settings = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
-    made = (
-        base if isinstance(base, AutoGuide) else base(model, **settings) if callable(base) else base
-    )
-    known = isinstance(made, AutoContinuous) and all(
-        getattr(type(made), name) is not getattr(AutoContinuous, name)
-        for name in ("get_base_dist", "get_transform")
-    )
-    require(
-        known,
-        "argument 'base'",
-        f"a {type(made).__name__}",
-        "a guide that maps a standard normal to its latents",
-        "Pass AutoDiagonalNormal, AutoMultivariateNormal or AutoIAFNormal, or one that is fitted.",
-    )
-    require(
-        made is not base or init_loc_fn is None,
-        "argument 'init_loc_fn'",
-        "one beside a base that is built already",
-        "one for a class",
-        "Leave it out: the base begins where it is.",
-    )
-    if made is not base:
-        return made
-    kept, master = base._model, base.master  # which copying would take away
-    own = copy.deepcopy(base)
-    base._model, base.master, own._model = kept, master, kept
-    _rename(own, own._pyro_name)
-    return own
-
-
-def _rename(guide: AutoContinuous, name: str) -> None:
-    """Give a copied guide a name, and the state of one that has not run."""
-    for module in guide.modules():
-        if isinstance(module, PyroModule):
-            module.__dict__["_pyro_context"] = PyroModule()._pyro_context
-    guide._pyro_set_supermodule(name, guide._pyro_context)
 
 
 def _checked_nesting(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -1,0 +1,50 @@
+"""The base of a guide: another automatic guide, which maps a standard normal to the latents of a model."""
+
+import copy
+from typing import Any
+
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.nn import PyroModule
+
+from pyro_diffusion.checks import require
+
+
+def own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
+    """A base of the guide's own: built from the model, or a copy of one that is there."""
+    settings = {} if init_loc_fn is None else {"init_loc_fn": init_loc_fn}
+    made = (
+        base if isinstance(base, AutoGuide) else base(model, **settings) if callable(base) else base
+    )
+    known = isinstance(made, AutoContinuous) and all(
+        getattr(type(made), name) is not getattr(AutoContinuous, name)
+        for name in ("get_base_dist", "get_transform")
+    )
+    require(
+        known,
+        "argument 'base'",
+        f"a {type(made).__name__}",
+        "a guide that maps a standard normal to its latents",
+        "Pass AutoDiagonalNormal, AutoMultivariateNormal or AutoIAFNormal, or one that is fitted.",
+    )
+    require(
+        made is not base or init_loc_fn is None,
+        "argument 'init_loc_fn'",
+        "one beside a base that is built already",
+        "one for a class",
+        "Leave it out: the base begins where it is.",
+    )
+    if made is not base:
+        return made
+    kept, master = base._model, base.master  # which copying would take away
+    own = copy.deepcopy(base)
+    base._model, base.master, own._model = kept, master, kept
+    rename(own, own._pyro_name)
+    return own
+
+
+def rename(guide: AutoContinuous, name: str) -> None:
+    """Give a copied guide a name, and the state of one that has not run."""
+    for module in guide.modules():
+        if isinstance(module, PyroModule):
+            module.__dict__["_pyro_context"] = PyroModule()._pyro_context
+    guide._pyro_set_supermodule(name, guide._pyro_context)
