@@ -77,13 +77,13 @@ def test_svi_reports_the_variance_and_trains_the_guide_alone(double):
     y = torch.tensor([1.0, 2.0])
     guide = AutoMultivariateNormal(model, init_scale=0.5)
     elbo = LogVarianceELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
     losses = [svi.step(y) for _ in range(200)]
     assert losses[0] > 0.5 > 0.1 > sum(losses[-20:]) / 20
     assert svi.evaluate_loss(y) < 0.02
     assert pyro.param("scale").item() == 1.0
     variance = 1 / (1 / 4 + 2)
-    torch.testing.assert_close(guide.loc[0].item(), 3 * variance, atol=0.05, rtol=0)
+    torch.testing.assert_close(guide.loc[0].item(), 3 * variance, atol=0.1, rtol=0)
 
 
 def mixture():
