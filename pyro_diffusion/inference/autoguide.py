@@ -14,7 +14,7 @@ The map :math:`z(x_0)` is that of another guide, the *base*, from the standard n
 without a drift draws :math:`x_0 \sim N(0, I)` and weighs a path exactly as the base weighs its own draw.
 
 References:
-    Langevin Diffusion Variational Inference (Geffner and Domke, 2023). https://arxiv.org/abs/2208.07743
+    Langevin Diffusion Variational Inference (Geffner and Domke, 2023). https://arxiv.org/abs/2208.07698
     Denoising Diffusion Samplers (Vargas et al., 2023). https://arxiv.org/abs/2302.13834
     An Optimal Control Perspective on Diffusion-Based Generative Modeling (Berner et al., 2024).
     https://arxiv.org/abs/2211.01364
@@ -82,12 +82,13 @@ class AutoDiffusion(AutoContinuous):
         base: The guide whose coordinates the chain uses: ``AutoDiagonalNormal``,
             ``AutoMultivariateNormal`` or ``AutoIAFNormal``, another function from a model to such a guide,
             or a guide of the same model that is fitted already. The guide is copied, and the copy goes on
-            learning, unless ``guide.base.requires_grad_(False)``.
+            learning. To hold it, call ``guide.base.requires_grad_(False)`` after the guide's first call.
         init_scale: How many times broader than its base the guide begins. The gates of the score then begin
             at :math:`a_t \sigma_t`, so that the chain is drawn to the modes from the beginning.
         network: The drift's network, called as ``network(x_t, log_snr)`` for states ``(B, d)`` and
             log-SNRs ``(B,)``, zero at the beginning. By default an ``MLP`` of two blocks of 64 units.
-        schedule: Noise schedule of the chain, of ``num_timesteps`` steps; by default a log-SNR from 4 to -6.
+        schedule: Noise schedule of the chain, whose number of steps takes the place of ``num_timesteps``; by
+            default a log-SNR from 4 to -6.
         init_loc_fn: Where the base begins, for a base that is not fitted; see Pyro's autoguides.
         score: Whether the drift uses the gradient of the model, one more run of the model for each timestep.
             The gradient is taken without its own derivative.
