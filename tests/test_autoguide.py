@@ -200,6 +200,43 @@ def test_the_score_is_the_gradient_over_that_of_the_base(double):
     torch.testing.assert_close(two - one, step * noise * 0.3 * clipped / (signal**2 + noise**2))
 
 
+@pytest.mark.parametrize("base", ["diagonal", "flows"])
+def test_the_score_has_the_volumes_of_constraint_and_base(double, base):
+    """The gradient of log N(m; 0, 2) + log N(log s; 0, 1) + log p(y) + log |det| by the state, plus x."""
+    guide = disturbed(AutoDiffusion(pair, 2, BASES[base]), Y)
+    transform = guide.base.get_transform(Y)
+
+    def log_p(x):
+        z = transform(x)
+        of_y = dist.Normal(z[0], z[1].exp()).log_prob(Y).sum()
+        prior = dist.Normal(0.0, 2.0).log_prob(z[0]) + dist.Normal(0.0, 1.0).log_prob(z[1])
+        jacobian = torch.autograd.functional.jacobian(transform, x, create_graph=True)
+        return prior + of_y + jacobian.det().abs().log()
+
+    x = torch.randn(2, requires_grad=True)
+    (expected,) = torch.autograd.grad(log_p(x), x)
+    found = guide._score(guide._map(Y), (Y,), {}, x)
+    torch.testing.assert_close(found, expected + x.detach())
+    assert not found.requires_grad  # no derivative of its own
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_each_step_has_a_gate_of_its_own(double, t):
+    guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
+    guide()
+    drift = guide.drift
+    with torch.no_grad():
+        drift.gate.copy_(torch.tensor([[0.1], [0.2], [0.3]]))
+    x_t, score = torch.randn(2), torch.tensor([3.0, -4.0])
+    signal, noise = drift.schedule.signal(t), drift.schedule.noise(t)
+    before = drift.schedule.signal(t - 1)
+    share = 1 - (signal / before) ** 2
+    of_datum = before * share / noise**2  # the coefficient of x_0 in E3
+    moved = drift.transition(x_t, t, lambda x: score).mean - drift.transition(x_t, t, None).mean
+    clipped = score / (1 + 12.5**0.5 / CLIP)
+    torch.testing.assert_close(moved, of_datum * noise * 0.1 * t * clipped)
+
+
 def test_the_bound_is_below_the_evidence_and_the_weights_reach_it(double):
     guide = AutoDiffusion(pair, 8, partial(AutoDiagonalNormal, init_scale=0.5))
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
