@@ -41,7 +41,7 @@ from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
 from pyro_diffusion.denoisers.base import check_network
-from pyro_diffusion.evidence.global_latents import guide_draws
+from pyro_diffusion.evidence.particles import guide_draws
 from pyro_diffusion.inference.bases import beginning, own_base, rename, uncached
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
