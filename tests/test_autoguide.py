@@ -220,6 +220,19 @@ def test_the_score_has_the_volumes_of_constraint_and_base(double, base):
     assert not found.requires_grad  # no derivative of its own
 
 
+def test_the_noise_of_a_step_is_at_most_twenty_times_that_of_the_reversal(double):
+    guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
+    guide()
+    scales = []
+    for log_scale in (-9.0, -3.0, 3.0, 9.0):
+        with torch.no_grad():
+            guide.drift.log_scale.fill_(log_scale)
+        scales.append(guide.drift.transition(torch.randn(2), 2, None).stddev)
+    torch.testing.assert_close(scales[0], scales[1])
+    torch.testing.assert_close(scales[2], scales[3])
+    torch.testing.assert_close(scales[2], scales[1] * math.exp(6.0))
+
+
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_each_step_has_a_gate_of_its_own(double, t):
     guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
@@ -421,6 +434,35 @@ def test_a_fitted_base_is_copied_and_can_be_held(double):
     assert set(base(Y)) == {"mean", "scale"}
     assert base.model is not None
     SVI(pair, base, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="caches of a flow cannot be copied")
+def test_a_fitted_flow_is_a_base(double):
+    base = BASES["flow"](pair)
+    SVI(pair, base, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+    guide = AutoDiffusion(pair, 3, base)
+    SVI(pair, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+    SVI(pair, copy.deepcopy(guide), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="copying takes the model of the base away")
+def test_a_guide_that_has_not_run_is_copied(double):
+    guide = AutoDiffusion(pair, 3)
+    other = copy.deepcopy(guide)
+    for made in (guide, other):
+        assert set(made(Y)) == {"mean", "scale"}
+
+
+@pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="it runs the bare model first")
+def test_a_prior_that_cannot_be_drawn_is_served_by_initial_values(double):
+    def program(y):
+        mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    start = init_to_value(values={"mean": Y.mean()})
+    guide = AutoDiffusion(program, 3, init_loc_fn=start)
+    SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled, torch_saved])
