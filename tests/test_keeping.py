@@ -96,7 +96,9 @@ def test_parameters_that_are_not_finite_are_not_kept(double):
     best = kept(guide, num_particles=50)
     with torch.no_grad():
         guide.loc.fill_(math.nan)
-    assert best.update() == (-math.inf, 0.0, False)
+    with pytest.warns(UserWarning, match="these parameters are not kept"):
+        gain = best.update()
+    assert gain == (-math.inf, 0.0, False)
     best.restore()
     assert guide.loc.isfinite().all()
 

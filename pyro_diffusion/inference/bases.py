@@ -5,6 +5,7 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.nn import PyroModule
+from torch.distributions import Transform
 
 from pyro_diffusion.checks import require
 
@@ -36,6 +37,7 @@ def own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
     if made is not base:
         return made
     kept, master = base._model, base.master  # which copying would take away
+    uncached(base)
     own = copy.deepcopy(base)
     base._model, base.master, own._model = kept, master, kept
     rename(own, own._pyro_name)
@@ -48,3 +50,12 @@ def rename(guide: AutoContinuous, name: str) -> None:
         if isinstance(module, PyroModule):
             module.__dict__["_pyro_context"] = PyroModule()._pyro_context
     guide._pyro_set_supermodule(name, guide._pyro_context)
+
+
+def uncached(guide: AutoContinuous) -> None:
+    """Empty the caches of the transforms of a guide: their tensors have a history, which cannot be copied."""
+    for module in guide.modules():
+        if isinstance(module, Transform):
+            module._cached_x_y = None, None
+            if hasattr(module, "_cached_log_scale"):
+                module._cached_log_scale = None
