@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro_diffusion import LogVarianceELBO, compile_elbo
 from pyro_diffusion.inference import AutoDiffusion
 
+#: the replayed latents of the model are detached too, so that the base has a wrong gradient
 TOGETHER = {"vectorize_particles": True, "max_plate_nesting": 0}
 
 

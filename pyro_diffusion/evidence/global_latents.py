@@ -188,7 +188,7 @@ def global_draws(
     progress: bool,
 ) -> GlobalDraws:
     """Draws of a guide, scored by guide and model; for the arguments see :func:`global_evidence`."""
-    parts = []
+    parts: list[Any] = []
     _check_nesting(nesting)
     with (
         reading(model, guide, data=(args, kwargs)),
@@ -291,7 +291,7 @@ def log_joint(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
             total = total + values.sum().to(total.device)
         else:
             kept = values.dim() > nesting and values.shape[-1 - nesting] == count
-            _check_shape(name, site, values, nesting, kept)
+            _check_shape(name, site, values, nesting)
             by_draw = (
                 values.movedim(-1 - nesting, 0).reshape(count, -1).sum(1) if kept else values.sum()
             )
@@ -299,13 +299,13 @@ def log_joint(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
     return total
 
 
-def _check_shape(name: str, site: Any, values: Tensor, nesting: int, kept: bool) -> None:
+def _check_shape(name: str, site: Any, values: Tensor, nesting: int) -> None:
     """Raise a ``ValueError`` for a log-density that may have the draws in another dimension."""
     sizes = {x.dim: x.size for x in site["cond_indep_stack"] if x.vectorized}
     right = values.shape[max(values.dim() - nesting, 0) :]
     wrong = [d for d, size in enumerate(reversed(right), 1) if size not in (1, sizes.get(-d))]
     require(
-        kept or not wrong,
+        not wrong,
         f"site {name!r}",
         f"a log-density of shape {tuple(values.shape)}",
         f"draws in the dimension {-1 - nesting}, to the left of the model's plates",
@@ -354,14 +354,18 @@ def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
 
 
 def check_random(
-    drawn: poutine.Trace, scored: poutine.Trace, guide: Callable[..., Any], *args: Any, **kwargs: Any
+    drawn: poutine.Trace,
+    scored: poutine.Trace,
+    guide: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Raise a ``ValueError`` unless the programs have the same latents, and those of the guide are random.
 
     Args:
         drawn: A trace of the guide.
         scored: A trace of the model with its draws.
-        guide: The guide, which runs once more if a latent is a point: another one each time, or always the same.
+        guide: The guide, which runs once more if a latent is a point.
         args: Its arguments.
         kwargs: Its arguments by name.
     """

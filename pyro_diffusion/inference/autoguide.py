@@ -42,7 +42,7 @@ from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
 from pyro_diffusion.denoisers.base import check_network
 from pyro_diffusion.evidence.global_latents import guide_draws
-from pyro_diffusion.inference.bases import own_base, rename, uncached
+from pyro_diffusion.inference.bases import beginning, own_base, rename, uncached
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.params import ParamScope, free_name, snake_case
@@ -154,16 +154,16 @@ class AutoDiffusion(AutoContinuous):
         self._parts = None if network is None else check_network(network, "MLP((d,))"), schedule
         # Not as an AutoGuide's attribute is set: this guide would become the master of the base's plates.
         PyroModule.__setattr__(self, "base", own_base(base, model, init_loc_fn))
-        if self.base._model is not None:  # None in a guide that was unpickled
-            self._model = self.base._model  # begins where the base begins
-        self._begun = self._model
+        self._model = self._begun = beginning(self.base, model)
 
     def _take_name(self) -> None:
         """Take a name of its own in Pyro's param store."""
         self._pyro_name = ParamScope(free_name(snake_case(type(self).__name__))).name
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._model = self.base._model = self._begun
+        self._model = self._begun
+        if self.base.prototype_trace is None:
+            self.base._model = self._begun  # which copying takes away
         self._nesting = _checked_nesting(self.model, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         if self.base.prototype_trace is None:
@@ -227,8 +227,8 @@ class AutoDiffusion(AutoContinuous):
 
         def gradients(x: Tensor, by_site: bool = False) -> dict[str, Tensor]:
             """The gradient of the log-density by the state, or that of each site of the model."""
-            with torch.inference_mode(False), torch.enable_grad():
-                x = x.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
                 rows = x.reshape(*batch, x.shape[-1])  # to the left of the model's plates
                 latent = z(rows)
                 log_p, trace = self._log_joint(latent, args, kwargs)
@@ -312,6 +312,7 @@ class AutoDiffusion(AutoContinuous):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_model": state["_begun"]})
+        self._modules["base"].__dict__["master"] = None  # as at the beginning
         self._take_name()
         rename(self, self._pyro_name)
 

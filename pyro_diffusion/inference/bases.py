@@ -1,9 +1,11 @@
 """The base of a guide: another automatic guide, which maps a standard normal to the latents of a model."""
 
 import copy
+from functools import partial
 from typing import Any
 
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.nn import PyroModule
 from torch.distributions import Transform
 
@@ -42,6 +44,16 @@ def own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
     base._model, base.master, own._model = kept, master, kept
     rename(own, own._pyro_name)
     return own
+
+
+def beginning(base: AutoContinuous, model: Any) -> tuple[Any]:
+    """The model with the initial values of its base; the bare model may be one that cannot be drawn from."""
+    if base.prototype_trace is None:
+        own: tuple[Any] = base._model
+        return own
+    sites = base.prototype_trace.iter_stochastic_nodes()
+    values = {name: site["value"].detach() for name, site in sites}
+    return (InitMessenger(partial(init_to_value, values=values))(model),)
 
 
 def rename(guide: AutoContinuous, name: str) -> None:

@@ -110,11 +110,11 @@ class KeepBest:
             warnings.warn(f"these parameters are not kept, because of {error}", stacklevel=2)
             return Gain(-float("inf"), 0.0, False)
         change = log_weights - self._log_weights
-        value, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
-        kept = value > error
+        value, spread = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+        kept = value > spread
         if kept:
             self._log_weights, self._values = log_weights, self._parameters()
-        return Gain(value, error, kept)
+        return Gain(value, spread, kept)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -90,11 +90,11 @@ class LogVarianceELBO(Trace_ELBO):
         together = self.vectorize_particles
         count = self.num_particles if together else 1
         weights, parameters = [], {}
-        if not self._checked:
-            check_random(model, guide, args, kwargs)
-            self._checked = True
         with _WithoutGradient():
             for p, q in self._get_traces(model, guide, args, kwargs):
+                if not self._checked:
+                    check_random(q, p, guide, *args, **kwargs)
+                    self._checked = True
                 nesting = self.max_plate_nesting - 1 if together else None
                 log_p, log_q = (log_joint(trace, count, nesting) for trace in (p, q))
                 weights.append(log_p - log_q)
@@ -113,9 +113,7 @@ class _WithoutGradient(Messenger):
     """Cut the gradient of every draw. Points that follow from a draw, as in automatic guides, keep theirs."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        fresh = not msg[
-            "done"
-        ]  # a value that the model takes over from the guide has been cut, or must not be
+        fresh = not msg["done"]  # and not a value of the guide that the model takes over
         if is_latent(msg) and fresh and not isinstance(msg["fn"], Delta):
             msg["infer"]["_cut"] = True
 
