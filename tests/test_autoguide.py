@@ -436,32 +436,6 @@ def test_a_fitted_base_is_copied_and_can_be_held(double):
     SVI(pair, base, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
 
 
-def test_a_fitted_flow_is_a_base(double):
-    base = BASES["flow"](pair)
-    SVI(pair, base, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
-    guide = AutoDiffusion(pair, 3, base)
-    SVI(pair, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
-    SVI(pair, copy.deepcopy(guide), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
-
-
-def test_a_guide_that_has_not_run_is_copied(double):
-    guide = AutoDiffusion(pair, 3)
-    other = copy.deepcopy(guide)
-    for made in (guide, other):
-        assert set(made(Y)) == {"mean", "scale"}
-
-
-def test_a_prior_that_cannot_be_drawn_is_served_by_initial_values(double):
-    def program(y):
-        mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
-
-    start = init_to_value(values={"mean": Y.mean()})
-    guide = AutoDiffusion(program, 3, init_loc_fn=start)
-    SVI(program, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled, torch_saved])
 def test_a_copy_is_trained_apart(double, copied):
     guide = disturbed(AutoDiffusion(pair, 3, BASES["multivariate"]), Y)
