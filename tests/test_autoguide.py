@@ -220,6 +220,19 @@ def test_the_score_has_the_volumes_of_constraint_and_base(double, base):
     assert not found.requires_grad  # no derivative of its own
 
 
+def test_the_noise_of_a_step_is_at_most_twenty_times_that_of_the_reversal(double):
+    guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
+    guide()
+    scales = []
+    for log_scale in (-9.0, -3.0, 3.0, 9.0):
+        with torch.no_grad():
+            guide.drift.log_scale.fill_(log_scale)
+        scales.append(guide.drift.transition(torch.randn(2), 2, None).stddev)
+    torch.testing.assert_close(scales[0], scales[1])
+    torch.testing.assert_close(scales[2], scales[3])
+    torch.testing.assert_close(scales[2], scales[1] * math.exp(6.0))
+
+
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_each_step_has_a_gate_of_its_own(double, t):
     guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
