@@ -165,7 +165,8 @@ class AutoDiffusion(AutoContinuous):
             "Pass a class, or a guide that was built from the same model.",
         )
         network, schedule = self._parts
-        network = MLP((dim,), hidden_size=64, num_blocks=2) if network is None else network
+        if network is None:
+            network = MLP((dim,), hidden_size=64, num_blocks=2, num_outputs=2)
         drift = Drift(
             network, schedule, dim, pulled=self.init_scale is not None,
             name=f"{self._pyro_name}.drift",

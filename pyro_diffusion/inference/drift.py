@@ -85,11 +85,14 @@ class Drift(ParamScope):
         log_snr = self.schedule.log_snr(t)
         signal, noise = (c.to(x_t.dtype) for c in self.schedule.scales(log_snr))
         rows = x_t.reshape(-1, x_t.shape[-1])
-        drift = self.network(rows, log_snr.to(x_t.dtype).expand(len(rows))).reshape(x_t.shape)
+        output = self.network(rows, log_snr.to(x_t.dtype).expand(len(rows)))
+        output = output.reshape(*x_t.shape, *output.shape[2:])
+        drift, log_scale = output.unbind(-1) if output.dim() > x_t.dim() else (output, 0.0)
         if score is not None:
             drift = drift + self.gate[t - 1] * clipped(score(x_t))
         x_0_hat = (signal * x_t + noise * drift) / (signal.square() + noise.square())
-        factor = (2 * self.log_scale[t - 1].clamp(-_MOST, _MOST)).exp()
+        log_scale = self.log_scale[t - 1] + log_scale
+        factor = (2 * log_scale.clamp(-_MOST, _MOST)).exp()
 
         def variance(step: ChainStep) -> Tensor:
             """The variance of the reversal times the learned factors."""
