@@ -31,6 +31,11 @@ probabilities 0.3 and 0.7, and the modes are 12 standard deviations or more apar
 chain that begins three times as broad, and that minimises the variance of the log-weights first
 (``LogVarianceELBO``), keeps both. The shares of the modes are beside the exact ones.
 
+In the run of the gallery each chain has a better bound than its base, by 1.9 and 0.2 nats. The draws of no
+guide go far enough into the neck: log tau is below zero for 20 % of the posterior. The errors of log p(y) do not
+show this. The flow alone has k̂ 0.57, which is below the limit, and log p(y) is low by 0.14 nats, eight of its
+errors. The chain on the normal is low by 0.2 nats with k̂ 0.64. NUTS needs the model without its centring.
+
     python examples/eight_schools.py [--seed 0] [--device cpu] [--smoke] [--output outputs/eight_schools]
 """
 
@@ -125,7 +130,7 @@ def by_quadrature():
 
 def by_nuts(data, args):
     """Draws by chain, ``(C, S)`` and ``(C, S, 8)``, of the model without its centring."""
-    start = time.perf_counter()
+    start = time.process_time()
     program = poutine.reparam(schools, {"theta": LocScaleReparam(centered=0.0)})
     found = []
     for chain in range(args.chains):
@@ -141,7 +146,7 @@ def by_nuts(data, args):
     print(
         f"NUTS: {args.chains} chains of {args.warmup} + {args.draws} draws; R-hat of log tau "
         f"{float(rhat['log_tau']):.3f}, largest of all {max(float(x.max()) for x in rhat.values()):.3f}; "
-        f"effective draws of log tau {float(ess['log_tau']):.0f}; {time.perf_counter() - start:.0f} s"
+        f"effective draws of log tau {float(ess['log_tau']):.0f}; {time.process_time() - start:.0f} s"
     )
     return draws
 
@@ -172,7 +177,7 @@ def fitted(data, args):
 
 def trained(guide, data, steps, rate, num_particles, args):
     """Maximise the bound, keep the best parameters, and read the guide."""
-    start = time.perf_counter()
+    start = time.process_time()
     best = KeepBest(schools, guide, *data, num_particles=args.held, max_plate_nesting=1)
     elbo = Trace_ELBO(num_particles=num_particles, **TOGETHER)
     svi = SVI(schools, guide, decaying(rate, steps), elbo)
@@ -181,7 +186,7 @@ def trained(guide, data, steps, rate, num_particles, args):
         if step % max(steps // 5, 1) == 0:
             best.update()
     best.restore()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     evidence = global_evidence(
         schools, guide, *data, num_particles=args.read, max_plate_nesting=1, progress=False
     )
@@ -201,7 +206,7 @@ def report(guides, nuts, exact):
     """Print the tables, and return the moments of log tau."""
     print(
         f"\nlog p(y) by quadrature {exact.log_p:.3f} nats\n"
-        "guide              bound             log p(y)          k̂      effective         seconds"
+        "guide              bound             log p(y)          k̂      effective         processor s"
     )
     for name, guide in guides.items():
         e = guide.evidence
@@ -263,7 +268,7 @@ def two_modes(args):
     )
     shares = {"exact": share}
     for name, program, loss, steps, rate in runs:
-        start = time.perf_counter()
+        start = time.process_time()
         best = KeepBest(instrument, program, y, num_particles=args.held, max_plate_nesting=0)
         svi = SVI(
             instrument,
@@ -285,7 +290,7 @@ def two_modes(args):
         print(
             f"  {name:22} share {negative:.3f}, resampled {weighted:.3f}; bound {float(of['elbo']):.2f}, "
             f"log p(y) {float(of['evidence']):.2f} ± {float(of['evidence_standard_error']):.2f}, k̂ "
-            f"{float(of['pareto_k']):.2f}; {time.perf_counter() - start:.0f} s"
+            f"{float(of['pareto_k']):.2f}; {time.process_time() - start:.0f} s"
         )
         shares[name] = [negative, weighted]
     return shares
@@ -326,9 +331,9 @@ def forest(ax, nuts, guides):
         ax.plot(median, at, "o", color=color, ms=4, mec="white", mew=0.5, label=name)
     labels = ["mu", "tau", *(f"theta {j + 1}" for j in range(len(Y)))]
     ax.set_yticks(range(len(labels)), labels)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) + 1.6, -0.8)
     ax.set(xlabel="points of the test", title="median, 50 % and 90 % intervals")
-    ax.legend(fontsize="x-small", loc="lower right")
+    ax.legend(fontsize="x-small", loc="lower center", ncols=2)
 
 
 def funnel(ax, nuts, draws, name, shown=1000):
