@@ -81,12 +81,24 @@ def test_equal_parameters_are_not_a_gain_and_the_random_numbers_go_on(double):
     torch.testing.assert_close(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize(("shift", "taken"), [(-0.1, False), (0.07, False), (0.1, True)])
+def test_a_gain_below_its_own_error_is_not_kept(double, monkeypatch, shift, taken):
+    """The error of these 51 differences is 0.0833."""
+    best = kept(AutoMultivariateNormal(model), num_particles=51)
+    changed = best._log_weights + torch.linspace(-1.0, 1.0, 51) + shift
+    monkeypatch.setattr(best, "_read", lambda: changed)
+    gain = best.update()
+    assert gain == (pytest.approx(shift), pytest.approx(0.0833, abs=1e-4), taken)
+
+
 def test_parameters_that_are_not_finite_are_not_kept(double):
     guide = AutoMultivariateNormal(model)
     best = kept(guide, num_particles=50)
     with torch.no_grad():
         guide.loc.fill_(math.nan)
-    assert best.update() == (-math.inf, 0.0, False)
+    with pytest.warns(UserWarning, match="these parameters are not kept"):
+        gain = best.update()
+    assert gain == (-math.inf, 0.0, False)
     best.restore()
     assert guide.loc.isfinite().all()
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.poutine.messenger import Messenger
 
 from pyro_diffusion import LogVarianceELBO, compile_elbo
 from pyro_diffusion.inference import AutoDiffusion
 
+#: the replayed latents of the model are detached too, so that the base has a wrong gradient
 TOGETHER = {"vectorize_particles": True, "max_plate_nesting": 0}
 
 
@@ -57,6 +59,66 @@ def test_its_gradient_is_that_of_the_kl_on_average(double):
     elbo.loss_and_grads(target, guide)
     gradient = [store._params[name].grad.item() for name in ("m", "s")]
     assert gradient == pytest.approx([m, s**2 - 1], abs=0.03)
+
+
+class Paths(Messenger):
+    """Record the states of a chain, and put them back in later runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.number = [], None
+
+    def _pyro_sample(self, msg):
+        if ".x_" in msg["name"] and self.number is not None:
+            msg["value"], msg["done"] = self.values[self.number], True
+            self.number += 1
+
+    def _pyro_post_sample(self, msg):
+        if ".x_" in msg["name"] and self.number is None:
+            self.values.append(msg["value"].detach())
+
+
+def slope(loss, parameter):
+    """The derivative by the first entry of a parameter, by central differences."""
+    entry = parameter.data.reshape(-1)[:1]
+    start, ends = entry.item(), []
+    for step in (1e-5, -1e-5):
+        entry.fill_(start + step)
+        ends.append(loss())
+    entry.fill_(start)
+    return (ends[0] - ends[1]) / 2e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drift.gate",
+        "drift.log_scale",
+        "drift.network.decode.bias",
+        "base.loc",
+        "base.scale_unconstrained",
+    ],
+)
+def test_the_gradient_of_a_chain_is_that_of_finite_differences_at_its_paths(double, name):
+    def program():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("curved", -((z[..., 0] - 0.3 * z[..., 1] ** 2) ** 2))
+
+    guide = AutoDiffusion(program, 3, partial(AutoDiagonalNormal, init_scale=0.7))
+    guide()
+    elbo, paths = LogVarianceELBO(num_particles=10, **TOGETHER), Paths()
+    with paths:
+        elbo.loss_and_grads(program, guide)
+
+    def loss():
+        paths.number = 0
+        with paths:
+            return elbo.loss(program, guide)
+
+    parameter = dict(guide.named_parameters())[name]
+    found = parameter.grad.reshape(-1)[0].item()
+    assert abs(found) > 1e-3
+    assert found == pytest.approx(slope(loss, parameter), rel=1e-5)
 
 
 def test_the_posterior_has_no_loss_and_no_gradient(double):
