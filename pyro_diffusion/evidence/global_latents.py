@@ -62,7 +62,8 @@ class GlobalEvidence(NamedTuple):
         if self.reliable:
             return (
                 f"Pareto k is {self.pareto_k:.2f}, below {limit:.2f}: the weights of these draws show "
-                "no fault. A mode that no draw has reached would not show: begin elsewhere to look for one."
+                "no fault. A mode or a neck that no draw has reached would not show: begin elsewhere to look "
+                "for one."
             )
         return (
             f"Pareto k is {self.pareto_k:.2f}, above {limit:.2f}: the guide misses a part of the posterior. "
