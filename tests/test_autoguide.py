@@ -615,9 +615,11 @@ def test_a_draw_whose_score_is_not_finite_gets_none(double):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("root", torch.where(z > 0, 1.0 + z, z - z).sqrt())
 
-    guide = AutoDiffusion(halved, 3, partial(AutoDiagonalNormal, init_scale=1.0))
+    start = init_to_value(values={"z": torch.tensor(5.0)})
+    base = partial(AutoDiagonalNormal, init_scale=0.1, init_loc_fn=start)
+    guide = AutoDiffusion(halved, 3, base)
     guide()
-    x = torch.tensor([[-1.0], [0.5]])
+    x = torch.tensor([[-60.0], [0.5]])  # z = -1 and 5.05
     found = guide._score(guide._map(), (), {}, x)
     assert found.isfinite().all()
     assert found[0] == 0
