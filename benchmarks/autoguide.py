@@ -297,7 +297,7 @@ def drawn(model, *names, broad=None):
 
 
 TARGETS = {
-    "mixture": drawn(partial(gaussians, "mixture"), "z", broad=3.0),
+    "mixture": drawn(partial(gaussians, "mixture"), "z", broad=2.0),
     "funnel": drawn(funnel, "v", "log x"),
     "banana": drawn(banana, "x", "y", "rest"),
     "forty": drawn(partial(gaussians, "forty"), "z", broad=35.0),
