@@ -80,10 +80,8 @@ GUIDES = (DIAGONAL, FULL, FLOW, CHAIN, BEST)
 RATES = {DIAGONAL: 1e-2, FULL: 1e-2, FLOW: 3e-3, CHAIN: 5e-3, BEST: 2e-3}
 PARTICLES, MANY = 64, 512  #: draws of a step: of the bound, and of the variance of log-weights
 FITTED = {CHAIN: 0.2, BEST: 0.5}  #: part of the seconds in which the base alone is fitted
-BROAD, BROAD_RATE = (
-    0.9,
-    1e-2,
-)  #: part of the seconds for the variance of log-weights, and its learning rate
+BROAD = 0.9  #: part of the seconds in which the variance of log-weights is minimised
+BROAD_RATES = {2.0: 1e-2, 25.0: 2e-3}  #: learning rates of broad starts, by their scale
 
 Y_BROWNIAN = [
     0.21592641, 0.118771404, -0.07945447, 0.037677474, -0.27885845, -0.1484156, -0.3250906, -0.22957903,
@@ -300,7 +298,7 @@ TARGETS = {
     "mixture": drawn(partial(gaussians, "mixture"), "z", broad=2.0),
     "funnel": drawn(funnel, "v", "log x"),
     "banana": drawn(banana, "x", "y", "rest"),
-    "forty": drawn(partial(gaussians, "forty"), "z", broad=35.0),
+    "forty": drawn(partial(gaussians, "forty"), "z", broad=25.0),
     "brownian": Target(brownian, columns("log alpha", "log beta", "x"), exact_brownian),
     "schools": Target(schools, columns("mu", "log tau", "theta"), exact_schools),
     "manywell": Target(manywell, columns("z"), exact_manywell),
@@ -386,9 +384,10 @@ def broad(target, run, args):
     )  # fmt: skip
     guide()
     guide.base.requires_grad_(False)
-    run.fit(guide, settings(args.many, LogVarianceELBO), BROAD, keep=False, rate=BROAD_RATE)
-    run.fit(guide, settings(args.many), 1.0, keep=False, rate=BROAD_RATE / 10)
-    return guide, {"base": "broad", "broad": [BROAD, BROAD_RATE]}
+    rate = BROAD_RATES[target.broad]
+    run.fit(guide, settings(args.many, LogVarianceELBO), BROAD, keep=False, rate=rate)
+    run.fit(guide, settings(args.many), 1.0, keep=False, rate=rate / 10)
+    return guide, {"base": "broad", "broad": [target.broad, BROAD, rate]}
 
 
 def chain(name, target, rows, run, args):
