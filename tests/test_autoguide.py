@@ -29,7 +29,7 @@ from pyro.infer.autoguide import (
 )
 from torch import nn
 
-from pyro_diffusion import CosineSchedule, LogSNRSchedule, compile_elbo, global_evidence
+from pyro_diffusion import MLP, CosineSchedule, LogSNRSchedule, compile_elbo, global_evidence
 from pyro_diffusion.inference import AutoDiffusion
 from pyro_diffusion.inference.drift import CLIP
 
@@ -77,7 +77,7 @@ def log_p_of_pair(y):
 def gaussian(loc, scale):
     """A model whose posterior is a Gaussian in the latent's own coordinates."""
 
-    def program():
+    def program(*args):
         pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     return program
@@ -200,10 +200,47 @@ def test_the_score_is_the_gradient_over_that_of_the_base(double):
     torch.testing.assert_close(two - one, step * noise * 0.3 * clipped / (signal**2 + noise**2))
 
 
+@pytest.mark.parametrize("base", ["diagonal", "flows"])
+def test_the_score_has_the_volumes_of_constraint_and_base(double, base):
+    """The gradient of log N(m; 0, 2) + log N(log s; 0, 1) + log p(y) + log |det| by the state, plus x."""
+    guide = disturbed(AutoDiffusion(pair, 2, BASES[base]), Y)
+    transform = guide.base.get_transform(Y)
+
+    def log_p(x):
+        z = transform(x)
+        of_y = dist.Normal(z[0], z[1].exp()).log_prob(Y).sum()
+        prior = dist.Normal(0.0, 2.0).log_prob(z[0]) + dist.Normal(0.0, 1.0).log_prob(z[1])
+        jacobian = torch.autograd.functional.jacobian(transform, x, create_graph=True)
+        return prior + of_y + jacobian.det().abs().log()
+
+    x = torch.randn(2, requires_grad=True)
+    (expected,) = torch.autograd.grad(log_p(x), x)
+    found = guide._score(guide._map(Y), (Y,), {}, x)
+    torch.testing.assert_close(found, expected + x.detach())
+    assert not found.requires_grad  # no derivative of its own
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_each_step_has_a_gate_of_its_own(double, t):
+    guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
+    guide()
+    drift = guide.drift
+    with torch.no_grad():
+        drift.gate.copy_(torch.tensor([[0.1], [0.2], [0.3]]))
+    x_t, score = torch.randn(2), torch.tensor([3.0, -4.0])
+    signal, noise = drift.schedule.signal(t), drift.schedule.noise(t)
+    before = drift.schedule.signal(t - 1)
+    share = 1 - (signal / before) ** 2
+    of_datum = before * share / noise**2  # the coefficient of x_0 in E3
+    moved = drift.transition(x_t, t, lambda x: score).mean - drift.transition(x_t, t, None).mean
+    clipped = score / (1 + 12.5**0.5 / CLIP)
+    torch.testing.assert_close(moved, of_datum * noise * 0.1 * t * clipped)
+
+
 def test_the_bound_is_below_the_evidence_and_the_weights_reach_it(double):
     guide = AutoDiffusion(pair, 8, partial(AutoDiagonalNormal, init_scale=0.5))
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(pair, guide, pyro.optim.ClippedAdam({"lr": 0.02}), elbo)
+    svi = SVI(pair, guide, pyro.optim.ClippedAdam({"lr": 0.01}), elbo)
     start = global_evidence(pair, guide, Y, num_particles=400, max_plate_nesting=1, progress=False)
     for _ in range(120):
         svi.step(Y)
@@ -211,7 +248,7 @@ def test_the_bound_is_below_the_evidence_and_the_weights_reach_it(double):
     log_p = log_p_of_pair(Y)
     assert found.elbo < log_p
     assert found.elbo - start.elbo > 1.0
-    assert log_p - found.elbo < 0.4
+    assert log_p - found.elbo < 0.5
     assert abs(found.log_evidence - log_p) < 4 * found.standard_error < 0.1
 
 
@@ -294,7 +331,7 @@ def test_a_loss_of_torch_jit_is_that_of_the_programs(double, base):
         )
         error = (losses.var(1).sum() / 8).sqrt()
         assert (losses[0].mean() - losses[1].mean()).abs() < 5 * error
-        assert error < 0.5
+        assert error < 1.5
         y = y + 2
         with torch.no_grad():
             for parameter in guide.base.parameters():
@@ -502,3 +539,59 @@ def test_a_base_of_another_model_is_named(double):
     base()
     with pytest.raises(ValueError, match="argument 'base': got a guide of 3 numbers"):
         AutoDiffusion(pair, base=base)(Y)
+
+
+def test_a_flow_that_is_fitted_is_a_base_and_a_guide_on_it_is_copied(double):
+    base = AutoIAFNormal(pair, hidden_dim=[8])
+    SVI(pair, base, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+    guide = AutoDiffusion(pair, 2, base)
+    SVI(pair, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO()).step(Y)
+    other = copy.deepcopy(guide)
+    torch.manual_seed(1)
+    weight = log_weight(pair, guide, Y)[0]
+    torch.manual_seed(1)
+    assert log_weight(pair, other, Y)[0] == pytest.approx(weight, abs=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+def test_a_guide_that_has_not_run_is_copied(double, copied):
+    guide = AutoDiffusion(pair, 2, AutoMultivariateNormal)
+    other = copied(guide)
+    for each in (guide, other):
+        assert set(each(Y)) == {"mean", "scale"}
+
+
+def test_a_latent_that_cannot_be_drawn_begins_where_the_user_says(double):
+    def improper(y):
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    start = init_to_value(values={"z": torch.tensor(3.0)})
+    guide = AutoDiffusion(improper, 2, init_loc_fn=start)
+    assert guide(Y)["z"].shape == ()
+    assert guide.base.loc.item() == 3.0
+    fitted = AutoDiagonalNormal(improper, init_loc_fn=start)
+    fitted(Y)
+    assert AutoDiffusion(improper, 2, fitted)(Y)["z"].shape == ()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_network_gives_the_drift_and_perhaps_the_noise(double, outputs):
+    guide = AutoDiffusion(
+        pair, 3, network=MLP((2,), hidden_size=8, num_blocks=1, num_outputs=outputs)
+    )
+    guide(Y)
+    with torch.no_grad():
+        guide.drift.network.decode.bias.copy_(torch.tensor([0.1, 0.2, -0.3, 0.4])[: 2 * outputs])
+    x_t, step = torch.randn(2), 2
+    scale = guide.drift.transition(x_t, step, None).base_dist.scale
+    forward = guide.drift.process.transition(x_t, step).base_dist.scale
+    expected = torch.tensor([0.2, 0.4]).exp() if outputs == 2 else torch.ones(2)
+    torch.testing.assert_close(scale / forward, expected.expand(2), rtol=1e-6, atol=1e-6)
+
+
+def test_an_output_of_another_shape_is_named(double):
+    guide = AutoDiffusion(pair, 2, network=MLP((2,), hidden_size=8, num_outputs=3))
+    with pytest.raises(ValueError, match="argument 'network': got an output of shape"):
+        guide(Y)

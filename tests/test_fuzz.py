@@ -406,6 +406,12 @@ CALLS = {
     ),
     "KLWarmup": (pd.KLWarmup, {"scale": (0.5, "at least zero")}),
     "FreeBitsELBO": (pd.FreeBitsELBO, {"free_nats": (0.5, "at least zero")}),
+    "LogVarianceELBO": (pd.LogVarianceELBO, {"num_particles": (2, "count")}),
+    "AutoDiffusion": (
+        lambda **given: pd.AutoDiffusion(lambda: None, **given),
+        {"num_timesteps": (16, "count"), "init_scale": (3.0, "positive or nothing"),
+         "network": (None, "network or nothing"), "schedule": (None, "kind")},
+    ),
     "MinimumVarianceELBO": (pd.MinimumVarianceELBO, {"parameters": ([], "object")}),
     "levels": (
         lambda x_0: pd.elbo_terms(diffusion(likelihood=pd.DiscretizedGaussianLikelihood(5)), x_0),
@@ -425,6 +431,7 @@ POOLS |= {
         for x in POOLS["data"]
         if x is not None and getattr(x, "dtype", 0) not in (torch.long, torch.bool)
     ],
+    "network or nothing": [x for x in POOLS["network"] if x is not None],
     "positive or nothing": [x for x in POOLS["positive"] if x is not None],
     "count or nothing": [x for x in POOLS["count"] if x is not None],
     "count but ends": [x for x in POOLS["count"] if x is not None and x is not math.inf],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from torch.distributions import MultivariateNormal
 
 from pyro_diffusion.evidence import GlobalEvidence, global_evidence
@@ -389,3 +389,27 @@ def test_a_point_is_no_guide(double, nesting):
 def test_a_plate_that_the_nesting_leaves_no_room_for(double):
     with pytest.raises(ValueError, match="max_plate_nesting"):
         evidence(conjugate, posterior, torch.randn(100), num_particles=100, max_plate_nesting=0)
+
+
+def test_one_point_among_random_latents_is_named(double):
+    def two(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z + w, 1.0), obs=y)
+
+    guide = AutoGuideList(two)
+    guide.append(AutoNormal(poutine.block(two, hide=["w"])))
+    guide.append(AutoDelta(poutine.block(two, hide=["z"])))
+    with pytest.raises(ValueError, match="site 'w' of argument 'guide': got a point"):
+        evidence(two, guide, Y, num_particles=5)
+
+
+def test_a_term_that_sums_over_the_draws_is_named(double):
+    def summed(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("odd", -z.reshape(-1).square())
+
+    guide = AutoNormal(summed)
+    with pytest.raises(ValueError, match="site 'odd': got a log-density of shape"):
+        evidence(summed, guide, Y, num_particles=7, max_plate_nesting=1)

@@ -136,8 +136,24 @@ def to_arviz(  # type: ignore[misc]
     if isinstance(family, AutoGuide):
         args = [value for value in (guide, x_0) if value is not None]
         return of_guide(family, args, given, num_draws, progress=progress)
+    return _of_pair(
+        family, guide, x_0, Given.of(**given), num_draws, timesteps, batch_size, progress
+    )
+
+
+def _of_pair(
+    family: Any,
+    guide: Any,
+    x_0: Any,
+    what: Given,
+    num_draws: int,
+    timesteps: Sequence[int] | None,
+    batch_size: int | None,
+    progress: bool,
+) -> Any:
+    """The container of a family, or of a pair whose latents are in the data plate."""
     model, guide, x_0 = unpacked(family, guide, x_0)
-    timesteps, what = _kept_timesteps(family, timesteps), Given.of(**given)
+    timesteps = _kept_timesteps(family, timesteps)
     keep = None if timesteps is None else [f"x_{t}" for t in timesteps]
     drawn = _draw(model, guide, x_0, what, num_draws, keep, batch_size, progress)
     what = what.with_rows(len(x_0))

@@ -40,7 +40,7 @@ from pyro_diffusion.scoring import log_density, replayed
 __all__ = ["GlobalEvidence", "global_evidence"]
 
 _CHUNK = 100  # particles at a time, where a plate holds them
-_PARTICLES = "particles"  # the plate
+_PARTICLES = "_pyro_diffusion_draws"  # the plate
 
 
 class GlobalEvidence(NamedTuple):
@@ -155,11 +155,6 @@ def global_evidence(
     check_program("guide", guide)
     remedy = "A thousand show whether Pareto k is small."
     count = check_count("num_particles", num_particles, 1, remedy)
-    if max_plate_nesting is not None:
-        remedy = (
-            "It is the number of dimensions of plates, 0 without any; None runs draws one by one."
-        )
-        check_count("max_plate_nesting", max_plate_nesting, 0, remedy)
     drawn = global_draws(model, guide, count, max_plate_nesting, args, kwargs, progress=progress)
     log_weights = drawn.log_weights
     found = average(log_weights[:, None])
@@ -193,7 +188,8 @@ def global_draws(
     progress: bool,
 ) -> GlobalDraws:
     """Draws of a guide, scored by guide and model; for the arguments see :func:`global_evidence`."""
-    parts = []
+    parts: list[Any] = []
+    _check_nesting(nesting)
     with (
         reading(model, guide, data=(args, kwargs)),
         tqdm(
@@ -201,9 +197,10 @@ def global_draws(
         ) as bar,
     ):
         for number in _numbers(count, nesting):
-            programs = (partial(_plated, program, number, nesting) for program in (model, guide))
-            drawn, scored = replayed(*programs, args, kwargs)
-            _check_latents(drawn, scored)
+            p, q = (partial(_plated, program, number, nesting) for program in (model, guide))
+            drawn, scored = replayed(p, q, args, kwargs)
+            if not parts:
+                check_random(drawn, scored, q, args, kwargs)
             densities = (log_joint(trace, number, nesting) for trace in (scored, drawn))
             parts.append((_values(drawn, nesting), *densities))
             bar.update(number)
@@ -217,10 +214,15 @@ def guide_draws(
     nesting: int | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    inside: tuple[Callable[..., Any], ...] = (),
 ) -> dict[str, Tensor]:
-    """Draws of a guide's latents by site, ``(K,)`` + the site's shape."""
+    """Draws of a guide's latents by site, ``(K,)`` + the site's shape.
+
+    ``inside`` are programs that the guide runs; modules among them are in evaluation mode too.
+    """
     parts = []
-    with reading(guide, data=(args, kwargs)):
+    _check_nesting(nesting)
+    with reading(guide, *inside, data=(args, kwargs)):
         for number in _numbers(count, nesting):
             with poutine.block(), poutine.trace() as tracer:
                 _plated(guide, number, nesting, args, kwargs)
@@ -289,11 +291,26 @@ def log_joint(trace: poutine.Trace, count: int, nesting: int | None) -> Tensor:
             total = total + values.sum().to(total.device)
         else:
             kept = values.dim() > nesting and values.shape[-1 - nesting] == count
+            _check_shape(name, site, values, nesting)
             by_draw = (
                 values.movedim(-1 - nesting, 0).reshape(count, -1).sum(1) if kept else values.sum()
             )
             total = total + by_draw.to(total.device)
     return total
+
+
+def _check_shape(name: str, site: Any, values: Tensor, nesting: int) -> None:
+    """Raise a ``ValueError`` for a log-density that may have the draws in another dimension."""
+    sizes = {x.dim: x.size for x in site["cond_indep_stack"] if x.vectorized}
+    right = values.shape[max(values.dim() - nesting, 0) :]
+    wrong = [d for d, size in enumerate(reversed(right), 1) if size not in (1, sizes.get(-d))]
+    require(
+        not wrong,
+        f"site {name!r}",
+        f"a log-density of shape {tuple(values.shape)}",
+        f"draws in the dimension {-1 - nesting}, to the left of the model's plates",
+        "Sum over event dimensions and keep those of plates, or leave out max_plate_nesting.",
+    )
 
 
 def _check_plates(name: str, site: Any, nesting: int | None) -> None:
@@ -334,16 +351,52 @@ def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
         "the same latents in both",
         'Rename the sites, or mark auxiliary ones of the guide with infer={"is_auxiliary": True}.',
     )
-    random = [
-        site for site in drawn.nodes.values() if is_latent(site) and not _is_point(site["fn"])
-    ]
-    require(
-        len(random) > 0,
-        "argument 'guide'",
-        "a guide whose draw is always the same, of which every weight is log p(y, z)",
-        "a guide with a density",
-        "Use AutoNormal, or AutoLaplaceApproximation(model).laplace_approximation(*args).",
-    )
+
+
+def check_random(
+    drawn: poutine.Trace,
+    scored: poutine.Trace,
+    guide: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Raise a ``ValueError`` unless the programs have the same latents, and those of the guide are random.
+
+    Args:
+        drawn: A trace of the guide.
+        scored: A trace of the model with its draws.
+        guide: The guide, which runs once more if a latent is a point.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+    """
+    _check_latents(drawn, scored)
+    points = {
+        name: site["value"]
+        for name, site in drawn.nodes.items()
+        if is_latent(site) and _is_point(site["fn"]) and not _is_point(scored.nodes[name]["fn"])
+    }
+    if not points:
+        return
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block(), poutine.trace() as again:
+        guide(*args, **kwargs)
+    for name, value in points.items():
+        require(
+            not torch.equal(value, again.trace.nodes[name]["value"]),
+            f"site {name!r} of argument 'guide'",
+            "a point, of which every weight is log p(y, z)",
+            "a law with a density",
+            "Use AutoNormal, or AutoLaplaceApproximation(model).laplace_approximation(*args).",
+        )
+
+
+def _check_nesting(nesting: Any) -> None:
+    """Raise a ``ValueError`` unless it is a number of dimensions, or ``None``."""
+    if nesting is not None:
+        remedy = (
+            "It is the number of dimensions of plates, 0 without any; None runs draws one by one."
+        )
+        check_count("max_plate_nesting", nesting, 0, remedy)
 
 
 def _is_point(distribution: Any) -> bool:

@@ -42,7 +42,7 @@ from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
 from pyro_diffusion.denoisers.base import check_network
 from pyro_diffusion.evidence.global_latents import guide_draws
-from pyro_diffusion.inference.bases import own_base, rename
+from pyro_diffusion.inference.bases import beginning, own_base, rename, uncached
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.params import ParamScope, free_name, snake_case
@@ -61,20 +61,24 @@ class AutoDiffusion(AutoContinuous):
         guide = AutoDiffusion(model, base=AutoMultivariateNormal)
         elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
         svi = SVI(model, guide, ClippedAdam({"lr": 5e-3}), elbo)
-        best = KeepBest(model, guide, y)
+        best = KeepBest(model, guide, y, max_plate_nesting=1)
         for step in range(2_000):
             svi.step(y)
             if step % 200 == 199:
                 best.update()
         best.restore()
-        global_evidence(model, guide, y)
+        global_evidence(model, guide, y, max_plate_nesting=1)
 
     At the beginning its bound is that of its base, path by path, unless ``init_scale`` is given. The states
     of the chain are auxiliary sites, and the forward chain of the extended model is a factor of the guide.
 
     The bound prefers one mode to two. For a posterior of several modes begin broad, with
     ``init_scale``, minimise the variance of :math:`\log w` first
-    (:class:`~pyro_diffusion.training.LogVarianceELBO`, with hundreds of particles), and then the bound.
+    (:class:`~pyro_diffusion.training.LogVarianceELBO`, with hundreds of particles, the base held), and then
+    the bound. The start must reach the modes: three times as broad as their distance asks for.
+
+    A trained guide is saved by its ``state_dict``: build it anew, call it once, and load. Pyro's param store
+    alone does not restore it, because every guide has names of its own there.
 
     Args:
         model: Program with continuous latents that all data share.
@@ -82,15 +86,21 @@ class AutoDiffusion(AutoContinuous):
         base: The guide whose coordinates the chain uses: ``AutoDiagonalNormal``,
             ``AutoMultivariateNormal`` or ``AutoIAFNormal``, another function from a model to such a guide,
             or a guide of the same model that is fitted already. The guide is copied, and the copy goes on
-            learning, unless ``guide.base.requires_grad_(False)``.
+            learning, as far as it has parameters. To hold it, call ``guide.base.requires_grad_(False)``
+            after the guide's first call.
         init_scale: How many times broader than its base the guide begins. The gates of the score then begin
             at :math:`a_t \sigma_t`, so that the chain is drawn to the modes from the beginning.
         network: The drift's network, called as ``network(x_t, log_snr)`` for states ``(B, d)`` and
-            log-SNRs ``(B,)``, zero at the beginning. By default an ``MLP`` of two blocks of 64 units.
-        schedule: Noise schedule of the chain, of ``num_timesteps`` steps; by default a log-SNR from 4 to -6.
+            log-SNRs ``(B,)``, zero at the beginning. Its output is the drift, ``(B, d)``, or with one more
+            axis of two numbers also the logarithm of a factor of the noise. It is not copied, and takes the
+            base's dtype. By default an ``MLP`` of two blocks of 64 units, with both numbers.
+        schedule: Noise schedule of the chain, whose number of steps takes the place of ``num_timesteps``; by
+            default a log-SNR from 4 to -6.
         init_loc_fn: Where the base begins, for a base that is not fitted; see Pyro's autoguides.
         score: Whether the drift uses the gradient of the model, one more run of the model for each timestep.
-            The gradient is taken without its own derivative.
+            Its own derivative is left out, so that the gradients of the base, and of parameters of the model,
+            are biased where the gates are large. Where the guide sees a part of the model's latents, use
+            ``False``: the others would be drawn from their prior.
 
     Raises:
         ValueError: An argument of another kind. From the first call: a model without latents, with discrete
@@ -144,13 +154,17 @@ class AutoDiffusion(AutoContinuous):
         self._parts = None if network is None else check_network(network, "MLP((d,))"), schedule
         # Not as an AutoGuide's attribute is set: this guide would become the master of the base's plates.
         PyroModule.__setattr__(self, "base", own_base(base, model, init_loc_fn))
+        self._model = self._begun = beginning(self.base, model)
 
     def _take_name(self) -> None:
         """Take a name of its own in Pyro's param store."""
         self._pyro_name = ParamScope(free_name(snake_case(type(self).__name__))).name
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._nesting = _checked_nesting(self._program[0], args, kwargs)
+        self._model = self._begun
+        if self.base.prototype_trace is None:
+            self.base._model = self._begun  # which copying takes away
+        self._nesting = _checked_nesting(self.model, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         if self.base.prototype_trace is None:
             self.base._setup_prototype(*args, **kwargs)
@@ -164,7 +178,8 @@ class AutoDiffusion(AutoContinuous):
             "Pass a class, or a guide that was built from the same model.",
         )
         network, schedule = self._parts
-        network = MLP((dim,), hidden_size=64, num_blocks=2) if network is None else network
+        if network is None:
+            network = MLP((dim,), hidden_size=64, num_blocks=2, num_outputs=2)
         drift = Drift(
             network, schedule, dim, pulled=self.init_scale is not None,
             name=f"{self._pyro_name}.drift",
@@ -262,15 +277,27 @@ class AutoDiffusion(AutoContinuous):
             kwargs: Arguments of the model by name.
         """
         count = check_count("num_samples", num_samples, 1, "A thousand are enough for quantiles.")
-        return guide_draws(self, count, max_plate_nesting, args, kwargs)
+        return guide_draws(self, count, max_plate_nesting, args, kwargs, inside=self._program)
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each latent, of a thousand draws."""
-        return {name: x[0] for name, x in self.quantiles([0.5], *args, **kwargs).items()}
+    def median(
+        self, *args: Any, max_plate_nesting: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The median of each latent, of a thousand draws; much faster with ``max_plate_nesting``."""
+        found = self.quantiles([0.5], *args, max_plate_nesting=max_plate_nesting, **kwargs)
+        return {name: x[0] for name, x in found.items()}
 
-    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each latent, of a thousand draws, each ``(len(quantiles),)`` + the site's shape."""
-        draws = self.sample_posterior(1000, *args, **kwargs)
+    def quantiles(
+        self,
+        quantiles: Sequence[float],
+        *args: Any,
+        max_plate_nesting: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantiles of each latent, of a thousand draws, each ``(len(quantiles),)`` + the site's shape.
+
+        The draws are made one by one, or together with ``max_plate_nesting``, as by :meth:`sample_posterior`.
+        """
+        draws = self.sample_posterior(1000, *args, max_plate_nesting=max_plate_nesting, **kwargs)
         return {
             name: torch.quantile(x, torch.as_tensor(quantiles).to(x), dim=0)
             for name, x in draws.items()
@@ -278,12 +305,14 @@ class AutoDiffusion(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._model, self.master  # which Pyro takes from the guide that is copied
+        uncached(self.base)
         state: dict[str, Any] = super().__getstate__()
         self._model, self.master = kept
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_model": state["_program"]})
+        super().__setstate__(state | {"_model": state["_begun"]})
+        self._modules["base"].__dict__["master"] = None  # as at the beginning
         self._take_name()
         rename(self, self._pyro_name)
 
@@ -334,8 +363,8 @@ def _checked_nesting(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             f"site {name!r}",
             "a discrete latent",
             "continuous ones, which a chain of Gaussian steps ends in",
-            f"Sum it out: AutoDiffusion(poutine.block(config_enumerate(model), hide=[{name!r}])) with "
-            "TraceEnum_ELBO.",
+            f"Sum it out: AutoDiffusion(poutine.block(config_enumerate(model), hide=[{name!r}]), "
+            "score=False) with TraceEnum_ELBO.",
         )
         for frame in site["cond_indep_stack"]:
             part = frame.full_size is not None and frame.size < frame.full_size

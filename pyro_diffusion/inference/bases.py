@@ -1,10 +1,13 @@
 """The base of a guide: another automatic guide, which maps a standard normal to the latents of a model."""
 
 import copy
+from functools import partial
 from typing import Any
 
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.nn import PyroModule
+from torch.distributions import Transform
 
 from pyro_diffusion.checks import require
 
@@ -36,10 +39,21 @@ def own_base(base: Any, model: Any, init_loc_fn: Any) -> AutoContinuous:
     if made is not base:
         return made
     kept, master = base._model, base.master  # which copying would take away
+    uncached(base)
     own = copy.deepcopy(base)
     base._model, base.master, own._model = kept, master, kept
     rename(own, own._pyro_name)
     return own
+
+
+def beginning(base: AutoContinuous, model: Any) -> tuple[Any]:
+    """The model with the initial values of its base; the bare model may be one that cannot be drawn from."""
+    if base.prototype_trace is None:
+        own: tuple[Any] = base._model
+        return own
+    sites = base.prototype_trace.iter_stochastic_nodes()
+    values = {name: site["value"].detach() for name, site in sites}
+    return (InitMessenger(partial(init_to_value, values=values))(model),)
 
 
 def rename(guide: AutoContinuous, name: str) -> None:
@@ -48,3 +62,12 @@ def rename(guide: AutoContinuous, name: str) -> None:
         if isinstance(module, PyroModule):
             module.__dict__["_pyro_context"] = PyroModule()._pyro_context
     guide._pyro_set_supermodule(name, guide._pyro_context)
+
+
+def uncached(guide: AutoContinuous) -> None:
+    """Empty the caches of the transforms of a guide: their tensors have a history, which cannot be copied."""
+    for module in guide.modules():
+        if isinstance(module, Transform):
+            module._cached_x_y = None, None
+            if hasattr(module, "_cached_log_scale"):
+                module._cached_log_scale = None

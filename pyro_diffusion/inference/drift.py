@@ -24,9 +24,11 @@ References:
 
 from collections.abc import Callable
 
+import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_diffusion.checks import require
 from pyro_diffusion.denoisers import ForwardVariance
 from pyro_diffusion.params import ParamScope
 from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess
@@ -56,6 +58,13 @@ class Drift(ParamScope):
     def __init__(
         self, network: nn.Module, schedule: NoiseSchedule, dim: int, *, pulled: bool, name: str
     ) -> None:
+        require(
+            not any(key.startswith(f"{name}.") for key in pyro.get_param_store()),
+            "param store of Pyro",
+            f"parameters under {name!r} already, which are of another guide",
+            "none, because a guide states its own",
+            "Call the guide once and load its state_dict, or call pyro.clear_param_store() first.",
+        )
         super().__init__(name)
         self.network, self.schedule = network, schedule
         t = torch.arange(1, schedule.num_timesteps + 1, device=schedule.device)
@@ -85,11 +94,20 @@ class Drift(ParamScope):
         log_snr = self.schedule.log_snr(t)
         signal, noise = (c.to(x_t.dtype) for c in self.schedule.scales(log_snr))
         rows = x_t.reshape(-1, x_t.shape[-1])
-        drift = self.network(rows, log_snr.to(x_t.dtype).expand(len(rows))).reshape(x_t.shape)
+        output = self.network(rows, log_snr.to(x_t.dtype).expand(len(rows)))
+        if output.shape not in (rows.shape, (*rows.shape, 2)):
+            raise ValueError(
+                f"argument 'network': got an output of shape {tuple(output.shape)} for states of shape "
+                f"{tuple(rows.shape)}; expected that shape, or one more axis of two numbers. Pass "
+                f"MLP(({rows.shape[1]},), num_outputs=2)."
+            )
+        output = output.reshape(*x_t.shape, *output.shape[2:])
+        drift, log_scale = output.unbind(-1) if output.dim() > x_t.dim() else (output, 0.0)
         if score is not None:
             drift = drift + self.gate[t - 1] * clipped(score(x_t))
         x_0_hat = (signal * x_t + noise * drift) / (signal.square() + noise.square())
-        factor = (2 * self.log_scale[t - 1].clamp(-_MOST, _MOST)).exp()
+        log_scale = self.log_scale[t - 1] + log_scale
+        factor = (2 * log_scale.clamp(-_MOST, _MOST)).exp()
 
         def variance(step: ChainStep) -> Tensor:
             """The variance of the reversal times the learned factors."""

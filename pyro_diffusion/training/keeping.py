@@ -9,6 +9,7 @@ the same random numbers, and by many draws,
 so that the error of the difference is smaller than that of either bound.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,21 +97,24 @@ class KeepBest:
 
     @property
     def bound(self) -> float:
-        """The bound of the best parameters, in nats."""
+        """The bound of the best parameters, in nats, by the draws that chose them: high, the more so the more
+        states were compared. Read ``global_evidence`` for one from fresh draws.
+        """
         return self._log_weights.mean().item()
 
     def update(self) -> Gain:
         """Compare the present parameters with the best ones, and keep the better."""
         try:
             log_weights = self._read()
-        except ValueError:  # weights, or a score, that are not finite
+        except ValueError as error:
+            warnings.warn(f"these parameters are not kept, because of {error}", stacklevel=2)
             return Gain(-float("inf"), 0.0, False)
         change = log_weights - self._log_weights
-        value, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
-        kept = value > error
+        value, spread = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+        kept = value > spread
         if kept:
             self._log_weights, self._values = log_weights, self._parameters()
-        return Gain(value, error, kept)
+        return Gain(value, spread, kept)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -17,8 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_diffusion.bounds.checks import is_latent
-from pyro_diffusion.checks import check_count
-from pyro_diffusion.evidence.global_latents import log_joint
+from pyro_diffusion.checks import check_count, check_finite
+from pyro_diffusion.evidence.global_latents import check_random, log_joint
 
 
 class LogVarianceELBO(Trace_ELBO):
@@ -29,13 +29,19 @@ class LogVarianceELBO(Trace_ELBO):
         r = q_\phi \text{ without its gradient.}
 
     It is zero if and only if the guide is the posterior. It is a divergence, and no bound of the evidence:
-    ``loss``, ``evaluate_loss`` and ``SVI.step`` return this number. Its gradient has the same mean as the
-    bound's, with more weight for draws where the guide is wrong. A guide that begins broad therefore keeps
-    modes that the bound loses. The variance is minimised first, and then the bound::
+    ``loss``, ``evaluate_loss`` and ``SVI.step`` return this number. For parameters of the densities that are
+    drawn from, its gradient has the same mean as the bound's. Yet the gradient of a finite number of draws
+    has more weight where the guide is wrong, so that a guide which begins broad can keep modes that the bound
+    loses. The draws are the guide's own: a mode that none of them reaches is lost here too. The variance is
+    minimised first, and then the bound::
 
         many = dict(num_particles=256, vectorize_particles=True)
         SVI(model, guide, optimizer, LogVarianceELBO(**many))    # until it does not fall any more
         SVI(model, guide, optimizer, Trace_ELBO(**many))
+
+    The base of an :class:`~pyro_diffusion.inference.AutoDiffusion` moves the target in the coordinates of the
+    chain, and its gradient is another than the bound's. Hold it meanwhile,
+    ``guide.base.requires_grad_(False)``.
 
     Parameters of the model have no gradient, because the evidence, which they change, is a constant here.
 
@@ -45,7 +51,8 @@ class LogVarianceELBO(Trace_ELBO):
 
     Raises:
         ValueError: Fewer than two draws. From a step: a plate of a part of the data, with which the estimate
-            would be biased.
+            would be biased; latents that differ between the programs; a latent that is always the same; or
+            weights that are not finite.
 
     References:
         VarGrad (Richter et al., 2020). https://arxiv.org/abs/2010.10436
@@ -58,6 +65,7 @@ class LogVarianceELBO(Trace_ELBO):
         super().__init__(
             num_particles=check_count("num_particles", num_particles, 2, remedy), **arguments
         )
+        self._checked = False
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Half of the variance, differentiable by the parameters of the guide."""
@@ -84,6 +92,9 @@ class LogVarianceELBO(Trace_ELBO):
         weights, parameters = [], {}
         with _WithoutGradient():
             for p, q in self._get_traces(model, guide, args, kwargs):
+                if not self._checked:
+                    check_random(q, p, guide, *args, **kwargs)
+                    self._checked = True
                 nesting = self.max_plate_nesting - 1 if together else None
                 log_p, log_q = (log_joint(trace, count, nesting) for trace in (p, q))
                 weights.append(log_p - log_q)
@@ -91,12 +102,21 @@ class LogVarianceELBO(Trace_ELBO):
                     if site["type"] == "param":
                         parameters[name] = site["value"].unconstrained()
         trained = [value for value in parameters.values() if value.requires_grad]
-        return torch.cat(weights).var() / 2, trained
+        remedy = (
+            "Take a smaller learning rate, clip gradients, or hold the base of an AutoDiffusion."
+        )
+        log_weights = check_finite("draws of the guide, log p − log q", torch.cat(weights), remedy)
+        return log_weights.var() / 2, trained
 
 
 class _WithoutGradient(Messenger):
     """Cut the gradient of every draw. Points that follow from a draw, as in automatic guides, keep theirs."""
 
+    def _pyro_sample(self, msg: Any) -> None:
+        fresh = not msg["done"]  # and not a value of the guide that the model takes over
+        if is_latent(msg) and fresh and not isinstance(msg["fn"], Delta):
+            msg["infer"]["_cut"] = True
+
     def _pyro_post_sample(self, msg: Any) -> None:
-        if is_latent(msg) and not isinstance(msg["fn"], Delta):
+        if msg["infer"].get("_cut"):
             msg["value"] = msg["value"].detach()
