@@ -29,6 +29,7 @@ RUNS = {
     "classify": ("--plot", "classify.png"),
     "diffusion_vs_hvae": ("--seeds 0 --steps 300 --num-timesteps 20", "levels.png"),
     "digits": ("", "samples.png"),
+    "eight_schools": ("", "eight_schools.png"),
     "estimator_variance": ("", "estimator_variance.png"),
     "gaussian_oracle": ("", None),
     "guidance": ("", "guidance.png"),

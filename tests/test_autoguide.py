@@ -220,6 +220,19 @@ def test_the_score_has_the_volumes_of_constraint_and_base(double, base):
     assert not found.requires_grad  # no derivative of its own
 
 
+def test_the_noise_of_a_step_has_limits(double):
+    guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
+    guide()
+    scales = []
+    for log_scale in (-9.0, -3.0, 1.0, 9.0):
+        with torch.no_grad():
+            guide.drift.log_scale.fill_(log_scale)
+        scales.append(guide.drift.transition(torch.randn(2), 2, None).stddev)
+    torch.testing.assert_close(scales[0], scales[1])
+    torch.testing.assert_close(scales[2], scales[3])
+    torch.testing.assert_close(scales[2], scales[1] * math.exp(4.0))
+
+
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_each_step_has_a_gate_of_its_own(double, t):
     guide = AutoDiffusion(gaussian(torch.zeros(2), 1.0), 3)
@@ -595,3 +608,18 @@ def test_an_output_of_another_shape_is_named(double):
     guide = AutoDiffusion(pair, 2, network=MLP((2,), hidden_size=8, num_outputs=3))
     with pytest.raises(ValueError, match="argument 'network': got an output of shape"):
         guide(Y)
+
+
+def test_a_draw_whose_score_is_not_finite_gets_none(double):
+    def halved():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("root", torch.where(z > 0, 1.0 + z, z - z).sqrt())
+
+    guide = AutoDiffusion(halved, 3, partial(AutoDiagonalNormal, init_scale=1.0))
+    guide()
+    x = torch.tensor([[-1.0], [0.5]])
+    found = guide._score(guide._map(), (), {}, x)
+    assert found.isfinite().all()
+    assert found[0] == 0
+    with pytest.raises(ValueError, match="site 'root': got a log-density whose gradient"):
+        guide._score(guide._map(), (), {}, x[:1])

@@ -13,6 +13,7 @@ LISTED = {
     "classify.py": ["images decided", "network rows", "nearest neighbour", "wrong decisions"],
     "diffusion_vs_hvae.py": ["arviz.compare", "log-ratio at x_1", "active units", "diffusion.nc"],
     "digits.py": ["bits/dim", "histogram", "Monte Carlo", "sampling", "bound.nc", "ladder VAE"],
+    "eight_schools.py": ["R-hat of log tau", "chain on flow, resampled", "share of the mode"],
     "estimator_variance.py": ["consistency", "matching", "one trajectory", "independent"],
     "gaussian_oracle.py": ["log p(x_0)", "β̃", "closed form"],
     "guidance.py": ["tilted law", "W1", "neither p(x∣c) nor", "guidance.png"],

@@ -9,7 +9,7 @@ from pyro_diffusion import arviz_bridge
 from pyro_diffusion.checks import require
 from pyro_diffusion.diagnostics.recording import dataset
 from pyro_diffusion.evidence.evidence import average, systematic
-from pyro_diffusion.evidence.global_latents import global_draws
+from pyro_diffusion.evidence.particles import global_draws
 
 _DRAWS = ("chain", "draw")
 

@@ -39,9 +39,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.chains import GenerativeChain
-from pyro_diffusion.checks import check_argument, check_count, check_positive, finite, require
+from pyro_diffusion.checks import (
+    check_argument,
+    check_count,
+    check_positive,
+    finite,
+    holds,
+    require,
+)
 from pyro_diffusion.denoisers.base import check_network
-from pyro_diffusion.evidence.global_latents import guide_draws
+from pyro_diffusion.evidence.particles import guide_draws
 from pyro_diffusion.inference.bases import beginning, own_base, rename, uncached
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
@@ -105,7 +112,7 @@ class AutoDiffusion(AutoContinuous):
     Raises:
         ValueError: An argument of another kind. From the first call: a model without latents, with discrete
             latents, or with latents in a plate that is subsampled or sequential. From a call: a score that
-            is not finite.
+            is finite for no draw. (Single draws far away, where it is not, get none.)
 
     Example:
         >>> def model(y):
@@ -239,16 +246,18 @@ class AutoDiffusion(AutoContinuous):
                 return dict(zip(terms, grads, strict=True))
 
         if torch._C._get_tracing_state():  # of JitTrace_ELBO
-            return _traceable(lambda x: gradients(x)[""], x) + x.detach()
-        found = gradients(x)[""]
-        if not finite(found):
+            found = _traceable(lambda x: gradients(x)[""], x)
+        else:
+            found = gradients(x)[""]
+        known = found.isfinite().all(-1, keepdim=True)
+        if not holds(known.any()):
             bad = [name for name, g in gradients(x, by_site=True).items() if not finite(g)]
             raise ValueError(
                 f"site {bad[0] if bad else 'of a latent'!r}: got a log-density whose gradient by the latents "
                 "is not finite; expected a finite one wherever the guide goes. Check scales for underflow, "
                 "begin the base elsewhere, or use score=False."
             )
-        return found + x.detach()
+        return torch.where(known, found + x.detach(), 0.0)
 
     def _log_joint(
         self, latent: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -36,9 +36,7 @@ from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.typed import TorchDistribution
 
 CLIP = 3.0  #: c, the largest root mean square of the score's entries, in units of the base
-_MOST = (
-    3.0  # a step's noise is at most exp(3) times that of the reversal, and at least exp(-3) times
-)
+_LOG_SCALES = -3.0, 1.0  # limits of the logarithm of a step's noise over that of the reversal
 
 
 class Drift(ParamScope):
@@ -107,7 +105,7 @@ class Drift(ParamScope):
             drift = drift + self.gate[t - 1] * clipped(score(x_t))
         x_0_hat = (signal * x_t + noise * drift) / (signal.square() + noise.square())
         log_scale = self.log_scale[t - 1] + log_scale
-        factor = (2 * log_scale.clamp(-_MOST, _MOST)).exp()
+        factor = (2 * log_scale.clamp(*_LOG_SCALES)).exp()
 
         def variance(step: ChainStep) -> Tensor:
             """The variance of the reversal times the learned factors."""

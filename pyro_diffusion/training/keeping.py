@@ -19,7 +19,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_diffusion.checks import check_count, require
-from pyro_diffusion.evidence.global_latents import global_draws
+from pyro_diffusion.evidence.particles import global_draws
 
 __all__ = ["Gain", "KeepBest"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.checks import check_count, check_finite
-from pyro_diffusion.evidence.global_latents import check_random, log_joint
+from pyro_diffusion.evidence.particles import check_random, log_joint
 
 
 class LogVarianceELBO(Trace_ELBO):
