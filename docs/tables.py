@@ -381,6 +381,52 @@ def flow(found):
     return "\n".join(parts)
 
 
+def autoguide(found):
+    parts = [f"{found['seconds']:.0f} seconds for each run; median (range) over seeds; nats."]
+    for target, known in found["references"].items():
+        rows = [r for r in found["rows"] if r["target"] == target]
+        guides = dict.fromkeys(r["guide"] for r in rows)
+        lines = [_guide([r for r in rows if r["guide"] == guide], known) for guide in guides]
+        head = [
+            "guide", "bound", "log Z" if known["log_z"] is None else "error of log Z", "its own error",
+            "Pareto k", "ESS, %", "worst mean, sds", "worst sd, ratio", "modes, distance of their weights",
+            "gain over the fitted base", "steps", "runs of the model",
+        ]  # fmt: skip
+        title = f"**{target}**"
+        title += "" if known["log_z"] is None else f", log Z = {known['log_z']:.4f}"
+        if "nuts" in known:
+            title += f". NUTS from one start finds {known['nuts']['modes']} of 40 modes."
+        if lines:
+            parts.append(f"{title}\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def _guide(rows, known):
+    """A row of the table: a guide's runs with different seeds."""
+
+    def over(read, form):
+        values = [read(r) for r in rows]
+        low, high = (form.format(value) for value in (min(values), max(values)))
+        return form.format(median(values)) + (f" ({low} to {high})" if low != high else "")
+
+    chosen = sorted({str(r.get("transforms") or r.get("base", "")) for r in rows} - {""})
+    name, first = rows[0]["guide"].split(",")[0], rows[0]
+    notes = f", {' or '.join(chosen)}" if chosen else ""
+    notes += " transforms" if "transforms" in first else ""
+    exact = known["log_z"]
+    error = (sum(r["log_z_error"] ** 2 for r in rows) / len(rows)) ** 0.5
+    modes = ("modes", "distance")
+    return [
+        f"`{name}`{notes}", over(lambda r: r["bound"], "{:.3f}"),
+        over(lambda r: r["log_z"] - (exact or 0.0), "{:.3f}" if exact is None else "{:+.3f}"),
+        f"{error:.2g}", over(lambda r: r["pareto_k"], "{:.2f}"), over(lambda r: 100 * r["ess"], "{:.1f}"),
+        *(over(lambda r, key=key: r[key], "{:.2f}") for key in ("mean_error", "sd_ratio")),
+        "; ".join(over(lambda r, key=key: r[key], "{:.3g}") for key in modes) if "modes" in first else "–",
+        over(lambda r: r["gain"][0], "{:+.3f}") if "gain" in first else "–",
+        f"{median(r['steps'] for r in rows):,.0f}", f"{median(r['gradients'] for r in rows):,.0f}",
+    ]  # fmt: skip
+
+
 def parity(found):
     values = sum(len(q["values"]) for q in found["quantities"].values())
     return (
@@ -426,6 +472,7 @@ TABLES = {
     "Bounds and schedules": [lengths, variance],
     "Densities that are known": [toys, heartbeat, ising],
     "Samples": [samplers, sbi, posterior, flow],
+    "Guides": [autoguide],
     "Training": [fit],
     "Robustness": [stress, parity],
 }

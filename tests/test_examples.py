@@ -42,6 +42,7 @@ LISTED = {
 
 
 BENCHMARKS = {
+    "autoguide.py": ["| mixture | AutoDiffusion |", "| schools | AutoIAFNormal", "best base"],
     "heartbeat.py": ["best", "heartbeats among samples", "log p is -2.3219"],
     "flow.py": ["order", "SVI, weighted", "share right", "s for 1,000 iterations"],
     "fit.py": ["behind", "ahead of the loop", "a step of fit"],
