@@ -39,6 +39,9 @@ class LogVarianceELBO(Trace_ELBO):
         SVI(model, guide, optimizer, LogVarianceELBO(**many))    # until it does not fall any more
         SVI(model, guide, optimizer, Trace_ELBO(**many))
 
+    The bound can lose a mode again. Take a small learning rate there, and
+    :class:`~pyro_diffusion.training.KeepBest`.
+
     The base of an :class:`~pyro_diffusion.inference.AutoDiffusion` moves the target in the coordinates of the
     chain, and its gradient is another than the bound's. Hold it meanwhile,
     ``guide.base.requires_grad_(False)``.
