@@ -71,6 +71,7 @@ from pyro_diffusion import (
     global_evidence,
     ode_log_likelihood,
 )
+from pyro_diffusion.evidence.particles import global_draws
 from pyro_diffusion.inference import flow
 
 LOG_SNR_MAX, LOG_SNR_MIN = 8.0, -10.0
@@ -338,19 +339,15 @@ def svi(model, y, args, x=None):
     fitting = SVI(model, guide, pyro.optim.ClippedAdam(rate), elbo)
     for _ in range(args.svi_steps):
         fitting.step(y)
-    seconds, kept_draws = time.perf_counter() - start, []
-
-    def remembered(y):
-        values = guide(y)
-        kept_draws.append({name: value.detach() for name, value in values.items()})
-
+    seconds, state = time.perf_counter() - start, torch.get_rng_state()
     evidence = global_evidence(
-        model, remembered, y,
-        num_particles=args.num_particles, max_plate_nesting=1, progress=False,
-    )  # fmt: skip
-    z = torch.cat([d["x_base"].reshape(-1, 2) for d in kept_draws])
-    sigma = torch.cat([d["sigma"].reshape(-1) for d in kept_draws])
+        model, guide, y, num_particles=args.num_particles, max_plate_nesting=1, progress=False
+    )
     both_seconds = time.perf_counter() - start
+    torch.set_rng_state(state)  # for the same draws, which the evidence does not keep
+    drawn = global_draws(model, guide, args.num_particles, 1, (y,), {}, progress=False)
+    assert torch.equal(drawn.log_weights, evidence.log_weights)
+    z, sigma = drawn.values["x_base"].reshape(-1, 2), drawn.values["sigma"].reshape(-1)
     return {"evidence": evidence, "z": z, "sigma": sigma, "seconds": (seconds, both_seconds)}
 
 

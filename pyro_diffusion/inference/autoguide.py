@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.chains import GenerativeChain
 from pyro_diffusion.checks import (
     check_argument,
@@ -49,7 +48,7 @@ from pyro_diffusion.checks import (
 )
 from pyro_diffusion.denoisers.base import check_network
 from pyro_diffusion.evidence.particles import guide_draws
-from pyro_diffusion.inference.bases import beginning, own_base, rename, uncached
+from pyro_diffusion.inference.bases import beginning, checked_nesting, own_base, rename, uncached
 from pyro_diffusion.inference.drift import Drift
 from pyro_diffusion.networks import MLP
 from pyro_diffusion.params import ParamScope, free_name, snake_case
@@ -171,7 +170,7 @@ class AutoDiffusion(AutoContinuous):
         self._model = self._begun
         if self.base.prototype_trace is None:
             self.base._model = self._begun  # which copying takes away
-        self._nesting = _checked_nesting(self.model, args, kwargs)
+        self._nesting = checked_nesting(self.model, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         if self.base.prototype_trace is None:
             self.base._setup_prototype(*args, **kwargs)
@@ -351,43 +350,6 @@ def _traceable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _log_det(z: Transform, x: Tensor, latent: Tensor) -> Tensor:
     r""":math:`\log \lvert \det \partial z / \partial x \rvert`, ``batch_shape``."""
     return sum_rightmost(z.log_abs_det_jacobian(x, latent), 1 - z.domain.event_dim)
-
-
-def _checked_nesting(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Number of dimensions of the model's plates, if it has latents, all continuous and global."""
-    with poutine.block(), poutine.trace() as tracer, torch.no_grad():
-        model(*args, **kwargs)
-    sites = {name: x for name, x in tracer.trace.nodes.items() if x["type"] == "sample"}
-    latents = {name: site for name, site in sites.items() if is_latent(site)}
-    require(
-        len(latents) > 0,
-        "argument 'model'",
-        "a model without latents",
-        "latents for a guide to draw",
-        "A model whose sites are all observed needs no guide.",
-    )
-    for name, site in latents.items():
-        require(
-            not site["fn"].support.is_discrete,
-            f"site {name!r}",
-            "a discrete latent",
-            "continuous ones, which a chain of Gaussian steps ends in",
-            f"Sum it out: AutoDiffusion(poutine.block(config_enumerate(model), hide=[{name!r}]), "
-            "score=False) with TraceEnum_ELBO.",
-        )
-        for frame in site["cond_indep_stack"]:
-            part = frame.full_size is not None and frame.size < frame.full_size
-            require(
-                frame.vectorized and not part,
-                f"site {name!r}",
-                f"a latent in the {'subsampled' if part else 'sequential'} plate {frame.name!r}",
-                "latents that all data share, or a plate of all of them",
-                "Use AutoNormal for it in an AutoGuideList, or leave out subsample_size."
-                if part
-                else "Use a vectorised plate: with pyro.plate(…).",
-            )
-    frames = (x for site in sites.values() for x in site["cond_indep_stack"] if x.vectorized)
-    return max((-frame.dim for frame in frames), default=0)
 
 
 def _scored(trace: poutine.Trace) -> list[tuple[str, Any]]:

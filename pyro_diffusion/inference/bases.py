@@ -1,14 +1,17 @@
-"""The base of a guide: another automatic guide, which maps a standard normal to the latents of a model."""
+"""What a guide needs of a model, and of its base: another guide, which maps a standard normal to latents."""
 
 import copy
 from functools import partial
 from typing import Any
 
+import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.nn import PyroModule
 from torch.distributions import Transform
 
+from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.checks import require
 
 
@@ -71,3 +74,40 @@ def uncached(guide: AutoContinuous) -> None:
             module._cached_x_y = None, None
             if hasattr(module, "_cached_log_scale"):
                 module._cached_log_scale = None
+
+
+def checked_nesting(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Number of dimensions of the model's plates, if it has latents, all continuous and global."""
+    with poutine.block(), poutine.trace() as tracer, torch.no_grad():
+        model(*args, **kwargs)
+    sites = {name: x for name, x in tracer.trace.nodes.items() if x["type"] == "sample"}
+    latents = {name: site for name, site in sites.items() if is_latent(site)}
+    require(
+        len(latents) > 0,
+        "argument 'model'",
+        "a model without latents",
+        "latents for a guide to draw",
+        "A model whose sites are all observed needs no guide.",
+    )
+    for name, site in latents.items():
+        require(
+            not site["fn"].support.is_discrete,
+            f"site {name!r}",
+            "a discrete latent",
+            "continuous ones, which a chain of Gaussian steps ends in",
+            f"Sum it out: AutoDiffusion(poutine.block(config_enumerate(model), hide=[{name!r}]), "
+            "score=False) with TraceEnum_ELBO.",
+        )
+        for frame in site["cond_indep_stack"]:
+            part = frame.full_size is not None and frame.size < frame.full_size
+            require(
+                frame.vectorized and not part,
+                f"site {name!r}",
+                f"a latent in the {'subsampled' if part else 'sequential'} plate {frame.name!r}",
+                "latents that all data share, or a plate of all of them",
+                "Use AutoNormal for it in an AutoGuideList, or leave out subsample_size."
+                if part
+                else "Use a vectorised plate: with pyro.plate(…).",
+            )
+    frames = (x for site in sites.values() for x in site["cond_indep_stack"] if x.vectorized)
+    return max((-frame.dim for frame in frames), default=0)
