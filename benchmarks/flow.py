@@ -569,7 +569,7 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     full = (500, 1000, 200, 400, 10_000, 201, 5, (5, 10, 20, 40, 80, 160, 320), (10, 20, 40))
-    tiny = (20, 6, 3, 5, 50, 31, 3, (20, 80, 160), (4,))
+    tiny = (5, 3, 2, 4, 50, 31, 2, (10, 20, 40), (3,))
     (args.num_points, args.num_draws, args.warmup, args.svi_steps, args.num_particles, args.grid,
      args.data_sets, args.steps_of_order, args.steps) = tiny if args.smoke else full  # fmt: skip
     return args
