@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.poutine.messenger import Messenger
 
 from pyro_diffusion import LogVarianceELBO, compile_elbo
@@ -199,3 +199,11 @@ def test_the_bound_is_another_number(double):
     bound = Trace_ELBO(num_particles=20_000, **TOGETHER).loss(target, guide)
     kl = (0.6**2 + 0.7**2 - 1) / 2 - math.log(0.6)
     assert bound == pytest.approx(kl, abs=0.03)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_point_is_refused(together):
+    elbo = LogVarianceELBO(4, **(TOGETHER if together else {}))
+    svi = SVI(target, AutoDelta(target), pyro.optim.Adam({}), elbo)
+    with pytest.raises(ValueError, match="site 'z' of argument 'guide': got a point"):
+        svi.step()

@@ -96,7 +96,8 @@ class LogVarianceELBO(Trace_ELBO):
         with _WithoutGradient():
             for p, q in self._get_traces(model, guide, args, kwargs):
                 if not self._checked:
-                    check_random(q, p, guide, *args, **kwargs)
+                    again = self._vectorized_num_particles(guide) if together else guide
+                    check_random(q, p, again, *args, **kwargs)
                     self._checked = True
                 nesting = self.max_plate_nesting - 1 if together else None
                 log_p, log_q = (log_joint(trace, count, nesting) for trace in (p, q))
