@@ -46,7 +46,8 @@ _used_names: set[str] = set()
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def _in_store(name: str) -> bool:
+def in_store(name: str) -> bool:
+    """Whether Pyro's param store holds parameters with a prefix."""
     return any(key.startswith(f"{name}.") for key in pyro.get_param_store())
 
 
@@ -59,7 +60,7 @@ def free_name(name: str) -> str:
     """The first of ``name``, ``name_2``, ``name_3``, … that this process has never used."""
     stem = re.sub(r"_\d+$", "", name)
     names = chain([name], (f"{stem}_{number}" for number in count(2)))
-    return next(free for free in names if free not in _used_names and not _in_store(free))
+    return next(free for free in names if free not in _used_names and not in_store(free))
 
 
 def shared_copy(module: ModuleT) -> ModuleT:
@@ -163,7 +164,7 @@ class ParamScope(nn.Module):
         if name is None:
             name = free_name(snake_case(type(self).__name__))
         require(
-            not _in_store(name),
+            not in_store(name),
             "argument 'name'",
             f"{name!r}, under which Pyro's param store already holds parameters of another model",
             "a name of its own",

@@ -7,7 +7,7 @@ measures the memory that a step takes with a few rows, and does not guess it fro
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "Footprint",
     "alone",
     "footprint",
+    "forked",
     "reading",
     "refuse_gradients",
     "rows_within",
@@ -52,6 +53,13 @@ def reading(*programs: Callable[..., Any], data: Any = ()) -> Iterator[None]:
     refuse_gradients(data)
     with torch.no_grad(), alone(*programs):
         yield
+
+
+def forked() -> AbstractContextManager[None]:
+    """Leave the random numbers of all devices as they are: draws inside do not move them on."""
+    return torch.random.fork_rng(
+        range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    )
 
 
 @contextmanager
@@ -93,8 +101,7 @@ def footprint(function: Callable[[], Any]) -> Footprint:
 
     Values are not checked, because the real run will check all of them.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices), unchecked(), any_label(), _Memory() as memory:
+    with forked(), unchecked(), any_label(), _Memory() as memory:
         result = function()
         held = memory.live
     del result

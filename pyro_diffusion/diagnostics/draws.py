@@ -32,6 +32,7 @@ from pyro_diffusion.diagnostics.recording import (
     Record,
     as_numpy,
     dataset,
+    importance_fields,
     joined,
     states_dataset,
 )
@@ -340,15 +341,7 @@ def _bound(terms: ELBOTerms) -> "xarray.Dataset":
 
 def _importance(evidence: Evidence) -> "xarray.Dataset":
     """Evidence and bound of every datum from importance weights, with diagnostics of the weights."""
-    fields: dict[str, Any] = {
-        "elbo": evidence.elbo,
-        "elbo_standard_error": evidence.elbo_standard_error,
-        "evidence": evidence.log_evidence,
-        "evidence_standard_error": evidence.standard_error,
-        "pareto_k": evidence.pareto_k,
-        "ess": evidence.ess,
-    }
-    return dataset(("data",), fields).assign_attrs(
+    return dataset(("data",), importance_fields(evidence)).assign_attrs(
         units="nats per datum", estimator=evidence.estimator, data=evidence.data,
         num_particles=evidence.num_particles,
     )  # fmt: skip

@@ -7,11 +7,9 @@ from pyro.infer.autoguide import AutoGuide
 
 from pyro_diffusion import arviz_bridge
 from pyro_diffusion.checks import require
-from pyro_diffusion.diagnostics.recording import dataset
+from pyro_diffusion.diagnostics.recording import DRAWS, dataset, importance_fields
 from pyro_diffusion.evidence.evidence import average, systematic
 from pyro_diffusion.evidence.particles import global_draws
-
-_DRAWS = ("chain", "draw")
 
 
 def of_guide(
@@ -37,18 +35,16 @@ def of_guide(
     drawn = global_draws(
         guide.model, guide, num_draws, nesting, tuple(args), kwargs, progress=progress
     )
-    found = average(drawn.log_weights[:, None])
-    rows = systematic(torch.softmax(drawn.log_weights, 0)[:, None])[:, 0]
-    stats = {"lp": drawn.log_p, "log_q": drawn.log_q, "log_weight": drawn.log_weights}
-    names = ("elbo", "elbo_standard_error", "log_evidence", "standard_error", "pareto_k", "ess")
-    labels = (*names[:2], "evidence", "evidence_standard_error", *names[4:])
-    numbers = {label: getattr(found, name)[0] for label, name in zip(labels, names, strict=True)}
+    log_weights, dims = drawn.log_weights, DRAWS[:2]
+    fields = importance_fields(average(log_weights[:, None]))
+    rows = systematic(torch.softmax(log_weights, 0)[:, None])[:, 0]
+    stats = {"lp": drawn.log_p, "log_q": drawn.log_q, "log_weight": log_weights}
     return arviz_bridge.as_arviz(
         {
-            "posterior": dataset(_DRAWS, drawn.values),
-            "resampled": dataset(_DRAWS, {name: x[rows] for name, x in drawn.values.items()}),
-            "sample_stats": dataset(_DRAWS, stats),
-            "importance": dataset((), numbers).assign_attrs(
+            "posterior": dataset(dims, drawn.values),
+            "resampled": dataset(dims, {name: x[rows] for name, x in drawn.values.items()}),
+            "sample_stats": dataset(dims, stats),
+            "importance": dataset((), {name: x[0] for name, x in fields.items()}).assign_attrs(
                 units="nats", estimator="importance weights", num_particles=num_draws
             ),
         }

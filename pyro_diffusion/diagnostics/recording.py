@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_diffusion.evidence import Evidence
 from pyro_diffusion.given import Given, repeated, run, together
 
 if TYPE_CHECKING:
@@ -120,6 +121,18 @@ def dataset(
     labelled = xarray.Dataset({name: ((*dims, *event[name]), arrays[name]) for name in arrays})
     index = {dim: np.arange(size) for dim, size in labelled.sizes.items()}
     return labelled.assign_coords(index | coords)
+
+
+def importance_fields(evidence: Evidence) -> dict[str, Any]:
+    """Bound and evidence from importance weights, and diagnostics of the weights, by name."""
+    return {
+        "elbo": evidence.elbo,
+        "elbo_standard_error": evidence.elbo_standard_error,
+        "evidence": evidence.log_evidence,
+        "evidence_standard_error": evidence.standard_error,
+        "pareto_k": evidence.pareto_k,
+        "ess": evidence.ess,
+    }
 
 
 def states_dataset(

@@ -122,8 +122,8 @@ def global_evidence(
 
     Raises:
         ValueError: Latents that differ between the programs; a plate of a part of the data, with which the
-            weights would be random and their average biased; a guide of points, such as ``AutoDelta``; more
-            plates than ``max_plate_nesting`` says; a weight that is not finite.
+            weights would be random and their average biased; a latent of the guide that is always the same,
+            as of ``AutoDelta``; more plates than ``max_plate_nesting`` says; a weight that is not finite.
 
     Example:
         >>> def model(y):

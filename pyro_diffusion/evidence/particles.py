@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_diffusion.bounds.checks import is_latent
 from pyro_diffusion.checks import check_count, check_finite, require
-from pyro_diffusion.reading import reading
+from pyro_diffusion.reading import forked, reading
 from pyro_diffusion.scoring import log_density, replayed
 
 _CHUNK = 100  # particles at a time, where a plate holds them
@@ -106,9 +106,7 @@ def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _values(trace: poutine.Trace, nesting: int | None) -> dict[str, Tensor]:
     """Values of a guide's latents without auxiliary ones, with the axis of the draws in front."""
     values = {}
-    for name, site in trace.nodes.items():
-        if not is_latent(site) or site["infer"].get("is_auxiliary"):
-            continue
+    for name, site in _latents(trace).items():
         value = site["value"]
         if nesting is None:
             values[name] = value[None]
@@ -193,18 +191,18 @@ def _check_plates(name: str, site: Any, nesting: int | None) -> None:
     )
 
 
+def _latents(trace: poutine.Trace) -> dict[str, Any]:
+    """Latent sites of a program by name, without auxiliary ones."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if is_latent(site) and not site["infer"].get("is_auxiliary")
+    }
+
+
 def _check_latents(drawn: poutine.Trace, scored: poutine.Trace) -> None:
     """Raise a ``ValueError`` unless model and guide have the same latents, apart from auxiliary ones."""
-
-    def latents(trace: poutine.Trace) -> set[str]:
-        """Names of latent sites of a program."""
-        return {
-            name
-            for name, site in trace.nodes.items()
-            if is_latent(site) and not site["infer"].get("is_auxiliary")
-        }
-
-    ours, theirs = latents(drawn), latents(scored)
+    ours, theirs = set(_latents(drawn)), set(_latents(scored))
     require(
         ours == theirs,
         "arguments 'model' and 'guide'",
@@ -233,13 +231,12 @@ def check_random(
     _check_latents(drawn, scored)
     points = {
         name: site["value"]
-        for name, site in drawn.nodes.items()
-        if is_latent(site) and _is_point(site["fn"]) and not _is_point(scored.nodes[name]["fn"])
+        for name, site in _latents(drawn).items()
+        if _is_point(site["fn"]) and not _is_point(scored.nodes[name]["fn"])
     }
     if not points:
         return
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block(), poutine.trace() as again:
+    with forked(), torch.no_grad(), poutine.block(), poutine.trace() as again:
         guide(*args, **kwargs)
     for name, value in points.items():
         require(

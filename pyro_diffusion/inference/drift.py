@@ -24,13 +24,12 @@ References:
 
 from collections.abc import Callable
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_diffusion.checks import require
 from pyro_diffusion.denoisers import ForwardVariance
-from pyro_diffusion.params import ParamScope
+from pyro_diffusion.params import ParamScope, in_store
 from pyro_diffusion.processes import ChainStep, Denoised, GaussianProcess
 from pyro_diffusion.schedules import NoiseSchedule
 from pyro_diffusion.typed import TorchDistribution
@@ -57,7 +56,7 @@ class Drift(ParamScope):
         self, network: nn.Module, schedule: NoiseSchedule, dim: int, *, pulled: bool, name: str
     ) -> None:
         require(
-            not any(key.startswith(f"{name}.") for key in pyro.get_param_store()),
+            not in_store(name),
             "param store of Pyro",
             f"parameters under {name!r} already, which are of another guide",
             "none, because a guide states its own",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_diffusion.checks import check_count, require
 from pyro_diffusion.evidence.particles import global_draws
+from pyro_diffusion.reading import forked
 
 __all__ = ["Gain", "KeepBest"]
 
@@ -124,8 +125,7 @@ class KeepBest:
 
     def _read(self) -> Tensor:
         """Log-weights of the same random numbers as ever."""
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=list(devices)):
+        with forked():
             torch.manual_seed(self.seed)
             return global_draws(
                 self.model, self.guide, self.num_particles, self.max_plate_nesting, self.args,
